@@ -1,0 +1,2 @@
+//! Sluice's eBPF programs.
+fn main() {}

@@ -1,0 +1,102 @@
+//! Where peers, routes and policy come from.
+//!
+//! A control source yields whole [`Snapshot`]s; the core compares each with what is there and
+//! changes only what differs. The configuration file is the first source, a coordination server
+//! the next.
+
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+
+use ipnet::IpNet;
+
+use crate::wireguard::keys::{PresharedKey, PublicKey};
+
+/// Everything a control source decides, at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Peers, each public key once; no CIDR belongs to two peers.
+    pub peers: Vec<Peer>,
+    /// Advertised routes, each CIDR once.
+    pub routes: Vec<Route>,
+    /// What peers may reach.
+    pub policy: Policy,
+}
+
+/// A WireGuard peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The operator's name for it; only for display.
+    pub name: Option<String>,
+    /// Static public key.
+    pub public_key: PublicKey,
+    /// Optional symmetric key mixed into the handshake.
+    pub preshared_key: Option<PresharedKey>,
+    /// Overlay CIDRs that are this peer's (cryptokey routing), without host bits.
+    pub allowed_ips: Vec<IpNet>,
+    /// Where to send before the peer has been heard from.
+    pub endpoint: Option<Endpoint>,
+    /// Interval of persistent keepalives in seconds.
+    pub keepalive: Option<u16>,
+}
+
+/// The underlay address of a peer as configured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A literal address.
+    Addr(SocketAddr),
+    /// A DNS name and port, resolved by the runtime.
+    Name {
+        /// Host name.
+        host: String,
+        /// UDP port, host byte order.
+        port: u16,
+    },
+}
+
+/// A CIDR that the router carries packets into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Route {
+    /// Destination, without host bits.
+    pub cidr: IpNet,
+    /// Whether sources are translated to the router's own address.
+    pub snat: bool,
+    /// Which path carries it.
+    pub mode: RouteMode,
+}
+
+/// Which path a route's packets take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RouteMode {
+    /// The fast path where the datapath has one.
+    Fast,
+    /// Always the kernel stack (kube-proxy or Cilium must see the packets).
+    Stack,
+}
+
+/// What peers may reach. No rules: every advertised route. Any rule: nothing but what a rule allows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// Rules; a packet that any one of them matches is allowed.
+    pub rules: Vec<Rule>,
+}
+
+/// One policy rule, in shape and meaning a Tailscale packet-filter rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Overlay sources; a packet matches when its source is in any of them.
+    pub sources: Vec<IpNet>,
+    /// Destinations; a packet matches when any of them matches.
+    pub destinations: Vec<Destination>,
+    /// IP protocol numbers. Empty means TCP (6), UDP (17), ICMP (1) and ICMPv6 (58).
+    pub protocols: Vec<u8>,
+}
+
+/// A destination CIDR and port range. ICMP and protocols without ports match by CIDR; protocols
+/// other than TCP, UDP and ICMP need the full port range.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Destination {
+    /// Destination CIDR.
+    pub cidr: IpNet,
+    /// Destination ports, host byte order; `0..=65535` for all.
+    pub ports: RangeInclusive<u16>,
+}

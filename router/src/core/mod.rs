@@ -1,0 +1,1 @@
+//! Decisions without I/O: desired state and actual state in, actions out.

@@ -1,0 +1,1 @@
+//! The eBPF datapath: loads, attaches and feeds the programs of `router-ebpf`.

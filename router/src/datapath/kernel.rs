@@ -1,0 +1,1 @@
+//! The kernel datapath: the nf_tables ruleset of the slow path.

@@ -1,0 +1,74 @@
+//! What carries clear packets between the TUN device and the subnet side.
+//!
+//! The kernel datapath (forwarding, masquerade, MSS clamp and policy through nf_tables) is always
+//! installed: it is the slow path. The eBPF datapath is laid over it where the kernel and the
+//! rights allow, and hands it what it will not carry.
+
+pub mod ebpf;
+pub mod kernel;
+
+use ipnet::IpNet;
+
+use crate::control::{Policy, Route};
+
+/// One way of carrying clear packets.
+pub trait Datapath: Send {
+    /// Makes the datapath serve `spec`. On error what was in force before stays in force.
+    fn apply(&mut self, spec: &Spec) -> Result<(), Error>;
+
+    /// Packet and byte counters by program and verdict, since the daemon's start.
+    fn counters(&self) -> Result<Vec<Counter>, Error>;
+
+    /// Takes everything away that [`Datapath::apply`] installed, and nothing else.
+    fn remove(&mut self) -> Result<(), Error>;
+}
+
+/// A failure of a datapath, worded for an operator: what failed, why, and the mend if there is one.
+#[derive(Debug, thiserror::Error)]
+#[error("{context}: {source}")]
+pub struct Error {
+    /// What was being done, e.g. "attach from_overlay to sluice0 (tcx)".
+    pub context: String,
+    /// The cause.
+    #[source]
+    pub source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// One counter of a datapath.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counter {
+    /// Program or chain, e.g. `from_overlay`.
+    pub program: &'static str,
+    /// Verdict label from the one list in `router_ebpf`, e.g. `forwarded`, `slow_snat`, `drop_spoofed`.
+    pub verdict: &'static str,
+    /// Packets (a super-packet counts once).
+    pub packets: u64,
+    /// Bytes at the IP layer.
+    pub bytes: u64,
+}
+
+/// Everything a datapath needs to know; whole, never a delta.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spec {
+    /// The TUN device.
+    pub tun: Link,
+    /// Tunnel MTU in bytes.
+    pub mtu: u16,
+    /// The subnet-side NICs (often the uplink too).
+    pub subnet: Vec<Link>,
+    /// The peers' allowed IPs: who may appear as a source from the TUN and as a destination into it.
+    pub overlay: Vec<IpNet>,
+    /// Advertised routes.
+    pub routes: Vec<Route>,
+    /// What peers may reach.
+    pub policy: Policy,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Link {
+    /// Interface index in the daemon's network namespace.
+    pub index: u32,
+    /// Interface name.
+    pub name: String,
+}

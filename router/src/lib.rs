@@ -1,0 +1,13 @@
+//! Sluice's router daemon as a library. ARCHITECTURE.md has a line for each module and the way of a packet.
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod core;
+pub mod datapath;
+pub mod engine;
+pub mod netlink;
+pub mod runtime;
+pub mod telemetry;
+pub mod wireguard;

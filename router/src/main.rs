@@ -1,0 +1,5 @@
+//! The `sluice` binary.
+
+fn main() -> anyhow::Result<()> {
+    router::cli::main()
+}

@@ -1,0 +1,1 @@
+//! Links, addresses, routes, rules, sysctls and nf_tables.

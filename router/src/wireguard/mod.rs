@@ -1,0 +1,3 @@
+//! The Noise protocol behind one adapter; no other module names boringtun's types.
+
+pub mod keys;

@@ -1,0 +1,2 @@
+//! `cargo xtask`: Sluice's automation.
+fn main() {}
