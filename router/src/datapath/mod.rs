@@ -48,7 +48,7 @@ pub struct Counter {
 }
 
 /// Everything a datapath needs to know; whole, never a delta.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Spec {
     /// The TUN device.
     pub tun: Link,
@@ -65,7 +65,7 @@ pub struct Spec {
 }
 
 /// A network interface.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Link {
     /// Interface index in the daemon's network namespace.
     pub index: u32,

@@ -1,0 +1,311 @@
+//! The desired state of the machine, derived from settings, a control snapshot and the network.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+
+use super::{Action, Part};
+use crate::config::{Interface, Local};
+use crate::control::{Endpoint, Peer, Snapshot};
+use crate::datapath::{Link, Spec};
+use crate::engine::PeerSpec;
+
+/// What the kernel says of the network, without our own TUN device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Interfaces by index.
+    pub links: BTreeMap<u32, LinkFacts>,
+    /// Interface of the default route (IPv4 first), if any.
+    pub default_link: Option<u32>,
+    /// Where the main table sends packets for each routed CIDR, by interface index.
+    pub egress: BTreeMap<IpNet, u32>,
+}
+
+/// One interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LinkFacts {
+    /// Its name.
+    pub name: String,
+    /// Its addresses with their connected networks.
+    pub addresses: Vec<IpNet>,
+}
+
+impl Facts {
+    fn link(&self, index: u32) -> Option<Link> {
+        self.links.get(&index).map(|facts| Link {
+            index,
+            name: facts.name.clone(),
+        })
+    }
+
+    fn link_named(&self, name: &str) -> Option<Link> {
+        let (index, facts) = self.links.iter().find(|(_, facts)| facts.name == name)?;
+        Some(Link {
+            index: *index,
+            name: facts.name.clone(),
+        })
+    }
+
+    /// Every interface that packets for `cidr` may leave by: the main table's answer for it, and
+    /// those connected to a part of it.
+    fn links_toward(&self, cidr: &IpNet) -> impl Iterator<Item = u32> {
+        let connected = self.links.iter().filter_map(move |(index, facts)| {
+            let inside = facts
+                .addresses
+                .iter()
+                .any(|address| cidr.contains(&address.addr()));
+            inside.then_some(*index)
+        });
+        self.egress.get(cidr).copied().into_iter().chain(connected)
+    }
+}
+
+/// The desired state.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// The TUN device.
+    pub tun: Link,
+    /// Tunnel MTU in bytes.
+    pub mtu: u16,
+    /// Tunnel addresses.
+    pub addresses: Vec<IpNet>,
+    /// The uplink, if there is one now.
+    pub uplink: Option<Link>,
+    /// Routes into the TUN device.
+    pub tunnel_routes: Vec<IpNet>,
+    /// Interfaces that forward.
+    pub forwarding: Vec<Link>,
+    /// What the datapath serves.
+    pub datapath: Spec,
+    /// The engine's peers.
+    pub peers: Vec<PeerSpec>,
+}
+
+impl Plan {
+    /// The action that puts `part` of this plan in force.
+    pub fn action(&self, part: Part) -> Action {
+        match part {
+            Part::Device => Action::Device {
+                mtu: self.mtu,
+                addresses: self.addresses.clone(),
+            },
+            Part::Datapath => Action::Datapath(self.datapath.clone()),
+            Part::Forwarding => Action::Forwarding(self.forwarding.clone()),
+            Part::Routes => Action::Routes(self.tunnel_routes.clone()),
+            Part::Rules => Action::Rules,
+            Part::Peers => Action::Peers(self.peers.clone()),
+        }
+    }
+}
+
+/// Derives the desired state. `endpoint` yields the present address of a DNS name and port.
+pub fn plan(
+    local: &Local,
+    snapshot: &Snapshot,
+    tun: &Link,
+    facts: &Facts,
+    endpoint: impl Fn(&str, u16) -> Option<SocketAddr>,
+) -> Plan {
+    let overlay: BTreeSet<IpNet> = snapshot
+        .peers
+        .iter()
+        .flat_map(|peer| &peer.allowed_ips)
+        .copied()
+        .collect();
+    let uplink = match &local.uplink {
+        Interface::Auto => facts.default_link.and_then(|index| facts.link(index)),
+        Interface::Named(name) => facts.link_named(name),
+    };
+    let subnet: BTreeSet<Link> = if local.subnet.is_empty() {
+        let indices = snapshot
+            .routes
+            .iter()
+            .flat_map(|route| facts.links_toward(&route.cidr));
+        indices.filter_map(|index| facts.link(index)).collect()
+    } else {
+        local
+            .subnet
+            .iter()
+            .filter_map(|name| facts.link_named(name))
+            .collect()
+    };
+    let own: BTreeSet<IpAddr> = local.addresses.iter().map(IpNet::addr).collect();
+    let connected: BTreeSet<IpNet> = local.addresses.iter().map(IpNet::trunc).collect();
+    let host_route = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
+    Plan {
+        tun: tun.clone(),
+        mtu: local.mtu,
+        addresses: local.addresses.clone(),
+        uplink,
+        // The kernel makes the connected route of each tunnel address itself, but in the main
+        // table, which another table's less specific route must not hide: ours comes first.
+        tunnel_routes: overlay
+            .iter()
+            .filter(|net| !(host_route(net) && own.contains(&net.addr())))
+            .copied()
+            .chain(connected.iter().filter(|net| !host_route(net)).copied())
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect(),
+        forwarding: std::iter::once(tun.clone())
+            .chain(subnet.iter().cloned())
+            .collect(),
+        datapath: Spec {
+            tun: tun.clone(),
+            mtu: local.mtu,
+            subnet: subnet.into_iter().collect(),
+            overlay: overlay.into_iter().collect(),
+            routes: snapshot.routes.clone(),
+            policy: snapshot.policy.clone(),
+        },
+        peers: snapshot
+            .peers
+            .iter()
+            .map(|peer| peer_spec(peer, &endpoint))
+            .collect(),
+    }
+}
+
+fn peer_spec(peer: &Peer, endpoint: impl Fn(&str, u16) -> Option<SocketAddr>) -> PeerSpec {
+    PeerSpec {
+        public_key: peer.public_key,
+        preshared_key: peer.preshared_key.clone(),
+        allowed_ips: peer.allowed_ips.clone(),
+        endpoint: peer
+            .endpoint
+            .as_ref()
+            .and_then(|configured| match configured {
+                Endpoint::Addr(addr) => Some(*addr),
+                Endpoint::Name { host, port } => endpoint(host, *port),
+            }),
+        keepalive: peer.keepalive,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DatapathMode;
+    use crate::control::{Route, RouteMode};
+    use crate::wireguard::keys::{PrivateKey, PublicKey};
+
+    fn local() -> Local {
+        Local {
+            name: "router".into(),
+            device: "sluice0".into(),
+            private_key: PrivateKey::from_bytes([1; 32]),
+            listen_port: 51820,
+            addresses: vec![
+                "100.64.0.1/24".parse().unwrap(),
+                "fd7a::1/128".parse().unwrap(),
+            ],
+            mtu: 1420,
+            datapath: DatapathMode::Auto,
+            uplink: Interface::Auto,
+            subnet: vec![],
+            workers: None,
+            http: None,
+            socket: "/run/sluice/sluice0.sock".into(),
+        }
+    }
+
+    fn facts() -> Facts {
+        let link = |name: &str, addresses: &[&str]| LinkFacts {
+            name: name.into(),
+            addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+        };
+        Facts {
+            links: BTreeMap::from([
+                (1, link("lo", &["127.0.0.1/8"])),
+                (2, link("eth0", &["10.0.0.5/24"])),
+                (3, link("eth1", &["10.0.7.5/24"])),
+                (4, link("eth2", &["192.0.2.1/24"])),
+            ]),
+            default_link: Some(2),
+            egress: BTreeMap::from([("10.0.0.0/16".parse().unwrap(), 2)]),
+        }
+    }
+
+    fn peer(allowed: &[&str]) -> Peer {
+        Peer {
+            name: None,
+            public_key: PublicKey([9; 32]),
+            preshared_key: None,
+            allowed_ips: allowed.iter().map(|a| a.parse().unwrap()).collect(),
+            endpoint: Some(Endpoint::Name {
+                host: "laptop.example".into(),
+                port: 7,
+            }),
+            keepalive: None,
+        }
+    }
+
+    fn tun() -> Link {
+        Link {
+            index: 9,
+            name: "sluice0".into(),
+        }
+    }
+
+    fn snapshot() -> Snapshot {
+        Snapshot {
+            peers: vec![peer(&["100.64.0.2/32", "fd7a::2/128"])],
+            routes: vec![Route {
+                cidr: "10.0.0.0/16".parse().unwrap(),
+                snat: true,
+                mode: RouteMode::Fast,
+            }],
+            ..Snapshot::default()
+        }
+    }
+
+    #[test]
+    fn auto_finds_the_uplink_and_every_interface_into_a_routed_cidr() {
+        let plan = plan(&local(), &snapshot(), &tun(), &facts(), |_, _| None);
+        assert_eq!(plan.uplink.map(|l| l.name).as_deref(), Some("eth0"));
+        let names = |links: &[Link]| links.iter().map(|l| l.name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&plan.datapath.subnet), ["eth0", "eth1"]);
+        assert_eq!(names(&plan.forwarding), ["sluice0", "eth0", "eth1"]);
+    }
+
+    #[test]
+    fn named_interfaces_are_taken_as_named() {
+        let local = Local {
+            subnet: vec!["eth2".into()],
+            uplink: Interface::Named("eth1".into()),
+            ..local()
+        };
+        let plan = plan(&local, &snapshot(), &tun(), &facts(), |_, _| None);
+        assert_eq!(plan.uplink.unwrap().index, 3);
+        assert_eq!(
+            plan.datapath.subnet,
+            [Link {
+                index: 4,
+                name: "eth2".into()
+            }]
+        );
+    }
+
+    #[test]
+    fn allowed_ips_and_the_tunnels_own_network_are_routed_into_the_tun() {
+        let plan = plan(&local(), &snapshot(), &tun(), &facts(), |_, _| None);
+        let want: Vec<IpNet> = ["100.64.0.0/24", "100.64.0.2/32", "fd7a::2/128"]
+            .iter()
+            .map(|net| net.parse().unwrap())
+            .collect();
+        assert_eq!(plan.tunnel_routes, want);
+    }
+
+    #[test]
+    fn names_are_resolved_by_the_caller() {
+        let there: SocketAddr = "198.51.100.1:7".parse().unwrap();
+        let unresolved = plan(&local(), &snapshot(), &tun(), &facts(), |_, _| None);
+        assert_eq!(unresolved.peers[0].endpoint, None);
+        let resolved = plan(&local(), &snapshot(), &tun(), &facts(), |host, port| {
+            assert_eq!((host, port), ("laptop.example", 7));
+            Some(there)
+        });
+        assert_eq!(resolved.peers[0].endpoint, Some(there));
+    }
+}
