@@ -1,1 +1,284 @@
 //! Every metric name, once.
+//!
+//! Metrics are derived from the status document on each scrape, so the two cannot disagree.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use metrics::{Key, Label, Level, Metadata, Recorder, Unit};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use metrics_util::MetricKindMask;
+
+use crate::api::Status;
+
+/// Version, as a label.
+pub const BUILD_INFO: &str = "sluice_build_info";
+/// 1 when everything wanted is in force.
+pub const HEALTHY: &str = "sluice_healthy";
+/// Seconds since the daemon started.
+pub const UPTIME: &str = "sluice_uptime_seconds";
+/// The datapath in use, as a label.
+pub const DATAPATH_INFO: &str = "sluice_datapath_info";
+/// Clear packets.
+pub const PACKETS: &str = "sluice_packets_total";
+/// Bytes of the clear packets.
+pub const BYTES: &str = "sluice_bytes_total";
+/// Events of the engine.
+pub const ENGINE: &str = "sluice_engine_events_total";
+/// Underlay bytes from a peer.
+pub const PEER_RECEIVED: &str = "sluice_peer_receive_bytes_total";
+/// Underlay bytes to a peer.
+pub const PEER_SENT: &str = "sluice_peer_transmit_bytes_total";
+/// Time of a peer's last handshake.
+pub const PEER_HANDSHAKE: &str = "sluice_peer_last_handshake_timestamp_seconds";
+
+/// Kind, name, unit and help of each metric.
+const DESCRIPTIONS: &[(Kind, &str, Unit, &str)] = &[
+    (
+        Kind::Gauge,
+        BUILD_INFO,
+        Unit::Count,
+        "Version of the daemon; always 1",
+    ),
+    (
+        Kind::Gauge,
+        HEALTHY,
+        Unit::Count,
+        "1 when everything wanted is in force",
+    ),
+    (
+        Kind::Gauge,
+        UPTIME,
+        Unit::Seconds,
+        "Seconds since the daemon started",
+    ),
+    (
+        Kind::Gauge,
+        DATAPATH_INFO,
+        Unit::Count,
+        "The datapath in use and how it is attached; always 1",
+    ),
+    (
+        Kind::Counter,
+        PACKETS,
+        Unit::Count,
+        "Clear packets by program and verdict; a super-packet counts once",
+    ),
+    (
+        Kind::Counter,
+        BYTES,
+        Unit::Bytes,
+        "IP bytes of the clear packets by program and verdict",
+    ),
+    (
+        Kind::Counter,
+        ENGINE,
+        Unit::Count,
+        "Events of the WireGuard engine",
+    ),
+    (
+        Kind::Counter,
+        PEER_RECEIVED,
+        Unit::Bytes,
+        "Underlay bytes received from a peer",
+    ),
+    (
+        Kind::Counter,
+        PEER_SENT,
+        Unit::Bytes,
+        "Underlay bytes sent to a peer",
+    ),
+    (
+        Kind::Gauge,
+        PEER_HANDSHAKE,
+        Unit::Seconds,
+        "Unix time of a peer's last completed handshake; 0: never",
+    ),
+];
+
+/// A series that no scrape has touched for so long belongs to a removed peer and is dropped.
+const FORGET_AFTER: Duration = Duration::from_secs(600);
+
+enum Kind {
+    Counter,
+    Gauge,
+}
+
+/// Renders status documents as Prometheus text.
+#[derive(Clone)]
+pub struct Metrics {
+    recorder: Arc<PrometheusRecorder>,
+    handle: PrometheusHandle,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let recorder = PrometheusBuilder::new()
+            .idle_timeout(MetricKindMask::ALL, Some(FORGET_AFTER))
+            .build_recorder();
+        for (kind, name, unit, help) in DESCRIPTIONS {
+            let (name, unit, help) = ((*name).into(), Some(*unit), (*help).into());
+            match kind {
+                Kind::Counter => recorder.describe_counter(name, unit, help),
+                Kind::Gauge => recorder.describe_gauge(name, unit, help),
+            }
+        }
+        let handle = recorder.handle();
+        Self {
+            recorder: Arc::new(recorder),
+            handle,
+        }
+    }
+}
+
+impl Metrics {
+    /// The Prometheus text (exposition format 0.0.4) of `status`.
+    pub fn render(&self, status: &Status) -> String {
+        self.gauge(BUILD_INFO, vec![Label::new("version", status.version)], 1.0);
+        self.gauge(HEALTHY, vec![], f64::from(u8::from(status.healthy())));
+        self.gauge(UPTIME, vec![], status.uptime_seconds as f64);
+        let datapath = &status.datapath;
+        self.gauge(
+            DATAPATH_INFO,
+            vec![
+                Label::new("datapath", datapath.active),
+                Label::new("attach", datapath.attach.unwrap_or("none")),
+            ],
+            1.0,
+        );
+        for row in &status.packets {
+            let labels = vec![
+                Label::new("program", row.program),
+                Label::new("verdict", row.verdict),
+            ];
+            self.counter(PACKETS, labels.clone(), row.packets);
+            self.counter(BYTES, labels, row.bytes);
+        }
+        for (event, count) in &status.engine.counters {
+            self.counter(ENGINE, vec![Label::new("event", *event)], *count);
+        }
+        for peer in &status.peers {
+            let labels = vec![
+                Label::new("public_key", peer.public_key.clone()),
+                Label::new("name", peer.name.clone().unwrap_or_default()),
+            ];
+            self.counter(PEER_RECEIVED, labels.clone(), peer.rx_bytes);
+            self.counter(PEER_SENT, labels.clone(), peer.tx_bytes);
+            self.gauge(
+                PEER_HANDSHAKE,
+                labels,
+                peer.last_handshake.unwrap_or(0) as f64,
+            );
+        }
+        self.handle.run_upkeep();
+        self.handle.render()
+    }
+
+    fn gauge(&self, name: &'static str, labels: Vec<Label>, value: f64) {
+        let key = Key::from_parts(name, labels);
+        self.recorder.register_gauge(&key, &METADATA).set(value);
+    }
+
+    fn counter(&self, name: &'static str, labels: Vec<Label>, value: u64) {
+        let key = Key::from_parts(name, labels);
+        self.recorder
+            .register_counter(&key, &METADATA)
+            .absolute(value);
+    }
+}
+
+static METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::api::{
+        DatapathStatus, DeviceStatus, EngineStatus, Packets, PeerStatus, Problem, Status,
+    };
+
+    fn status() -> Status {
+        Status {
+            name: "r1".into(),
+            version: "0.1.0",
+            uptime_seconds: 7,
+            problems: vec![],
+            device: DeviceStatus {
+                name: "sluice0".into(),
+                index: 3,
+                mtu: 1420,
+                addresses: vec![],
+                public_key: "k".into(),
+                listen_port: 1,
+            },
+            uplink: None,
+            subnet: vec![],
+            datapath: DatapathStatus {
+                requested: "auto",
+                active: "ebpf",
+                attach: Some("tcx"),
+                reason: String::new(),
+            },
+            routes: vec![],
+            peers: vec![PeerStatus {
+                name: Some("a \"quoted\" name".into()),
+                public_key: "pk=".into(),
+                endpoint: None,
+                allowed_ips: vec![],
+                last_handshake: Some(1_000_000_000),
+                rx_bytes: 5,
+                tx_bytes: 6,
+            }],
+            packets: vec![Packets {
+                program: "from_overlay",
+                verdict: "forwarded",
+                packets: 3,
+                bytes: 300,
+            }],
+            engine: EngineStatus {
+                features: vec![],
+                workers: 1,
+                counters: BTreeMap::from([("spoofed", 2)]),
+            },
+        }
+    }
+
+    #[test]
+    fn every_described_metric_is_rendered_with_its_value() {
+        let metrics = Metrics::default();
+        let text = metrics.render(&status());
+        for (_, name, _, _) in DESCRIPTIONS {
+            assert!(
+                text.contains(&format!("# HELP {name} ")),
+                "{name} is missing in:\n{text}"
+            );
+        }
+        for line in [
+            "sluice_packets_total{program=\"from_overlay\",verdict=\"forwarded\"} 3",
+            "sluice_engine_events_total{event=\"spoofed\"} 2",
+            "sluice_healthy 1",
+            "sluice_peer_receive_bytes_total{public_key=\"pk=\",name=\"a \\\"quoted\\\" name\"} 5",
+        ] {
+            assert!(
+                text.lines().any(|l| l == line),
+                "{line} is missing in:\n{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_later_scrape_shows_later_values() {
+        let metrics = Metrics::default();
+        metrics.render(&status());
+        let mut later = status();
+        later.packets[0].packets = 9;
+        later.problems.push(Problem {
+            part: "routes".into(),
+            error: "x".into(),
+        });
+        let text = metrics.render(&later);
+        assert!(text.contains("verdict=\"forwarded\"} 9"), "{text}");
+        assert!(text.contains("sluice_healthy 0"), "{text}");
+    }
+}

@@ -1,0 +1,266 @@
+//! The client of the local socket, for `sluice status`.
+
+use std::fmt::Write as _;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The daemon could not be asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No connection, or it broke.
+    #[error("{path}: {source}; is the daemon running, and is this its `api.socket`?")]
+    Io {
+        /// Path of the socket.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// An answer that is no status document.
+    #[error(
+        "{path}: the answer is no status document ({reason}); is another program at this socket?"
+    )]
+    Answer {
+        /// Path of the socket.
+        path: PathBuf,
+        /// What was wrong with it.
+        reason: String,
+    },
+}
+
+/// Fetches the status document from a running daemon's socket.
+pub fn fetch_status(socket: &Path) -> Result<Value, ClientError> {
+    let body = get(socket, "/status")?;
+    serde_json::from_str(&body).map_err(|error| ClientError::Answer {
+        path: socket.to_owned(),
+        reason: error.to_string(),
+    })
+}
+
+fn get(socket: &Path, path: &str) -> Result<String, ClientError> {
+    let exchange = || -> io::Result<String> {
+        let mut stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        stream.set_write_timeout(Some(TIMEOUT))?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nhost: sluice\r\nconnection: close\r\n\r\n"
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    let answer = exchange().map_err(|source| ClientError::Io {
+        path: socket.to_owned(),
+        source,
+    })?;
+    match answer.split_once("\r\n\r\n") {
+        Some((head, body)) if head.starts_with("HTTP/1.1 200") => Ok(body.to_owned()),
+        _ => Err(ClientError::Answer {
+            path: socket.to_owned(),
+            reason: answer.lines().next().unwrap_or("empty").to_owned(),
+        }),
+    }
+}
+
+/// Fetches the status and renders it: as JSON, or as a page for a person.
+pub fn print_status(socket: &Path, json: bool) -> Result<String, ClientError> {
+    let status = fetch_status(socket)?;
+    Ok(if json {
+        format!("{status:#}\n")
+    } else {
+        page(&status)
+    })
+}
+
+/// A page for a person. Works on JSON, not on our own types, so that it shows what it can of a
+/// daemon of another version.
+fn page(status: &Value) -> String {
+    let mut out = String::new();
+    let text = |value: &Value| match value {
+        Value::String(s) => s.clone(),
+        Value::Null => "-".to_owned(),
+        Value::Array(all) => all
+            .iter()
+            .map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned))
+            .collect::<Vec<_>>()
+            .join(" "),
+        other => other.to_string(),
+    };
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let device = &status["device"];
+    let datapath = &status["datapath"];
+    let _ = writeln!(
+        out,
+        "router    {} (sluice {}), up {}",
+        text(&status["name"]),
+        text(&status["version"]),
+        duration(&status["uptime_seconds"])
+    );
+    let _ = writeln!(
+        out,
+        "device    {} mtu {} addresses {}",
+        text(&device["name"]),
+        text(&device["mtu"]),
+        text(&device["addresses"])
+    );
+    let _ = writeln!(
+        out,
+        "wireguard public key {} port {}",
+        text(&device["public_key"]),
+        text(&device["listen_port"])
+    );
+    let _ = writeln!(
+        out,
+        "links     uplink {} subnet {}",
+        text(&status["uplink"]),
+        text(&status["subnet"])
+    );
+    let attach = datapath["attach"]
+        .as_str()
+        .map(|a| format!(" ({a})"))
+        .unwrap_or_default();
+    let _ = writeln!(
+        out,
+        "datapath  {}{attach}: {}",
+        text(&datapath["active"]),
+        text(&datapath["reason"])
+    );
+    let _ = writeln!(
+        out,
+        "engine    {} worker(s), offloads {}",
+        text(&status["engine"]["workers"]),
+        text(&status["engine"]["features"])
+    );
+    for problem in list(&status["problems"]) {
+        let _ = writeln!(
+            out,
+            "PROBLEM   {}: {}",
+            text(&problem["part"]),
+            text(&problem["error"])
+        );
+    }
+    let _ = writeln!(out, "\nroutes");
+    for route in list(&status["routes"]) {
+        let why = route["reason"]
+            .as_str()
+            .map(|r| format!(" ({r})"))
+            .unwrap_or_default();
+        let snat = if route["snat"] == true {
+            "snat"
+        } else {
+            "no snat"
+        };
+        let _ = writeln!(
+            out,
+            "  {:<24} {snat:<8} {} path{why}",
+            text(&route["cidr"]),
+            text(&route["path"])
+        );
+    }
+    let _ = writeln!(out, "\npeers");
+    for peer in list(&status["peers"]) {
+        let label = peer["name"].as_str().unwrap_or_default();
+        let _ = writeln!(out, "  {} {label}", text(&peer["public_key"]));
+        let _ = writeln!(
+            out,
+            "    endpoint {}  handshake {}  received {} B  sent {} B  allowed {}",
+            text(&peer["endpoint"]),
+            ago(&peer["last_handshake"]),
+            text(&peer["rx_bytes"]),
+            text(&peer["tx_bytes"]),
+            text(&peer["allowed_ips"]),
+        );
+    }
+    let _ = writeln!(
+        out,
+        "\npackets                                           packets            bytes"
+    );
+    for row in list(&status["packets"]) {
+        if row["packets"].as_u64().unwrap_or(0) > 0 {
+            let _ = writeln!(
+                out,
+                "  {:<14} {:<26} {:>14} {:>16}",
+                text(&row["program"]),
+                text(&row["verdict"]),
+                text(&row["packets"]),
+                text(&row["bytes"])
+            );
+        }
+    }
+    let _ = writeln!(out, "\nengine counters");
+    for (label, count) in status["engine"]["counters"]
+        .as_object()
+        .into_iter()
+        .flatten()
+    {
+        if count.as_u64().unwrap_or(0) > 0 {
+            let _ = writeln!(out, "  {label:<41} {count:>14}");
+        }
+    }
+    out
+}
+
+fn duration(seconds: &Value) -> String {
+    let s = seconds.as_u64().unwrap_or(0);
+    match s {
+        0..60 => format!("{s}s"),
+        60..3600 => format!("{}m{}s", s / 60, s % 60),
+        3600..86400 => format!("{}h{}m", s / 3600, s / 60 % 60),
+        _ => format!("{}d{}h", s / 86400, s / 3600 % 24),
+    }
+}
+
+fn ago(epoch: &Value) -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    match (epoch.as_u64(), now) {
+        (Some(then), Ok(now)) => {
+            format!(
+                "{} ago",
+                duration(&Value::from(now.as_secs().saturating_sub(then)))
+            )
+        }
+        _ => "never".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_page_shows_what_matters_and_survives_what_is_missing() {
+        let status = json!({
+            "name": "r1", "version": "0.1.0", "uptime_seconds": 3700,
+            "problems": [{"part": "routes", "error": "no such device"}],
+            "datapath": {"active": "kernel", "reason": "no CAP_BPF"},
+            "routes": [{"cidr": "10.0.0.0/16", "snat": true, "path": "slow", "reason": "source NAT"}],
+            "packets": [{"program": "from_overlay", "verdict": "forwarded", "packets": 3, "bytes": 99}],
+        });
+        let page = page(&status);
+        for part in [
+            "r1",
+            "up 1h1m",
+            "PROBLEM   routes: no such device",
+            "kernel: no CAP_BPF",
+            "slow path (source NAT)",
+            "from_overlay",
+        ] {
+            assert!(page.contains(part), "{part} is missing in:\n{page}");
+        }
+        assert!(super::page(&json!({})).contains("router"));
+    }
+
+    #[test]
+    fn no_daemon_is_said_plainly() {
+        let missing = Path::new("/nonexistent/sluice.sock");
+        let error = fetch_status(missing).unwrap_err().to_string();
+        assert!(error.contains("is the daemon running"), "{error}");
+    }
+}

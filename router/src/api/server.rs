@@ -1,0 +1,258 @@
+//! The HTTP service.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::Full;
+use hyper::body::{Bytes, Incoming};
+use hyper::header::{ALLOW, CONTENT_TYPE};
+use hyper::service::service_fn;
+use hyper::{Method, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::task::JoinSet;
+
+use super::Status;
+use crate::telemetry::Metrics;
+
+/// Connections served at once; more wait in the listen queue.
+const MAX_CONNECTIONS: usize = 64;
+/// How long a client may take to send a request's head.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A question to the runtime.
+#[derive(Debug)]
+pub enum Request {
+    /// The status, now.
+    Status(oneshot::Sender<Status>),
+}
+
+/// The service could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The local socket could not be made.
+    #[error("api socket {path}: {source}; set `api.socket` to a path the daemon may write")]
+    Socket {
+        /// Its path.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The TCP address could not be listened on.
+    #[error("metrics listener {address}: {source}; set `metrics.listen` to a free local address")]
+    Http {
+        /// The address.
+        address: SocketAddr,
+        /// The cause.
+        source: io::Error,
+    },
+}
+
+/// The running service. Dropping it closes the listeners and removes the socket file.
+#[derive(Debug)]
+pub struct Server {
+    socket: PathBuf,
+    _tasks: JoinSet<()>,
+}
+
+impl Server {
+    /// Starts the service; questions go to `requests`. The caller holds the device's lock, so a
+    /// socket file found at `socket` is a leftover.
+    pub fn start(
+        socket: &Path,
+        http: Option<SocketAddr>,
+        metrics: Metrics,
+        requests: mpsc::Sender<Request>,
+    ) -> Result<Self, Error> {
+        let socket_error = |source| Error::Socket {
+            path: socket.to_owned(),
+            source,
+        };
+        let tcp = http
+            .map(|address| {
+                let listen = || {
+                    let listener = std::net::TcpListener::bind(address)?;
+                    listener.set_nonblocking(true)?;
+                    TcpListener::from_std(listener)
+                };
+                listen().map_err(|source| Error::Http { address, source })
+            })
+            .transpose()?;
+        let unix = bind_socket(socket).map_err(socket_error)?;
+        let service = Arc::new(Service {
+            metrics,
+            requests,
+            slots: Semaphore::new(MAX_CONNECTIONS),
+        });
+        let mut tasks = JoinSet::new();
+        let for_unix = service.clone();
+        tasks.spawn(async move {
+            accept(for_unix, || async {
+                unix.accept().await.map(|(stream, _)| stream)
+            })
+            .await;
+        });
+        if let Some(tcp) = tcp {
+            tasks.spawn(async move {
+                accept(service, || async {
+                    tcp.accept().await.map(|(stream, _)| stream)
+                })
+                .await;
+            });
+        }
+        Ok(Self {
+            socket: socket.to_owned(),
+            _tasks: tasks,
+        })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.socket) {
+            tracing::debug!(%error, socket = %self.socket.display(), "the api socket was gone already");
+        }
+    }
+}
+
+fn bind_socket(path: &Path) -> io::Result<UnixListener> {
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path)?,
+        Ok(_) => {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "a file that is no socket is there",
+            ));
+        }
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
+}
+
+struct Service {
+    metrics: Metrics,
+    requests: mpsc::Sender<Request>,
+    slots: Semaphore,
+}
+
+async fn accept<S, F>(service: Arc<Service>, mut next: impl FnMut() -> F)
+where
+    F: Future<Output = io::Result<S>>,
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let mut connections = JoinSet::new();
+    loop {
+        // Never closed, so acquiring fails only at the end of the process.
+        let Ok(slot) = service.slots.acquire().await else {
+            return;
+        };
+        slot.forget();
+        let stream = match next().await {
+            Ok(stream) => stream,
+            Err(error) => {
+                service.slots.add_permits(1);
+                tracing::warn!(%error, "api: accepting a connection failed; trying again in a second");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                continue;
+            }
+        };
+        while connections.try_join_next().is_some() {}
+        let service = service.clone();
+        connections.spawn(async move {
+            let handler = service_fn(|request| {
+                let service = service.clone();
+                async move { Ok::<_, Infallible>(service.answer(&request).await) }
+            });
+            let served = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD_TIMEOUT)
+                .serve_connection(TokioIo::new(stream), handler)
+                .await;
+            if let Err(error) = served {
+                tracing::debug!(%error, "api: connection ended early");
+            }
+            service.slots.add_permits(1);
+        });
+    }
+}
+
+impl Service {
+    async fn answer(&self, request: &hyper::Request<Incoming>) -> Response<Full<Bytes>> {
+        if request.method() != Method::GET {
+            let mut response = text(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "only GET is understood here\n".to_owned(),
+            );
+            response
+                .headers_mut()
+                .insert(ALLOW, hyper::header::HeaderValue::from_static("GET"));
+            return response;
+        }
+        let path = request.uri().path();
+        if !matches!(path, "/status" | "/metrics" | "/healthz") {
+            return text(
+                StatusCode::NOT_FOUND,
+                "try /status, /metrics or /healthz\n".to_owned(),
+            );
+        }
+        let Some(status) = self.status().await else {
+            return text(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "the router is stopping\n".to_owned(),
+            );
+        };
+        match path {
+            "/status" => match serde_json::to_vec_pretty(&status) {
+                Ok(body) => typed(StatusCode::OK, "application/json", body),
+                Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+            },
+            "/metrics" => {
+                let body = self.metrics.render(&status);
+                typed(
+                    StatusCode::OK,
+                    "text/plain; version=0.0.4",
+                    body.into_bytes(),
+                )
+            }
+            _ if status.healthy() => text(StatusCode::OK, "ok\n".to_owned()),
+            _ => {
+                let lines: String = status
+                    .problems
+                    .iter()
+                    .map(|p| format!("{}: {}\n", p.part, p.error))
+                    .collect();
+                text(StatusCode::SERVICE_UNAVAILABLE, lines)
+            }
+        }
+    }
+
+    async fn status(&self) -> Option<Status> {
+        let (answer, status) = oneshot::channel();
+        self.requests.send(Request::Status(answer)).await.ok()?;
+        status.await.ok()
+    }
+}
+
+fn text(code: StatusCode, body: String) -> Response<Full<Bytes>> {
+    typed(code, "text/plain; charset=utf-8", body.into_bytes())
+}
+
+fn typed(code: StatusCode, kind: &'static str, body: Vec<u8>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = code;
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
+    response
+}

@@ -1,0 +1,140 @@
+//! The status document. Its field names are an interface: scripts and dashboards read them.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+/// What the router is, does and suffers from, at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    /// The router's name.
+    pub name: String,
+    /// Version of the daemon.
+    pub version: &'static str,
+    /// Seconds since the daemon started.
+    pub uptime_seconds: u64,
+    /// What is wrong; empty means healthy.
+    pub problems: Vec<Problem>,
+    /// The TUN device.
+    pub device: DeviceStatus,
+    /// The uplink's name, if there is one.
+    pub uplink: Option<String>,
+    /// Names of the subnet-side interfaces.
+    pub subnet: Vec<String>,
+    /// The datapath in use.
+    pub datapath: DatapathStatus,
+    /// Advertised routes.
+    pub routes: Vec<RouteStatus>,
+    /// WireGuard peers.
+    pub peers: Vec<PeerStatus>,
+    /// Clear packets by program and verdict.
+    pub packets: Vec<Packets>,
+    /// The engine.
+    pub engine: EngineStatus,
+}
+
+impl Status {
+    /// Whether everything that is wanted is in force.
+    pub fn healthy(&self) -> bool {
+        self.problems.is_empty()
+    }
+}
+
+/// Something an operator should know of.
+#[derive(Clone, Debug, Serialize)]
+pub struct Problem {
+    /// Which part: `datapath`, `peers`, `config`, `endpoint`, …
+    pub part: String,
+    /// One sentence.
+    pub error: String,
+}
+
+/// The TUN device.
+#[derive(Clone, Debug, Serialize)]
+pub struct DeviceStatus {
+    /// Interface name.
+    pub name: String,
+    /// Interface index.
+    pub index: u32,
+    /// Tunnel MTU in bytes.
+    pub mtu: u16,
+    /// Tunnel addresses.
+    pub addresses: Vec<IpNet>,
+    /// The router's WireGuard public key.
+    pub public_key: String,
+    /// UDP port of the underlay.
+    pub listen_port: u16,
+}
+
+/// The datapath in use, and why.
+#[derive(Clone, Debug, Serialize)]
+pub struct DatapathStatus {
+    /// What the configuration asks for: `auto`, `ebpf` or `kernel`.
+    pub requested: &'static str,
+    /// What carries packets: `ebpf` or `kernel`.
+    pub active: &'static str,
+    /// How the programs are attached: `tcx` or `clsact`.
+    pub attach: Option<&'static str>,
+    /// Why it is this one.
+    pub reason: String,
+}
+
+/// An advertised route.
+#[derive(Clone, Debug, Serialize)]
+pub struct RouteStatus {
+    /// Destination.
+    pub cidr: IpNet,
+    /// Whether sources are translated.
+    pub snat: bool,
+    /// `fast` or `stack`, as configured.
+    pub mode: &'static str,
+    /// The path its packets take now: `fast` or `slow`.
+    pub path: &'static str,
+    /// Why it is the slow one.
+    pub reason: Option<&'static str>,
+}
+
+/// A WireGuard peer.
+#[derive(Clone, Debug, Serialize)]
+pub struct PeerStatus {
+    /// The operator's name for it.
+    pub name: Option<String>,
+    /// Public key, base64.
+    pub public_key: String,
+    /// Where it is, as far as known.
+    pub endpoint: Option<SocketAddr>,
+    /// Overlay CIDRs that are this peer's.
+    pub allowed_ips: Vec<IpNet>,
+    /// When the last handshake completed, in seconds since the Unix epoch.
+    pub last_handshake: Option<u64>,
+    /// Underlay bytes received from it.
+    pub rx_bytes: u64,
+    /// Underlay bytes sent to it.
+    pub tx_bytes: u64,
+}
+
+/// A counter of a datapath.
+#[derive(Clone, Debug, Serialize)]
+pub struct Packets {
+    /// Program or chain.
+    pub program: &'static str,
+    /// Verdict.
+    pub verdict: &'static str,
+    /// Packets; a super-packet counts once.
+    pub packets: u64,
+    /// Bytes at the IP layer.
+    pub bytes: u64,
+}
+
+/// The engine.
+#[derive(Clone, Debug, Serialize)]
+pub struct EngineStatus {
+    /// Offloads in use.
+    pub features: Vec<&'static str>,
+    /// Worker threads.
+    pub workers: usize,
+    /// Counters by label.
+    pub counters: BTreeMap<&'static str, u64>,
+}
