@@ -9,7 +9,7 @@ pub mod kernel;
 
 use ipnet::IpNet;
 
-use crate::control::{Policy, Route};
+use crate::control::{Policy, Route, RouteMode};
 
 /// One way of carrying clear packets.
 pub trait Datapath: Send {
@@ -62,6 +62,20 @@ pub struct Spec {
     pub routes: Vec<Route>,
     /// What peers may reach.
     pub policy: Policy,
+}
+
+/// Why packets of `route` take the slow path although the eBPF datapath is there; `None`: they take
+/// the fast one. Both directions follow the same answer, so that a flow never changes its path.
+pub fn slow_reason(route: &Route, policy: &Policy) -> Option<&'static str> {
+    if route.mode == RouteMode::Stack {
+        Some("the route is marked for the kernel stack")
+    } else if route.snat {
+        Some("the kernel translates its sources")
+    } else if !policy.rules.is_empty() {
+        Some("the kernel applies the policy")
+    } else {
+        None
+    }
 }
 
 /// A network interface.
