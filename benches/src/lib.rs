@@ -1,1 +1,15 @@
-//! Benchmarks of Sluice.
+//! Benchmarks of Sluice: `cargo xtask bench`.
+//!
+//! A suite ([`case::Suite`]) is a list of cases; [`run`] measures them in interleaved rounds, and
+//! [`report`] writes, draws and compares what came out. docs/performance.md says what is measured
+//! and how, docs/bench-report.md documents `report.json`.
+
+pub mod case;
+pub mod cpu;
+pub mod host;
+pub mod report;
+pub mod run;
+pub mod stats;
+
+/// Every suite, in the order in which they run.
+pub const SUITES: &[case::SuiteEntry] = &[];

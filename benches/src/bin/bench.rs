@@ -1,0 +1,218 @@
+//! `cargo xtask bench`: runs suites, writes the report, compares it with an older one.
+//!
+//! Exit status: 0 all is well; 1 a result was wrong or something of ours broke; 2 the command line
+//! was wrong; 3 `--compare` found something of ours worse beyond the noise.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use benches::case::{Context, Effort, Failure, Outcome, SuiteEntry};
+use benches::cpu::{self, Cores};
+use benches::report::Report;
+use benches::run::{self, Progress, Step};
+use clap::Parser;
+
+/// Measures Sluice beside its peers.
+#[derive(Debug, Parser)]
+#[command(name = "bench", bin_name = "cargo xtask bench")]
+struct Arguments {
+    /// Suites to run; all of them if none is named. `--list` names them.
+    suites: Vec<String>,
+    /// List the suites and their cases, and what cannot be measured here and why.
+    #[arg(long)]
+    list: bool,
+    /// All suites in under three minutes, with less certain numbers.
+    #[arg(long)]
+    quick: bool,
+    /// One tiny round of each case, without a warm-up: proves that they work, measures nothing.
+    #[arg(long, conflicts_with_all = ["quick", "runs"])]
+    smoke: bool,
+    /// Rounds that count [default: 7, with --quick 3].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    runs: Option<u16>,
+    /// Where the report and the charts go.
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    out: PathBuf,
+    /// A report.json of an earlier run; prints what moved beyond the noise.
+    #[arg(long, value_name = "FILE")]
+    compare: Option<PathBuf>,
+}
+
+impl Arguments {
+    fn effort(&self) -> Effort {
+        match (self.smoke, self.quick) {
+            (true, _) => Effort::Smoke,
+            (_, true) => Effort::Quick,
+            _ => Effort::Full,
+        }
+    }
+
+    fn rounds(&self) -> usize {
+        match (self.runs, self.effort()) {
+            (Some(runs), _) => usize::from(runs),
+            (None, Effort::Smoke) => 1,
+            (None, Effort::Quick) => 3,
+            (None, Effort::Full) => 7,
+        }
+    }
+
+    fn entries(&self) -> anyhow::Result<Vec<&'static SuiteEntry>> {
+        if self.suites.is_empty() {
+            return Ok(benches::SUITES.iter().collect());
+        }
+        let find = |name: &String| {
+            let known = || benches::SUITES.iter().map(|s| s.name).collect::<Vec<_>>();
+            benches::SUITES
+                .iter()
+                .find(|s| s.name == name)
+                .with_context(|| format!("no suite {name}; there are: {}", known().join(", ")))
+        };
+        self.suites.iter().map(find).collect()
+    }
+}
+
+fn main() -> ExitCode {
+    match bench(&Arguments::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let entries = arguments.entries()?;
+    let context = Context {
+        effort: arguments.effort(),
+        sluice: sluice()?,
+        cores: Cores::choose()?,
+    };
+    cpu::adopt_orphans().context("become the parent of detached daemons")?;
+    if arguments.list {
+        return list(&entries, &context);
+    }
+    let compare = arguments.compare.as_deref().map(Report::read).transpose()?;
+    std::fs::create_dir_all(&arguments.out)
+        .with_context(|| format!("create {}", arguments.out.display()))?;
+
+    let started = Instant::now();
+    let mut report = run::start(&context, arguments.rounds());
+    for entry in entries {
+        let suite = (entry.build)(&context).with_context(|| format!("suite {}", entry.name))?;
+        let mut progress = Console::new();
+        run::measure(suite, !arguments.smoke, &mut report, &mut progress);
+    }
+    report.seconds = started.elapsed().as_secs_f64();
+    report.write(&arguments.out.join("report.json"))?;
+    drop(compare);
+    Ok(if report.failures().next().is_some() {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+/// The binary under test: `cargo xtask bench` builds it and says where it is.
+fn sluice() -> anyhow::Result<PathBuf> {
+    let Some(path) = std::env::var_os("SLUICE_BIN").map(PathBuf::from) else {
+        bail!("SLUICE_BIN does not say where sluice is; `cargo xtask bench` sets it");
+    };
+    path.canonicalize()
+        .with_context(|| format!("SLUICE_BIN is {}", path.display()))
+}
+
+fn list(entries: &[&SuiteEntry], context: &Context) -> anyhow::Result<ExitCode> {
+    for entry in entries {
+        println!("{}: {}", entry.name, entry.about);
+        let suite = (entry.build)(context).with_context(|| format!("suite {}", entry.name))?;
+        for id in suite.cases.iter().map(|c| c.id()) {
+            println!("  {}, {}", id.label(), id.implementation.name);
+        }
+        for skipped in &suite.skipped {
+            let id = &skipped.id;
+            println!(
+                "  {}, {}: not here: {}",
+                id.label(),
+                id.implementation.name,
+                skipped.why
+            );
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Progress on standard error: one line that changes on a terminal, one line per run elsewhere.
+struct Console {
+    terminal: bool,
+    started: Instant,
+}
+
+impl Console {
+    fn new() -> Self {
+        Self {
+            terminal: std::io::stderr().is_terminal(),
+            started: Instant::now(),
+        }
+    }
+
+    fn line(step: &Step<'_>) -> String {
+        let round = if step.round.warm_up {
+            "warm-up".to_owned()
+        } else {
+            format!("round {}/{}", step.round.index + 1, step.rounds)
+        };
+        format!(
+            "[{} {}/{}] {round}: {}, {}",
+            step.id.suite,
+            step.index + 1,
+            step.steps,
+            step.id.label(),
+            step.id.implementation.name
+        )
+    }
+}
+
+impl Progress for Console {
+    fn begin(&mut self, step: &Step<'_>) {
+        if self.terminal {
+            eprint!("\r\x1b[K{}", Self::line(step));
+            let _ = std::io::stderr().flush();
+        }
+    }
+
+    fn end(&mut self, step: &Step<'_>, took: Duration, outcome: &Result<Outcome, Failure>) {
+        let what = match outcome {
+            Ok(outcome) => match outcome.measurements.first() {
+                Some(m) => format!(
+                    "{} {} {}",
+                    m.metric,
+                    benches::report::number(m.value),
+                    m.unit
+                ),
+                None => "done".to_owned(),
+            },
+            Err(Failure::Unmeasured(why)) => format!("not measured: {why}"),
+            Err(Failure::Wrong(why)) => format!("WRONG: {why}"),
+            Err(Failure::Broken(error)) => format!("failed: {error:#}"),
+        };
+        let left = self.started.elapsed().as_secs_f64() / (step.index + 1) as f64
+            * (step.steps - step.index - 1) as f64;
+        let line = format!(
+            "{}: {what} ({:.1} s, about {left:.0} s left)",
+            Self::line(step),
+            took.as_secs_f64()
+        );
+        // A failure stays on the screen.
+        let (start, end) = match (self.terminal, outcome) {
+            (false, _) => ("", "\n"),
+            (true, Ok(_)) if step.index + 1 < step.steps => ("\r\x1b[K", ""),
+            (true, _) => ("\r\x1b[K", "\n"),
+        };
+        eprint!("{start}{line}{end}");
+        let _ = std::io::stderr().flush();
+    }
+}
