@@ -1,2 +1,57 @@
-//! `cargo xtask`: Sluice's automation.
-fn main() {}
+//! `cargo xtask`: Sluice's automation. `cargo xtask help` lists what it does; CONTRIBUTING.md says
+//! when to use which.
+
+mod apt;
+mod build;
+mod ci;
+mod demo;
+mod doctor;
+mod machine;
+mod probe;
+mod run;
+mod rust;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Sluice's automation: set-up, demo, tests and CI.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what this machine lacks to build Sluice and to run its lab.
+    Setup(setup::Args),
+    /// Tell what is present, missing or unsuitable on this machine, and the mend for each.
+    Doctor,
+    /// Show the main job on real packets, in network namespaces of its own (needs root).
+    Demo(demo::Args),
+    /// Run all tests; without root, the unit tests alone.
+    Test(test::Args),
+    /// Everything that must hold before a change lands: what `.ci/run` calls.
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().task {
+        Task::Setup(args) => setup::main(&args),
+        Task::Doctor => doctor::main(),
+        Task::Demo(args) => demo::main(&args),
+        Task::Test(args) => test::main(&args),
+        Task::Ci => ci::main(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! The distribution's packages, and how they are installed without leaving a service behind.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::machine::Purpose;
+use crate::run;
+
+/// A package of Debian and Ubuntu.
+pub(crate) struct Package {
+    /// Its name.
+    pub(crate) name: &'static str,
+    /// Programs or absolute paths any of which tells that it, or a stand-in, is there.
+    pub(crate) signs: &'static [&'static str],
+    /// What it does for Sluice.
+    pub(crate) why: &'static str,
+    /// What it is needed for.
+    pub(crate) purpose: Purpose,
+}
+
+const fn package(
+    purpose: Purpose,
+    name: &'static str,
+    signs: &'static [&'static str],
+    why: &'static str,
+) -> Package {
+    Package {
+        name,
+        signs,
+        why,
+        purpose,
+    }
+}
+
+/// Every package that Sluice's build, lab or CI uses.
+pub(crate) const PACKAGES: &[Package] = &[
+    package(Purpose::Build, "gcc", &["cc"], "compiles the cryptography"),
+    package(
+        Purpose::Build,
+        "libc6-dev",
+        &["/usr/include/stdio.h"],
+        "compiles the cryptography",
+    ),
+    package(Purpose::Lab, "iproute2", &["ip"], "builds the namespaces"),
+    package(Purpose::Lab, "iputils-ping", &["ping"], "pings in the lab"),
+    package(
+        Purpose::Lab,
+        "ethtool",
+        &["ethtool"],
+        "sets offloads in the lab",
+    ),
+    package(
+        Purpose::Lab,
+        "nftables",
+        &["nft"],
+        "shows that nothing is left behind",
+    ),
+    package(
+        Purpose::Lab,
+        "wireguard-tools",
+        &["wg"],
+        "sets up the lab's laptops",
+    ),
+    package(
+        Purpose::Lab,
+        "wireguard-go",
+        &["wireguard-go"],
+        "the laptops' WireGuard",
+    ),
+    package(Purpose::Lab, "iperf3", &["iperf3"], "measures throughput"),
+    package(
+        Purpose::Lab,
+        "curl",
+        &["curl"],
+        "downloads through the tunnel",
+    ),
+    package(
+        Purpose::Lab,
+        "tcpdump",
+        &["tcpdump"],
+        "shows packets of a failed test",
+    ),
+    package(
+        Purpose::Lab,
+        "postgresql",
+        &["/usr/lib/postgresql/*/bin/initdb"],
+        "the database behind the router",
+    ),
+    package(
+        Purpose::Ci,
+        "musl-tools",
+        &["musl-gcc"],
+        "compiles for the static binary",
+    ),
+    #[cfg(target_arch = "x86_64")]
+    package(
+        Purpose::Ci,
+        "gcc-aarch64-linux-gnu",
+        &["aarch64-linux-gnu-gcc"],
+        "compiles for aarch64",
+    ),
+    #[cfg(target_arch = "x86_64")]
+    package(
+        Purpose::Ci,
+        "libc6-dev-arm64-cross",
+        &["/usr/aarch64-linux-gnu/include/stdio.h"],
+        "compiles for aarch64",
+    ),
+    #[cfg(target_arch = "aarch64")]
+    package(
+        Purpose::Ci,
+        "gcc-x86-64-linux-gnu",
+        &["x86_64-linux-gnu-gcc"],
+        "compiles for x86-64",
+    ),
+    #[cfg(target_arch = "aarch64")]
+    package(
+        Purpose::Ci,
+        "libc6-dev-amd64-cross",
+        &["/usr/x86_64-linux-gnu/include/stdio.h"],
+        "compiles for x86-64",
+    ),
+    package(
+        Purpose::Comfort,
+        "bpftool",
+        &["bpftool"],
+        "lists loaded programs",
+    ),
+];
+
+/// Whether this is Debian or one of its children.
+pub(crate) fn is_here() -> bool {
+    run::which("apt-get").is_some()
+}
+
+/// Installs `needed`, and of `wanted` what the distribution has. Starts no service and leaves no
+/// database cluster behind that was not there before.
+pub(crate) fn install(needed: &[&str], wanted: &[&str]) -> Result<()> {
+    let _quiet = ServicesHeld::new()?;
+    let clusters = clusters();
+    // Stale lists name versions that the archive has no longer. An archive that does not answer
+    // need not be one of those that hold our packages.
+    if let Err(error) = run::long("package lists", apt_get().arg("update")) {
+        println!("  going on with the lists at hand: {error:#}");
+    }
+    run::long("packages", apt_get().arg("install").args(needed))?;
+    for package in wanted {
+        if let Err(error) = run::long("package", apt_get().args(["install", package])) {
+            println!("  {package} is only for comfort; going on without it: {error:#}");
+        }
+    }
+    for cluster in self::clusters().difference(&clusters) {
+        drop_cluster(cluster)?;
+    }
+    Ok(())
+}
+
+fn apt_get() -> Command {
+    let mut command = run::command("apt-get");
+    command
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .env("NEEDRESTART_SUSPEND", "1")
+        .args(["--yes", "--no-install-recommends"])
+        .args(["-o", "DPkg::Lock::Timeout=300"])
+        .args(["-o", "Dpkg::Options::=--force-confold"]);
+    command
+}
+
+/// PostgreSQL's clusters: one folder per version and name.
+fn clusters() -> BTreeSet<PathBuf> {
+    let folders = |path: &Path| -> Vec<PathBuf> {
+        path.read_dir()
+            .map(|entries| entries.flatten().map(|entry| entry.path()).collect())
+            .unwrap_or_default()
+    };
+    folders(Path::new("/etc/postgresql"))
+        .iter()
+        .flat_map(|version| folders(version))
+        .collect()
+}
+
+/// The package makes a cluster that would start with the machine. The lab makes its own.
+fn drop_cluster(folder: &Path) -> Result<()> {
+    let names: Vec<_> = folder.iter().rev().take(2).collect();
+    let [name, version] = names[..] else {
+        bail!("odd cluster folder {}", folder.display());
+    };
+    run::long(
+        "remove the cluster that the package made",
+        run::command("pg_dropcluster")
+            .arg("--stop")
+            .args([version, name]),
+    )
+}
+
+/// Keeps packages from starting services, by the policy file that Debian defines for it.
+struct ServicesHeld {
+    ours: bool,
+}
+
+impl ServicesHeld {
+    const FILE: &str = "/usr/sbin/policy-rc.d";
+    const MARK: &str = "# Sluice's set-up: no service starts while it installs packages.";
+
+    fn new() -> Result<Self> {
+        let file = Path::new(Self::FILE);
+        if fs::read_to_string(file).is_ok_and(|text| !text.contains(Self::MARK)) {
+            return Ok(Self { ours: false });
+        }
+        // The file disarms itself with our process, should that be killed before it can tidy up.
+        let text = format!(
+            "#!/bin/sh\n{}\n[ -d /proc/{} ] && exit 101\nexit 0\n",
+            Self::MARK,
+            std::process::id()
+        );
+        fs::write(file, text)
+            .and_then(|()| fs::set_permissions(file, fs::Permissions::from_mode(0o755)))
+            .context(Self::FILE)?;
+        Ok(Self { ours: true })
+    }
+}
+
+impl Drop for ServicesHeld {
+    fn drop(&mut self) {
+        if self.ours
+            && let Err(error) = fs::remove_file(Self::FILE)
+        {
+            eprintln!("{}: {error}", Self::FILE);
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! `cargo xtask ci`: everything that must hold before a change lands, on a clean clone.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use crate::{demo, machine, run, setup, test};
+
+/// Runs the task: every step even after one has failed, so that one run shows everything; but
+/// nothing without set-up.
+pub(crate) fn main() -> Result<ExitCode> {
+    let mut steps = Steps::default();
+    steps.run("set-up", || setup::ensure(setup::CI));
+    if steps.failed() {
+        return Ok(steps.end());
+    }
+    steps.run("format", || {
+        run::show(run::cargo().args(["fmt", "--all", "--check"]))
+    });
+    steps.run("lints", || {
+        run::show(run::cargo().args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ]))
+    });
+    steps.run("lints, eBPF", lint_programs);
+    steps.run("documentation", || {
+        run::show(
+            run::cargo()
+                .args([
+                    "doc",
+                    "--workspace",
+                    "--no-deps",
+                    "--document-private-items",
+                ])
+                .env("RUSTDOCFLAGS", "-D warnings"),
+        )
+    });
+    // Advisories are left out: their database comes from a git host that a builder may not reach,
+    // and a new advisory is no fault of the change under test.
+    steps.run("licences, sources", || {
+        run::show(run::cargo().args(["deny", "check", "licenses", "bans", "sources"]))
+    });
+    steps.run("tests", || passed("tests", test::all(false, None)?));
+    steps.run("demo", || passed("the demo", demo::run(&[])?));
+    steps.run("static binary", || {
+        run::show(run::cargo().args([
+            "build",
+            "--package",
+            "router",
+            "--target",
+            &machine::musl_target(),
+        ]))
+    });
+    steps.run("other processor", || {
+        run::show(run::cargo().args([
+            "check",
+            "--package",
+            "router",
+            "--target",
+            &machine::other_target(),
+        ]))
+    });
+    Ok(steps.end())
+}
+
+/// The eBPF programs' lints. A folder of its own: RUSTC_BOOTSTRAP would have cargo rebuild what the
+/// other steps share.
+fn lint_programs() -> Result<()> {
+    run::show(
+        run::cargo()
+            .args([
+                "clippy",
+                "--package",
+                "router-ebpf",
+                "--target",
+                "bpfel-unknown-none",
+            ])
+            .args(["-Z", "build-std=core", "--target-dir", "target/ebpf-lints"])
+            .args(["--", "-D", "warnings"])
+            .env("RUSTC_BOOTSTRAP", "1"),
+    )
+}
+
+fn passed(what: &str, code: ExitCode) -> Result<()> {
+    if code == ExitCode::SUCCESS {
+        return Ok(());
+    }
+    bail!("{what} failed")
+}
+
+/// The steps taken so far.
+#[derive(Default)]
+struct Steps {
+    taken: Vec<(&'static str, Duration, Result<()>)>,
+}
+
+impl Steps {
+    fn run(&mut self, name: &'static str, step: impl FnOnce() -> Result<()>) {
+        println!("\n== {name}");
+        let started = Instant::now();
+        let result = step();
+        if let Err(error) = &result {
+            println!("== {name} FAILED: {error:#}");
+        }
+        self.taken.push((name, started.elapsed(), result));
+    }
+
+    fn failed(&self) -> bool {
+        self.taken.iter().any(|(_, _, result)| result.is_err())
+    }
+
+    fn end(&self) -> ExitCode {
+        println!("\n{:<20} {:>8}  result", "step", "seconds");
+        for (name, time, result) in &self.taken {
+            let word = if result.is_ok() { "ok" } else { "FAILED" };
+            println!("{name:<20} {:>8.1}  {word}", time.as_secs_f64());
+        }
+        let total: Duration = self.taken.iter().map(|(_, time, _)| *time).sum();
+        println!("{:<20} {:>8.1}", "total", total.as_secs_f64());
+        if self.failed() {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
+        }
+    }
+}

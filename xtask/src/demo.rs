@@ -1,0 +1,37 @@
+//! `cargo xtask demo`: builds the router and the lab's demo, and runs it.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+
+use crate::{build, machine, run, setup};
+
+/// Options of `demo`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Passed on to the demo: `--keep` leaves the lab up and prints commands to try by hand.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    rest: Vec<String>,
+}
+
+/// Runs the task. The exit status is the demo's.
+pub(crate) fn main(args: &Args) -> Result<ExitCode> {
+    machine::need_root("demo")?;
+    setup::ensure(setup::LAB)?;
+    run(&args.rest)
+}
+
+/// Builds and runs the demo, without set-up.
+pub(crate) fn run(options: &[String]) -> Result<ExitCode> {
+    build::programs()?;
+    let mut demo = run::command(build::program("demo")?);
+    demo.args(options)
+        .env("SLUICE_BIN", build::program("sluice")?);
+    println!("> {}", run::line(&demo));
+    let status = demo.status().context("cannot run the demo")?;
+    Ok(match status.code() {
+        Some(0) => ExitCode::SUCCESS,
+        Some(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        None => ExitCode::FAILURE,
+    })
+}
