@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::{build, machine, run, setup};
 
@@ -23,15 +23,9 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
 
 /// Builds and runs the demo, without set-up.
 pub(crate) fn run(options: &[String]) -> Result<ExitCode> {
-    build::programs()?;
-    let mut demo = run::command(build::program("demo")?);
+    let programs = build::programs(&["sluice", "demo"])?;
+    let mut demo = run::command(programs.join("demo"));
     demo.args(options)
-        .env("SLUICE_BIN", build::program("sluice")?);
-    println!("> {}", run::line(&demo));
-    let status = demo.status().context("cannot run the demo")?;
-    Ok(match status.code() {
-        Some(0) => ExitCode::SUCCESS,
-        Some(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
-        None => ExitCode::FAILURE,
-    })
+        .env("SLUICE_BIN", programs.join("sluice"));
+    run::status(&mut demo)
 }

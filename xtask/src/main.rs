@@ -2,11 +2,13 @@
 //! when to use which.
 
 mod apt;
+mod bench;
 mod build;
 mod ci;
 mod demo;
 mod doctor;
 mod machine;
+mod peers;
 mod probe;
 mod run;
 mod rust;
@@ -35,6 +37,8 @@ enum Task {
     Demo(demo::Args),
     /// Run all tests; without root, the unit tests alone.
     Test(test::Args),
+    /// Measure Sluice beside its peers (needs root).
+    Bench(bench::Args),
     /// Everything that must hold before a change lands: what `.ci/run` calls.
     Ci,
 }
@@ -45,6 +49,7 @@ fn main() -> ExitCode {
         Task::Doctor => doctor::main(),
         Task::Demo(args) => demo::main(&args),
         Task::Test(args) => test::main(&args),
+        Task::Bench(args) => bench::main(&args),
         Task::Ci => ci::main(),
     };
     match result {

@@ -5,7 +5,7 @@ use std::env;
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -92,6 +92,16 @@ pub(crate) fn show(command: &mut Command) -> Result<()> {
         .status()
         .with_context(|| format!("cannot run `{}`", line(command)))?;
     check(command, status)
+}
+
+/// Runs a program whose own output the reader should see, and passes its exit status on.
+pub(crate) fn status(command: &mut Command) -> Result<ExitCode> {
+    println!("> {}", line(command));
+    let status = command
+        .status()
+        .with_context(|| format!("cannot run `{}`", line(command)))?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// Runs a program and returns its standard output.

@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
-use crate::apt;
 use crate::machine::{self, Mend, Need, Purpose};
 use crate::rust::{self, Toolchain};
+use crate::{apt, peers};
 
 /// Options of `setup`.
 #[derive(clap::Args)]
@@ -18,8 +18,13 @@ pub(crate) struct Args {
     /// Also what `cargo xtask ci` needs: other targets' compilers, cargo-deny.
     #[arg(long)]
     ci: bool,
+    /// Also the routers that `cargo xtask bench` compares with.
+    #[arg(long, conflicts_with = "check")]
+    peers: bool,
 }
 
+/// What the build needs.
+pub(crate) const BUILD: &[Purpose] = &[Purpose::Build];
 /// What the lab and the build need.
 pub(crate) const LAB: &[Purpose] = &[Purpose::Build, Purpose::Lab, Purpose::Comfort];
 /// What `ci` needs.
@@ -30,6 +35,9 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let purposes = if args.ci { CI } else { LAB };
     if !args.check {
         ensure(purposes)?;
+        if args.peers {
+            peers::run()?;
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let lacking = lacking(&Toolchain::read()?, purposes);

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: all tests, and one line that sums them up.
 
 use std::env;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
@@ -19,19 +19,27 @@ pub(crate) struct Args {
 
 /// Runs the task. The exit status is 0 only if every test that ran passed.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
-    setup::ensure(setup::LAB)?;
+    let units = args.unit || skips_lab();
+    setup::ensure(if units { setup::BUILD } else { setup::LAB })?;
     all(args.unit, args.filter.as_deref())
+}
+
+/// In CI a missing right is a failure of its own, and the tests say so.
+fn skips_lab() -> bool {
+    !machine::is_root() && env::var_os("CI").is_none()
 }
 
 /// Builds and runs the tests, without set-up.
 pub(crate) fn all(unit: bool, filter: Option<&str>) -> Result<ExitCode> {
-    // In CI a missing right is a failure of its own, and the tests say so.
-    let skip_lab = !unit && !machine::is_root() && env::var_os("CI").is_none();
+    let skip_lab = !unit && skips_lab();
     let mut tally = Tally::default();
-    if !unit && !skip_lab {
-        build::tests()?;
+    let mut tests = run::cargo();
+    tests.args(["test", "--workspace", "--no-fail-fast"]);
+    if unit || skip_lab {
+        tests.args(["--lib", "--bins"]);
+    } else {
+        tests.env("SLUICE_BIN", build::tests()?);
     }
-    let mut tests = tests(unit || skip_lab);
     if let Some(filter) = filter {
         tests.args(["--", filter]);
     }
@@ -56,17 +64,6 @@ pub(crate) fn all(unit: bool, filter: Option<&str>) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
-}
-
-fn tests(unit: bool) -> Command {
-    let mut tests = run::cargo();
-    tests.args(["test", "--workspace", "--no-fail-fast"]);
-    if unit {
-        tests.args(["--lib", "--bins"]);
-    } else if let Ok(router) = build::program("sluice") {
-        tests.env("SLUICE_BIN", router);
-    }
-    tests
 }
 
 /// How many tests the lab has that `filter` picks.
