@@ -1,1 +1,4 @@
-//! Integration tests.
+//! Integration tests, in one binary. Most need root: see `lab::test`.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod lab_itself;

@@ -1,0 +1,35 @@
+//! Waiting for a condition with a deadline; nothing in the lab sleeps and hopes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Asks `probe` again and again until it yields something, at most for `timeout`. `what` completes
+/// the sentence "waited 5s for …".
+pub fn poll<T>(
+    timeout: Duration,
+    what: &str,
+    mut probe: impl FnMut() -> Option<T>,
+) -> anyhow::Result<T> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        if let Some(found) = probe() {
+            return Ok(found);
+        }
+        if Instant::now() >= deadline {
+            bail!("waited {timeout:?} in vain for {what}");
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// Waits until `condition` holds, at most for `timeout`.
+pub fn wait_until(
+    timeout: Duration,
+    what: &str,
+    mut condition: impl FnMut() -> bool,
+) -> anyhow::Result<()> {
+    poll(timeout, what, || condition().then_some(()))
+}

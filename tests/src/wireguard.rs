@@ -1,0 +1,167 @@
+//! WireGuard clients: Debian's wireguard-go, configured by `wg`.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::command::{Cmd, Process};
+use crate::topology::Host;
+
+/// A WireGuard key pair, both halves in base64.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Keypair {
+    /// The private key. A lab's keys protect nothing.
+    pub private: String,
+    /// The public key.
+    pub public: String,
+}
+
+impl Keypair {
+    /// A fresh one.
+    pub fn generate() -> anyhow::Result<Self> {
+        let private = Cmd::new(["wg", "genkey"]).run()?.trim().to_owned();
+        let public = Cmd::new(["wg", "pubkey"]).stdin(&*private).run()?;
+        Ok(Self {
+            private,
+            public: public.trim().to_owned(),
+        })
+    }
+}
+
+/// A tunnel end to be brought up.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Tunnel {
+    private: String,
+    port: u16,
+    mtu: u32,
+    addresses: Vec<String>,
+    peers: Vec<Peer>,
+}
+
+#[derive(Clone, Debug)]
+struct Peer {
+    public: String,
+    endpoint: Option<SocketAddr>,
+    allowed: Vec<String>,
+}
+
+impl Tunnel {
+    /// An end with this key, MTU 1420, on port 51820.
+    pub fn new(key: &Keypair) -> Self {
+        Self {
+            private: key.private.clone(),
+            port: 51820,
+            mtu: 1420,
+            addresses: Vec::new(),
+            peers: Vec::new(),
+        }
+    }
+
+    /// Adds a tunnel address with its prefix length.
+    pub fn address(mut self, address: &str) -> Self {
+        self.addresses.push(address.to_owned());
+        self
+    }
+
+    /// Sets the MTU in bytes.
+    pub fn mtu(mut self, mtu: u32) -> Self {
+        self.mtu = mtu;
+        self
+    }
+
+    /// Adds a peer. Its allowed IPs get routes into the tunnel.
+    pub fn peer<'a>(
+        mut self,
+        public: &str,
+        endpoint: impl Into<Option<SocketAddr>>,
+        allowed: impl IntoIterator<Item = &'a str>,
+    ) -> Self {
+        self.peers.push(Peer {
+            public: public.to_owned(),
+            endpoint: endpoint.into(),
+            allowed: allowed.into_iter().map(str::to_owned).collect(),
+        });
+        self
+    }
+
+    /// The form that `wg setconf` reads.
+    fn to_conf(&self) -> String {
+        let mut conf = format!(
+            "[Interface]\nPrivateKey = {}\nListenPort = {}\n",
+            self.private, self.port
+        );
+        for peer in &self.peers {
+            conf += &format!(
+                "[Peer]\nPublicKey = {}\nAllowedIPs = {}\n",
+                peer.public,
+                peer.allowed.join(", ")
+            );
+            if let Some(endpoint) = peer.endpoint {
+                conf += &format!("Endpoint = {endpoint}\n");
+            }
+        }
+        conf
+    }
+}
+
+/// A running wireguard-go.
+#[derive(Debug)]
+#[must_use = "the tunnel goes when this is dropped"]
+pub struct Wireguard {
+    process: Process,
+    device: String,
+    host: Host,
+}
+
+impl Host {
+    /// Brings up a tunnel end.
+    pub fn wireguard_go(&self, tunnel: &Tunnel) -> anyhow::Result<Wireguard> {
+        let device = self.tunnel_name();
+        let command = self
+            .command(["wireguard-go", "--foreground", &device])
+            .env("LOG_LEVEL", "error");
+        let mut process = self.spawn("wireguard-go", command)?;
+        // It answers `wg` some time after it has started, and only then is its device there.
+        process.ready(Duration::from_secs(10), "the device to answer `wg`", || {
+            self.run(["wg", "show", &device]).is_ok()
+        })?;
+        self.command(["wg", "setconf", &device, "/dev/stdin"])
+            .stdin(tunnel.to_conf())
+            .run()?;
+        self.ip(&format!("link set {device} mtu {} up", tunnel.mtu))?;
+        for address in &tunnel.addresses {
+            self.ip(&format!("address add {address} dev {device}"))?;
+        }
+        for cidr in tunnel.peers.iter().flat_map(|peer| &peer.allowed) {
+            self.ip(&format!("route replace {cidr} dev {device}"))?;
+        }
+        Ok(Wireguard {
+            process,
+            device,
+            host: self.clone(),
+        })
+    }
+}
+
+impl Wireguard {
+    /// The name of its device.
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
+    /// Whether the handshake with a peer has completed.
+    pub fn has_handshake(&self, public: &str) -> anyhow::Result<bool> {
+        let table = self
+            .host
+            .run(["wg", "show", &self.device, "latest-handshakes"])?;
+        Ok(table
+            .lines()
+            .filter_map(|line| line.split_once('\t'))
+            .any(|(key, time)| key == public && time != "0"))
+    }
+
+    /// What it has printed.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+}
