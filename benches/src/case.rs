@@ -277,14 +277,23 @@ pub enum ChartKind {
 /// A chart that a suite wants drawn of its results.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Chart {
-    /// File name without extension, unique among all suites, e.g. `wireguard-cpu`.
+    /// File name without extension, e.g. `wireguard-cpu`. The suite's name, a hyphen, and a name
+    /// that is unique within it.
     pub name: String,
-    /// Title, which says what is good: `Router CPU per gigabyte (less is better)`.
+    /// Title, which says what is good: `Router CPU per gigabyte (less is better)`. The unit is
+    /// appended.
     pub title: String,
     /// The metric that is drawn.
     pub metric: &'static str,
     /// Bars or lines.
     pub kind: ChartKind,
+}
+
+impl Chart {
+    /// The suite whose results it draws.
+    pub(crate) fn suite(&self) -> &str {
+        self.name.split('-').next().unwrap_or_default()
+    }
 }
 
 /// The cases of one suite.

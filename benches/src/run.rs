@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::case::{Case, CaseId, Context, Failure, Outcome, Round, Skipped, Suite};
+use crate::case::{Case, CaseId, Chart, Context, Failure, Outcome, Round, Skipped, Suite};
 use crate::cpu::{Snapshot, Usage};
 use crate::host::{self, Host};
 use crate::report::{Measured, Missing, MissingKind, Report, SCHEMA, Verdicts};
@@ -57,13 +57,17 @@ struct Running {
 
 /// Measures `suite` and adds what came out to `report`: one round that warms up and does not
 /// count, then `report.rounds` rounds, each of every case once. A case that fails is not run
-/// again.
-pub fn measure(suite: Suite, warm_up: bool, report: &mut Report, progress: &mut dyn Progress) {
+/// again. Returns the charts that the suite wants drawn.
+pub fn measure(
+    suite: Suite,
+    warm_up: bool,
+    report: &mut Report,
+    progress: &mut dyn Progress,
+) -> Vec<Chart> {
     for Skipped { id, why } in suite.skipped {
         let kind = MissingKind::Skipped;
         report.missing.push(Missing { id, kind, why });
     }
-    let reference = suite.reference;
     let mut running: Vec<Running> = suite
         .cases
         .into_iter()
@@ -102,9 +106,10 @@ pub fn measure(suite: Suite, warm_up: bool, report: &mut Report, progress: &mut 
     for one in running {
         one.finish(report);
     }
-    if let (Some(suite), Some(reference)) = (name, reference) {
-        report.divide_by(&suite, &reference);
+    if let (Some(name), Some(reference)) = (name, suite.reference) {
+        report.divide_by(&name, &reference);
     }
+    suite.charts
 }
 
 impl Running {

@@ -4,16 +4,20 @@
 //! was wrong; 3 `--compare` found something of ours worse beyond the noise.
 
 use std::io::{IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use benches::case::{Context, Effort, Failure, Outcome, SuiteEntry};
+use benches::case::{Chart, Context, Effort, Failure, Outcome, SuiteEntry};
 use benches::cpu::{self, Cores};
-use benches::report::Report;
+use benches::report::compare::Comparison;
+use benches::report::{Report, chart, table};
 use benches::run::{self, Progress, Step};
 use clap::Parser;
+
+/// Exit status when `--compare` found something of ours worse.
+const WORSE: u8 = 3;
 
 /// Measures Sluice beside its peers.
 #[derive(Debug, Parser)]
@@ -101,19 +105,54 @@ fn bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 
     let started = Instant::now();
     let mut report = run::start(&context, arguments.rounds());
+    let mut charts = Vec::new();
     for entry in entries {
         let suite = (entry.build)(&context).with_context(|| format!("suite {}", entry.name))?;
         let mut progress = Console::new();
-        run::measure(suite, !arguments.smoke, &mut report, &mut progress);
+        let warm_up = !arguments.smoke;
+        charts.extend(run::measure(suite, warm_up, &mut report, &mut progress));
     }
     report.seconds = started.elapsed().as_secs_f64();
-    report.write(&arguments.out.join("report.json"))?;
-    drop(compare);
-    Ok(if report.failures().next().is_some() {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    let drawn = write(&report, &charts, &arguments.out)?;
+    print!("{}", table::text(&report));
+    println!(
+        "{}: report.json, report.md and {drawn} charts; {:.0} s",
+        arguments.out.display(),
+        report.seconds
+    );
+
+    let comparison = compare.map(|old| Comparison::of(&old, &report));
+    if let Some(comparison) = &comparison {
+        print!("\n{}", comparison.text());
+    }
+    let failures = report.failures().count();
+    if failures > 0 {
+        println!("{failures} cases are broken or wrong: the run fails");
+        return Ok(ExitCode::FAILURE);
+    }
+    if comparison.is_some_and(|c| c.worse()) {
+        return Ok(ExitCode::from(WORSE));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes the report in all its forms; returns how many charts there are.
+fn write(report: &Report, charts: &[Chart], out: &Path) -> anyhow::Result<usize> {
+    report.write(&out.join("report.json"))?;
+    let write = |name: &str, text: &str| {
+        let path = out.join(name);
+        std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    };
+    let mut drawn = Vec::new();
+    for chart in charts {
+        if let Some(svg) = chart::svg(report, chart) {
+            let file = format!("{}.svg", chart.name);
+            write(&file, &svg)?;
+            drawn.push((file, chart.title.clone()));
+        }
+    }
+    write("report.md", &table::markdown(report, &drawn))?;
+    Ok(drawn.len())
 }
 
 /// The binary under test: `cargo xtask bench` builds it and says where it is.

@@ -3,6 +3,10 @@
 //! The JSON schema is documented in docs/bench-report.md; whoever changes a field here changes it
 //! there, and [`SCHEMA`] if an older reader would misread it.
 
+pub mod chart;
+pub mod compare;
+pub mod table;
+
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -201,8 +205,143 @@ pub fn number(value: f64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use crate::case::{At, Implementation};
+    use crate::cpu::Cores;
+    use crate::host::Nic;
+
+    fn implementation(name: &str, version: &str, ours: bool) -> Implementation {
+        Implementation {
+            name: name.to_owned(),
+            version: version.to_owned(),
+            ours,
+        }
+    }
+
+    /// A report with something of everything.
+    pub(crate) fn sample() -> Report {
+        let ours = implementation("sluice", "0.1.0", true);
+        let kernel = implementation("kernel", "6.18", false);
+        let result = |suite: &str, case: &str, by: &Implementation, value: f64| Measured {
+            id: CaseId::new(suite, case, by.clone()),
+            metric: "rate".to_owned(),
+            unit: "packets/s".to_owned(),
+            better: Better::Higher,
+            runs: vec![value, value * 0.95, value * 1.05],
+            summary: Summary {
+                median: value,
+                min: value * 0.95,
+                max: value * 1.05,
+            },
+            ratio: None,
+            foreign: 0.0,
+        };
+        let mut results = vec![
+            result("clear", "small-up", &ours, 2e6),
+            result("clear", "small-up", &kernel, 1e6),
+        ];
+        results[0].foreign = 0.5;
+        for value in [1, 1000, 1_000_000] {
+            let mut point = result("scale", "flows", &ours, 1e6 / (1.0 + value as f64 / 1e6));
+            point.id.at = Some(At {
+                axis: "flows".to_owned(),
+                value,
+            });
+            results.push(point);
+        }
+        let mut report = Report {
+            schema: SCHEMA,
+            commit: "0123456789ab".to_owned(),
+            started: "2026-11-21T10:00:00Z".to_owned(),
+            seconds: 12.5,
+            effort: Effort::Quick,
+            rounds: 3,
+            host: Host {
+                kernel: "6.18.0".to_owned(),
+                arch: "x86_64".to_owned(),
+                cpu: "Some <CPU> & more".to_owned(),
+                cpus: 2,
+                memory_mib: 4000,
+                machine: String::new(),
+                virtual_machine: true,
+                cores: Cores {
+                    router: 1,
+                    ends: vec![0],
+                },
+                nics: vec![Nic {
+                    name: "eth0".to_owned(),
+                    driver: "virtio_net".to_owned(),
+                    mtu: 1500,
+                    offloads: [("tso".to_owned(), true)].into(),
+                }],
+            },
+            results,
+            verdicts: vec![Verdicts {
+                id: CaseId::new("mtu", "mtu-1420", ours),
+                runs: vec![Verdict::Pass, Verdict::Stall],
+                worst: Verdict::Stall,
+            }],
+            missing: vec![Missing {
+                id: CaseId::new("clear", "large-up", kernel),
+                kind: MissingKind::Unmeasured,
+                why: "no room".to_owned(),
+            }],
+        };
+        report.divide_by("clear", "kernel");
+        report
+    }
+
+    #[test]
+    fn a_report_survives_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("report.json");
+        sample().write(&path).unwrap();
+        assert_eq!(Report::read(&path).unwrap(), sample());
+    }
+
+    #[test]
+    fn a_foreign_or_newer_file_is_refused_with_a_sentence() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("report.json");
+        let refused = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            format!("{:#}", Report::read(&path).unwrap_err())
+        };
+        assert!(refused("{}").contains("is not a report of the bench"));
+        assert!(refused("{\"schema\": 99}").contains("has schema 99, this bench reads"));
+        assert!(refused("{\"schema\": 1}").contains("is damaged"));
+    }
+
+    /// The names that docs/bench-report.md promises.
+    #[test]
+    fn the_schema_is_as_documented() {
+        let json = serde_json::to_value(sample()).unwrap();
+        let doc = include_str!("../../../docs/bench-report.md");
+        let mut names = Vec::new();
+        fn collect(value: &serde_json::Value, names: &mut Vec<String>) {
+            match value {
+                serde_json::Value::Object(map) => {
+                    for (name, value) in map {
+                        names.push(name.clone());
+                        if name != "offloads" {
+                            collect(value, names);
+                        }
+                    }
+                }
+                serde_json::Value::Array(list) => list.iter().for_each(|v| collect(v, names)),
+                _ => {}
+            }
+        }
+        collect(&json, &mut names);
+        for name in names {
+            assert!(
+                doc.contains(&format!("`{name}`")),
+                "{name} is not documented"
+            );
+        }
+        assert!(doc.contains(&format!("schema {SCHEMA}")));
+    }
 
     #[test]
     fn numbers() {
