@@ -6,6 +6,7 @@
 
 pub mod case;
 pub mod cpu;
+pub mod generator;
 pub mod host;
 pub mod report;
 pub mod run;
