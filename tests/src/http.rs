@@ -1,8 +1,10 @@
 //! As much HTTP as the lab needs. `GET /` greets, `GET /bytes/N` yields N bytes of a known pattern,
 //! `PUT /` takes bytes and says whether they are that pattern.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -53,6 +55,17 @@ fn intact(body: &[u8], len: usize) -> anyhow::Result<()> {
     }
 }
 
+/// Fetches a path from a local socket, e.g. the daemon's.
+pub fn get_local(socket: &Path, path: &str) -> anyhow::Result<Vec<u8>> {
+    let exchange = || {
+        let stream = UnixStream::connect(socket)?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        stream.set_write_timeout(Some(TIMEOUT))?;
+        talk(stream, "local", "GET", path, &[])
+    };
+    exchange().with_context(|| format!("GET {path} from {}", socket.display()))
+}
+
 fn request(
     host: &Host,
     server: SocketAddr,
@@ -60,26 +73,36 @@ fn request(
     path: &str,
     body: &[u8],
 ) -> anyhow::Result<Vec<u8>> {
-    let exchange = || -> anyhow::Result<Vec<u8>> {
-        let mut stream = host.tcp_connect(server, TIMEOUT)?;
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nhost: {server}\r\nconnection: close\r\n\
-             content-length: {}\r\n\r\n",
-            body.len()
-        );
-        stream.write_all(head.as_bytes())?;
-        stream.write_all(body)?;
-        let mut stream = BufReader::new(stream);
-        let (first, len) = read_head(&mut stream)?;
-        let body = read_body(&mut stream, len)?;
-        ensure!(
-            first.contains(" 200 "),
-            "{first}: {}",
-            String::from_utf8_lossy(&body)
-        );
-        Ok(body)
+    let exchange = || {
+        let stream = host.tcp_connect(server, TIMEOUT)?;
+        talk(stream, &server.to_string(), method, path, body)
     };
     exchange().with_context(|| format!("{}: {method} http://{server}{path}", host.name()))
+}
+
+fn talk(
+    mut stream: impl Read + Write,
+    server: &str,
+    method: &str,
+    path: &str,
+    body: &[u8],
+) -> anyhow::Result<Vec<u8>> {
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: {server}\r\nconnection: close\r\n\
+         content-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes())?;
+    stream.write_all(body)?;
+    let mut stream = BufReader::new(stream);
+    let (first, len) = read_head(&mut stream)?;
+    let body = read_body(&mut stream, len)?;
+    ensure!(
+        first.contains(" 200 "),
+        "{first}: {}",
+        String::from_utf8_lossy(&body)
+    );
+    Ok(body)
 }
 
 /// Answers one request.

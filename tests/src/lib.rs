@@ -21,11 +21,14 @@
 
 mod capture;
 mod command;
+mod footprint;
 pub mod http;
 mod netns;
 pub mod packet;
 pub mod requirements;
 mod server;
+pub mod site;
+pub mod sluice;
 mod sweep;
 mod topology;
 mod wait;
@@ -33,6 +36,7 @@ mod wireguard;
 
 pub use capture::Capture;
 pub use command::{Cmd, Output, Process};
+pub use footprint::Footprint;
 pub use server::Server;
 pub use sweep::{remove_kept, remove_own, sweep, traces};
 pub use topology::{Host, Lab, Port, has_netem};

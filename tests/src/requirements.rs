@@ -49,7 +49,6 @@ pub const REQUIREMENTS: &[Requirement] = &[
     tests("ping", "iputils-ping"),
     tests("ethtool", "ethtool"),
     tests("nft", "nftables"),
-    tests("bpftool", "bpftool"),
     tests("wireguard-go", "wireguard-go"),
     tests("wg", "wireguard-tools"),
     demo("nginx", "nginx"),

@@ -1,10 +1,12 @@
 //! The lab without Sluice: what the other tests rest on.
 
+use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use lab::site::{self, Arms, Site};
 use lab::{Host, Keypair, Lab, Tunnel, http, packet, poll, wait_until};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -198,8 +200,11 @@ fn two_wireguard_go_ends_carry_traffic_through_a_gateway() {
             echoes(&a, format!("{address}:7").parse()?, 5_000)?;
         }
         assert!(at_a.has_handshake(&key_b.public)?);
-        let clear = underlay.drain(|p| (p.protocol != packet::UDP).then_some(p.protocol));
-        assert_eq!(clear, [0; 0], "only the tunnel's datagrams are on the wire");
+        let ports = underlay.drain(|p| p.ports().map(|ports| (p.protocol, ports)));
+        assert!(!ports.is_empty());
+        for seen in ports {
+            assert_eq!(seen, (packet::UDP, (51820, 51820)), "the tunnel alone");
+        }
         Ok(())
     });
 }
@@ -297,15 +302,13 @@ fn has_ended(pid: &str) -> bool {
 
 const VICTIM: &str = "SLUICE_LAB_VICTIM";
 
-#[test]
-#[ignore = "no test of its own: the run that the next one kills"]
-fn victim() {
-    let report = std::env::var_os(VICTIM).expect("a file for the lab's id");
+/// The run that gets killed: it tells the id of its lab, and then waits.
+fn victim(report: &OsStr) {
     lab::test(|lab| {
         let (a, _) = pair(lab)?;
         let _litter = litter(&a)?;
         let _tunnel = a.wireguard_go(&Tunnel::new(&Keypair::generate()?))?;
-        std::fs::write(&report, lab.id())?;
+        std::fs::write(report, lab.id())?;
         loop {
             std::thread::park();
         }
@@ -314,11 +317,17 @@ fn victim() {
 
 #[test]
 fn the_next_run_removes_what_a_killed_one_left() {
+    if let Some(report) = std::env::var_os(VICTIM) {
+        return victim(&report);
+    }
     lab::test(|lab| {
         pair(lab)?;
         let report = lab.folder().join("victim");
         let mut victim = Command::new(std::env::current_exe()?)
-            .args(["--exact", "--ignored", "lab_itself::victim"])
+            .args([
+                "--exact",
+                "lab_itself::the_next_run_removes_what_a_killed_one_left",
+            ])
             .env(VICTIM, &report)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -338,6 +347,59 @@ fn the_next_run_removes_what_a_killed_one_left() {
         lab::sweep()?;
         assert_eq!(lab::traces(&id), [""; 0]);
         assert!(!lab::traces(lab.id()).is_empty(), "ours is alive");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_footprint_shows_what_was_left() {
+    lab::test(|lab| {
+        let (a, _) = pair(lab)?;
+        let before = a.footprint()?;
+        assert_eq!(before.difference(&a.footprint()?), [""; 0]);
+        a.ip("rule add priority 99 lookup 99")?;
+        a.ip("route add 10.0.0.0/8 via 192.0.2.2 table 99")?;
+        a.sysctl("net/ipv4/conf/eth0/forwarding", "1")?;
+        a.command(["nft", "add", "table", "inet", "left"]).run()?;
+        let left = before.difference(&a.footprint()?).join("\n");
+        for part in [
+            "lookup 99",
+            "10.0.0.0/8",
+            "eth0/forwarding: + 1",
+            "inet left",
+        ] {
+            assert!(left.contains(part), "{part} is missing in:\n{left}");
+        }
+        a.ip("rule delete priority 99")?;
+        a.ip("route flush table 99")?;
+        a.sysctl("net/ipv4/conf/eth0/forwarding", "0")?;
+        a.command(["nft", "delete", "table", "inet", "left"])
+            .run()?;
+        assert_eq!(before.difference(&a.footprint()?), [""; 0]);
+        Ok(())
+    });
+}
+
+#[test]
+fn the_sites_networks_work_without_a_tunnel() {
+    lab::test(|lab| {
+        for arms in [Arms::One, Arms::Two] {
+            let lab = if arms == Arms::One { lab } else { &Lab::new()? };
+            let site = Site::new(lab, arms)?;
+            for server in site::SERVER {
+                assert!(site.router.pings(&server.to_string(), &[])?, "{server}");
+            }
+            // The laptop's datagrams for the public endpoint arrive at the router's own address.
+            let any: SocketAddr = "[::]:51820".parse()?;
+            let socket = site.router.udp_socket(any)?;
+            socket.set_read_timeout(Some(SOON))?;
+            let laptop = site.laptop.udp_socket("0.0.0.0:0".parse()?)?;
+            laptop.set_read_timeout(Some(SOON))?;
+            laptop.send_to(b"up", site::ENDPOINT)?;
+            let (_, from) = socket.recv_from(&mut [0; 2])?;
+            socket.send_to(b"down", from)?;
+            assert_eq!(laptop.recv_from(&mut [0; 4])?, (4, site::ENDPOINT));
+        }
         Ok(())
     });
 }

@@ -1,0 +1,411 @@
+//! A host that runs the router under test.
+
+use std::fmt::Write as _;
+use std::fs::{self, Permissions};
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use serde_json::Value;
+
+use crate::command::{Cmd, Output, Process};
+use crate::http;
+use crate::topology::Host;
+use crate::wireguard::Keypair;
+
+const START: Duration = Duration::from_secs(15);
+const STOP: Duration = Duration::from_secs(15);
+
+/// What the router's configuration file says.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The router's key.
+    pub key: Keypair,
+    /// UDP port of the underlay.
+    pub listen_port: u16,
+    /// Tunnel addresses with their prefix length.
+    pub addresses: Vec<String>,
+    /// Tunnel MTU in bytes.
+    pub mtu: u16,
+    /// `[[peer]]`.
+    pub peers: Vec<Peer>,
+    /// `[[route]]`.
+    pub routes: Vec<Route>,
+    /// `[[rule]]`.
+    pub rules: Vec<Rule>,
+    /// `auto`, `ebpf` or `kernel`.
+    pub datapath: &'static str,
+    /// Where metrics are served over TCP.
+    pub metrics: Option<SocketAddr>,
+}
+
+/// A peer of the router.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// For display.
+    pub name: String,
+    /// Its public key.
+    pub public_key: String,
+    /// CIDRs that are its own.
+    pub allowed_ips: Vec<String>,
+}
+
+/// An advertised route.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Destination.
+    pub cidr: String,
+    /// Whether sources are translated.
+    pub snat: bool,
+    /// `fast` or `stack`.
+    pub mode: &'static str,
+}
+
+/// A policy rule.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rule {
+    /// Sources.
+    pub from: Vec<String>,
+    /// Destinations, with ports.
+    pub to: Vec<String>,
+    /// Protocols by name; empty for the default.
+    pub protocols: Vec<String>,
+}
+
+impl Config {
+    /// A router with a fresh key on port 51820, and nothing else.
+    pub fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            key: Keypair::generate()?,
+            listen_port: 51820,
+            addresses: Vec::new(),
+            mtu: 1420,
+            peers: Vec::new(),
+            routes: Vec::new(),
+            rules: Vec::new(),
+            datapath: "auto",
+            metrics: None,
+        })
+    }
+
+    fn to_toml(&self, name: &str, key: &Path, socket: &Path) -> anyhow::Result<String> {
+        let mut out = String::new();
+        // JSON's strings and lists of strings are TOML's too.
+        let list = |items: &[String]| Value::from(items).to_string();
+        let mut section = |head: &str, lines: &[(&str, String)]| -> std::fmt::Result {
+            writeln!(out, "{head}")?;
+            for (key, value) in lines {
+                writeln!(out, "{key} = {value}")?;
+            }
+            Ok(())
+        };
+        let text = |text: &str| Value::from(text).to_string();
+        section("", &[("name", text(name))])?;
+        section(
+            "[wireguard]",
+            &[
+                ("private_key_file", text(&key.to_string_lossy())),
+                ("listen_port", self.listen_port.to_string()),
+                ("addresses", list(&self.addresses)),
+                ("mtu", self.mtu.to_string()),
+            ],
+        )?;
+        for peer in &self.peers {
+            section(
+                "[[peer]]",
+                &[
+                    ("name", text(&peer.name)),
+                    ("public_key", text(&peer.public_key)),
+                    ("allowed_ips", list(&peer.allowed_ips)),
+                ],
+            )?;
+        }
+        for route in &self.routes {
+            section(
+                "[[route]]",
+                &[
+                    ("cidr", text(&route.cidr)),
+                    ("snat", route.snat.to_string()),
+                    ("mode", text(route.mode)),
+                ],
+            )?;
+        }
+        for rule in &self.rules {
+            let mut lines = vec![("from", list(&rule.from)), ("to", list(&rule.to))];
+            if !rule.protocols.is_empty() {
+                lines.push(("protocols", list(&rule.protocols)));
+            }
+            section("[[rule]]", &lines)?;
+        }
+        section("[datapath]", &[("mode", text(self.datapath))])?;
+        section("[api]", &[("socket", text(&socket.to_string_lossy()))])?;
+        if let Some(address) = self.metrics {
+            section("[metrics]", &[("listen", text(&address.to_string()))])?;
+        }
+        Ok(out)
+    }
+}
+
+/// A running router. It is killed when this is dropped; [`Sluice::stop`] ends it properly.
+#[derive(Debug)]
+#[must_use = "the router is killed when this is dropped"]
+pub struct Sluice {
+    host: Host,
+    process: Process,
+    files: Files,
+}
+
+#[derive(Clone, Debug)]
+struct Files {
+    config: PathBuf,
+    key: PathBuf,
+    socket: PathBuf,
+}
+
+impl Files {
+    fn of(host: &Host) -> Self {
+        let file = |end: &str| host.folder().join(format!("{}{end}", host.name()));
+        Self {
+            config: file(".toml"),
+            key: file(".key"),
+            socket: file(".sock"),
+        }
+    }
+
+    fn write(&self, host: &Host, config: &Config) -> anyhow::Result<()> {
+        fs::write(&self.key, &config.key.private)?;
+        fs::set_permissions(&self.key, Permissions::from_mode(0o600))?;
+        let toml = config.to_toml(host.name(), &self.key, &self.socket)?;
+        Ok(fs::write(&self.config, toml)?)
+    }
+}
+
+impl Host {
+    /// Starts the router in this host and waits until all it wants is in force.
+    pub fn sluice(&self, config: &Config) -> anyhow::Result<Sluice> {
+        let files = Files::of(self);
+        files.write(self, config)?;
+        let command = self.sluice_command(&["run"])?;
+        let command = command.env("RUST_LOG", "info,router=debug");
+        let mut sluice = Sluice {
+            host: self.clone(),
+            process: self.spawn("sluice", command)?,
+            files,
+        };
+        let socket = &sluice.files.socket;
+        let mut last = String::new();
+        let settled =
+            sluice
+                .process
+                .ready(START, "the router to settle", || match status(socket) {
+                    Ok(status) => {
+                        last = status["problems"].to_string();
+                        last == "[]"
+                    }
+                    Err(error) => {
+                        last = format!("{error:#}");
+                        false
+                    }
+                });
+        settled.with_context(|| format!("the router did not settle: {last}"))?;
+        Ok(sluice)
+    }
+
+    /// Runs `sluice` with these words and this host's configuration file to its end; for a start
+    /// that must fail.
+    pub fn sluice_output(&self, words: &[&str]) -> anyhow::Result<Output> {
+        self.sluice_command(words)?.output()
+    }
+
+    fn sluice_command(&self, words: &[&str]) -> anyhow::Result<Cmd> {
+        let binary = binary()?.to_string_lossy().into_owned();
+        let config = Files::of(self).config.to_string_lossy().into_owned();
+        let argv = std::iter::once(&*binary)
+            .chain(words.iter().copied())
+            .chain(["--config", &config]);
+        Ok(self.command(argv))
+    }
+}
+
+impl Sluice {
+    /// The status document.
+    pub fn status(&self) -> anyhow::Result<Value> {
+        status(&self.files.socket)
+    }
+
+    /// How many clear packets `program` has given `verdict`.
+    pub fn packets(&self, program: &str, verdict: &str) -> anyhow::Result<u64> {
+        let status = self.status()?;
+        let rows = status["packets"].as_array().context("no packet counters")?;
+        Ok(rows
+            .iter()
+            .filter(|row| row["program"] == program && row["verdict"] == verdict)
+            .filter_map(|row| row["packets"].as_u64())
+            .sum())
+    }
+
+    /// One of the engine's counters; 0 if it has none of that name.
+    pub fn engine_counter(&self, name: &str) -> anyhow::Result<u64> {
+        let status = self.status()?;
+        Ok(status["engine"]["counters"][name].as_u64().unwrap_or(0))
+    }
+
+    /// The metrics in Prometheus' text format.
+    pub fn metrics(&self) -> anyhow::Result<String> {
+        let text = http::get_local(&self.files.socket, "/metrics")?;
+        Ok(String::from_utf8(text)?)
+    }
+
+    /// Changes the file and has the router read it again.
+    pub fn reload(&mut self, config: &Config) -> anyhow::Result<()> {
+        self.files.write(&self.host, config)?;
+        self.process.signal(libc::SIGHUP)
+    }
+
+    /// Ends it by SIGTERM, which must succeed.
+    pub fn stop(mut self) -> anyhow::Result<()> {
+        self.process.signal(libc::SIGTERM)?;
+        let status = self.process.wait(STOP)?;
+        ensure!(status.success(), "{status}\n{}", self.log());
+        ensure!(!self.files.socket.exists(), "its socket is still there");
+        Ok(())
+    }
+
+    /// Ends it as a crash would.
+    pub fn kill(mut self) -> anyhow::Result<()> {
+        self.process.signal(libc::SIGKILL)?;
+        self.process.wait(STOP).map(drop)
+    }
+
+    /// The configuration file.
+    pub fn config_file(&self) -> &Path {
+        &self.files.config
+    }
+
+    /// The path of the local socket.
+    pub fn socket(&self) -> &Path {
+        &self.files.socket
+    }
+
+    /// The daemon's process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// What it has printed.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+}
+
+fn status(socket: &Path) -> anyhow::Result<Value> {
+    Ok(serde_json::from_slice(&http::get_local(
+        socket, "/status",
+    )?)?)
+}
+
+/// The router under test: `SLUICE_BIN` names it, else cargo builds it, so that it is never stale.
+pub fn binary() -> anyhow::Result<&'static Path> {
+    static BINARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let made = BINARY.get_or_init(|| match std::env::var_os("SLUICE_BIN") {
+        Some(path) => Ok(path.into()),
+        None => build().map_err(|error| format!("{error:#}")),
+    });
+    match made {
+        Ok(path) => Ok(path),
+        Err(error) => anyhow::bail!("the router under test: {error}"),
+    }
+}
+
+fn build() -> anyhow::Result<PathBuf> {
+    // Tests stand in `target/<profile>/deps`, programs in `target/<profile>`.
+    let program = std::env::current_exe()?;
+    let folder = program
+        .ancestors()
+        .skip(1)
+        .find(|folder| !folder.ends_with("deps"))
+        .context("the folder of this program")?;
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut build = Command::new(cargo);
+    build
+        .args(["build", "--quiet", "--package", "router", "--bin", "sluice"])
+        .args((!cfg!(debug_assertions)).then_some("--release"))
+        .current_dir(env!("CARGO_MANIFEST_DIR"));
+    let output = build.output().context("cargo")?;
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(folder.join("sluice"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_file_has_every_setting() {
+        let config = Config {
+            key: Keypair {
+                private: String::new(),
+                public: String::new(),
+            },
+            listen_port: 51821,
+            addresses: vec!["100.64.0.1/24".to_owned(), "fd64::1/64".to_owned()],
+            mtu: 1380,
+            peers: vec![Peer {
+                name: "laptop".to_owned(),
+                public_key: "key".to_owned(),
+                allowed_ips: vec!["100.64.0.2/32".to_owned()],
+            }],
+            routes: vec![Route {
+                cidr: "10.0.0.0/16".to_owned(),
+                snat: false,
+                mode: "fast",
+            }],
+            rules: vec![Rule {
+                from: vec!["*".to_owned()],
+                to: vec!["10.0.0.0/16:443".to_owned()],
+                protocols: vec!["tcp".to_owned()],
+            }],
+            datapath: "ebpf",
+            metrics: Some("127.0.0.1:9577".parse().unwrap()),
+        };
+        let toml = config
+            .to_toml("r1", Path::new("/k"), Path::new("/s"))
+            .unwrap();
+        let expected = r#"
+name = "r1"
+[wireguard]
+private_key_file = "/k"
+listen_port = 51821
+addresses = ["100.64.0.1/24","fd64::1/64"]
+mtu = 1380
+[[peer]]
+name = "laptop"
+public_key = "key"
+allowed_ips = ["100.64.0.2/32"]
+[[route]]
+cidr = "10.0.0.0/16"
+snat = false
+mode = "fast"
+[[rule]]
+from = ["*"]
+to = ["10.0.0.0/16:443"]
+protocols = ["tcp"]
+[datapath]
+mode = "ebpf"
+[api]
+socket = "/s"
+[metrics]
+listen = "127.0.0.1:9577"
+"#;
+        assert_eq!(toml, expected);
+    }
+}
