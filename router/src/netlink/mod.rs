@@ -1,1 +1,385 @@
-//! Links, addresses, routes, rules, sysctls and nf_tables.
+//! The kernel's network configuration over netlink. No other module speaks netlink.
+//!
+//! [`Netlink`] is the asynchronous handle for links, addresses, routes and rules. What must reach
+//! the kernel in one piece (an nf_tables ruleset) or in great number (100,000 routes) goes through
+//! a blocking socket instead.
+
+mod changes;
+mod routes;
+mod rules;
+mod socket;
+pub mod sysctl;
+mod wire;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::{Arc, Mutex};
+
+use futures_util::StreamExt as _;
+use ipnet::IpNet;
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkInfo as Info,
+    LinkMessage,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::AsyncSocket as _;
+
+pub use changes::{Change, Changes};
+pub use routes::NextHop;
+pub use rules::{FWMARK, Priorities, RuleSpec};
+
+use crate::datapath::Link;
+use socket::{Refusal, Socket};
+
+/// The routing protocol number of every route and rule that Sluice makes, by which leftovers are
+/// known. `rtnetlink.h` and iproute2's `rt_protos` leave it free.
+pub const PROTOCOL: u8 = 81;
+
+/// A failure, worded for an operator.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{doing}: {}", explain(*errno, message.as_deref()))]
+pub struct Error {
+    doing: String,
+    errno: i32,
+    message: Option<String>,
+}
+
+impl Error {
+    fn new(doing: impl Into<String>, errno: i32) -> Self {
+        Self {
+            doing: doing.into(),
+            errno,
+            message: None,
+        }
+    }
+
+    fn io(doing: impl Into<String>, error: &std::io::Error) -> Self {
+        Self::new(doing, error.raw_os_error().unwrap_or(libc::EIO))
+    }
+
+    fn refused(doing: impl Into<String>, refusal: Refusal) -> Self {
+        Self {
+            doing: doing.into(),
+            errno: refusal.errno,
+            message: refusal.message,
+        }
+    }
+
+    /// The `errno` behind it.
+    pub fn errno(&self) -> i32 {
+        self.errno
+    }
+}
+
+fn explain(errno: i32, message: Option<&str>) -> String {
+    let text = match errno {
+        libc::EPERM => "not permitted; it needs CAP_NET_ADMIN (run as root)".to_owned(),
+        libc::ENODEV | libc::ENXIO => "there is no such interface".to_owned(),
+        libc::ENETDOWN => "the interface is down".to_owned(),
+        libc::EOPNOTSUPP | libc::EAFNOSUPPORT => "this kernel cannot do it".to_owned(),
+        libc::EMSGSIZE => {
+            "it is larger than the socket buffers here allow; raise net.core.wmem_max".to_owned()
+        }
+        libc::EEXIST => "it is there already, and not from Sluice".to_owned(),
+        _ => {
+            let text = std::io::Error::from_raw_os_error(errno).to_string();
+            match text.rsplit_once(" (os error") {
+                Some((text, _)) => text.to_owned(),
+                None => text,
+            }
+        }
+    };
+    match message {
+        Some(message) => format!("{text} (kernel: {message})"),
+        None => text,
+    }
+}
+
+/// A network interface and its state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Index and name.
+    pub link: Link,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Whether it is administratively up.
+    pub up: bool,
+    /// Kind of a virtual interface, e.g. `tun`, `veth`, `bridge`; `None` for hardware.
+    pub kind: Option<String>,
+    /// Index of the bridge, bond or VRF that it belongs to.
+    pub master: Option<u32>,
+}
+
+/// A handle on the kernel's network configuration, in the network namespace where it was made.
+#[derive(Clone, Debug)]
+pub struct Netlink {
+    handle: rtnetlink::Handle,
+    bulk: Arc<Mutex<Socket>>,
+}
+
+impl Netlink {
+    /// Opens the handle and subscribes to changes. Call it within a tokio runtime, in the network
+    /// namespace to be configured; it stays in that namespace.
+    pub fn connect() -> Result<(Self, Changes), Error> {
+        let failed = |error: std::io::Error| Error::io("open a netlink socket", &error);
+        let bulk = Socket::open(netlink_sys::protocols::NETLINK_ROUTE).map_err(failed)?;
+        let (mut connection, handle, _) = rtnetlink::new_connection().map_err(failed)?;
+        let port = connection
+            .socket_mut()
+            .socket_mut()
+            .bind_auto()
+            .map_err(failed)?
+            .port_number();
+        let changes = Changes::subscribe([port, bulk.port()]).map_err(failed)?;
+        tokio::spawn(connection);
+        let netlink = Self {
+            handle,
+            bulk: Arc::new(Mutex::new(bulk)),
+        };
+        Ok((netlink, changes))
+    }
+
+    /// All interfaces, by index.
+    pub async fn links(&self) -> Result<Vec<LinkInfo>, Error> {
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let answers = self.request(request, NLM_F_DUMP, "list interfaces").await?;
+        let mut links: Vec<_> = answers.into_iter().filter_map(link_info).collect();
+        links.sort_by_key(|info| info.link.index);
+        Ok(links)
+    }
+
+    /// The interface of that name.
+    pub async fn link_by_name(&self, name: &str) -> Result<Option<LinkInfo>, Error> {
+        let mut request = LinkMessage::default();
+        request.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+        self.link(request, &format!("look up interface {name}"))
+            .await
+    }
+
+    async fn link_by_index(&self, index: u32) -> Result<Option<LinkInfo>, Error> {
+        let mut request = LinkMessage::default();
+        request.header.index = index;
+        self.link(request, &format!("look up interface {index}"))
+            .await
+    }
+
+    async fn link(&self, request: LinkMessage, doing: &str) -> Result<Option<LinkInfo>, Error> {
+        let request = RouteNetlinkMessage::GetLink(request);
+        match self.request(request, 0, doing).await {
+            Ok(answers) => Ok(answers.into_iter().find_map(link_info)),
+            // ERANGE and EINVAL: no interface can have such a name.
+            Err(error) if matches!(error.errno, libc::ENODEV | libc::ERANGE | libc::EINVAL) => {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All addresses with their prefix lengths, by interface index.
+    pub async fn addresses(&self) -> Result<Vec<(u32, IpNet)>, Error> {
+        let messages = self.address_messages().await?;
+        let mut addresses: Vec<_> = messages
+            .iter()
+            .filter_map(|message| Some((message.header.index, address_of(message)?)))
+            .collect();
+        addresses.sort_unstable();
+        Ok(addresses)
+    }
+
+    async fn address_messages(&self) -> Result<Vec<AddressMessage>, Error> {
+        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let answers = self.request(request, NLM_F_DUMP, "list addresses").await?;
+        let messages = answers.into_iter().filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewAddress(message) => Some(message),
+            _ => None,
+        });
+        Ok(messages.collect())
+    }
+
+    /// Gives our own device its MTU (bytes) and sets it up or down. The kernel makes no link-local
+    /// address on it: nothing in the tunnel would answer its solicitations.
+    pub async fn set_link(&self, index: u32, mtu: u32, up: bool) -> Result<(), Error> {
+        let doing = format!("set MTU {mtu} and state of interface {index}");
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        // Without IPv6 in the kernel, or below its smallest MTU (RFC 8200 section 5), the
+        // attribute would be refused.
+        if mtu >= 1280 && std::path::Path::new("/proc/sys/net/ipv6").exists() {
+            let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+            message.attributes = vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
+                vec![mode],
+            )])];
+            let request = RouteNetlinkMessage::SetLink(message.clone());
+            // It is a nicety: a kernel that refuses it is no reason to fail.
+            if let Err(error) = self.request(request, NLM_F_ACK, &doing).await {
+                tracing::debug!("{error}");
+            }
+        }
+        message.attributes = vec![LinkAttribute::Mtu(mtu)];
+        message.header.change_mask = LinkFlags::Up;
+        message.header.flags = if up {
+            LinkFlags::Up
+        } else {
+            LinkFlags::empty()
+        };
+        let request = RouteNetlinkMessage::SetLink(message);
+        self.request(request, NLM_F_ACK, &doing).await.map(drop)
+    }
+
+    /// Gives our own device exactly these addresses. Addresses that the kernel made itself (IPv6
+    /// link-local ones) stay.
+    pub async fn sync_addresses(&self, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
+        let mut missing = wanted.to_vec();
+        for message in self.address_messages().await? {
+            let Some(address) = address_of(&message).filter(|_| message.header.index == index)
+            else {
+                continue;
+            };
+            if let Some(at) = missing.iter().position(|net| *net == address) {
+                missing.swap_remove(at);
+            } else if message.header.scope == AddressScope::Universe {
+                let request = RouteNetlinkMessage::DelAddress(message);
+                let doing = format!("remove address {address} from interface {index}");
+                match self.request(request, NLM_F_ACK, &doing).await {
+                    // Removing a first address takes its secondaries along.
+                    Err(error) if error.errno == libc::EADDRNOTAVAIL => {}
+                    outcome => drop(outcome?),
+                }
+            }
+        }
+        for address in missing {
+            let request = RouteNetlinkMessage::NewAddress(address_message(index, address));
+            let doing = format!("add address {address} to interface {index}");
+            self.request(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, &doing)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Sends one request and gathers its answers.
+    async fn request(
+        &self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+        doing: &str,
+    ) -> Result<Vec<RouteNetlinkMessage>, Error> {
+        let mut message = NetlinkMessage::from(message);
+        message.header.flags = NLM_F_REQUEST | flags;
+        let closed = || Error::new(doing, libc::ECONNRESET);
+        let mut handle = self.handle.clone();
+        let mut answers = handle.request(message).map_err(|_| closed())?;
+        let mut gathered = Vec::new();
+        while let Some(answer) = answers.next().await {
+            match answer.payload {
+                NetlinkPayload::InnerMessage(inner) => gathered.push(inner),
+                NetlinkPayload::Error(error) if error.code.is_some() => {
+                    return Err(Error::new(doing, error.raw_code().abs()));
+                }
+                NetlinkPayload::Overrun(_) => return Err(Error::new(doing, libc::ENOBUFS)),
+                _ => {}
+            }
+        }
+        Ok(gathered)
+    }
+}
+
+fn link_info(answer: RouteNetlinkMessage) -> Option<LinkInfo> {
+    let RouteNetlinkMessage::NewLink(message) = answer else {
+        return None;
+    };
+    let mut info = LinkInfo {
+        link: Link {
+            index: message.header.index,
+            name: String::new(),
+        },
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        kind: None,
+        master: None,
+    };
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => info.link.name = name,
+            LinkAttribute::Mtu(mtu) => info.mtu = mtu,
+            LinkAttribute::Controller(index) => info.master = Some(index),
+            LinkAttribute::LinkInfo(details) => {
+                info.kind = details.into_iter().find_map(|detail| match detail {
+                    Info::Kind(kind) => Some(kind.to_string()),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    Some(info)
+}
+
+/// The address that a message is about: the near end of a point-to-point link.
+fn address_of(message: &AddressMessage) -> Option<IpNet> {
+    let find = |local: bool| {
+        message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                AddressAttribute::Local(address) if local => Some(*address),
+                AddressAttribute::Address(address) if !local => Some(*address),
+                _ => None,
+            })
+    };
+    let address = find(true).or_else(|| find(false))?;
+    IpNet::new(address, message.header.prefix_len).ok()
+}
+
+fn address_message(index: u32, address: IpNet) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = family_of(address.addr());
+    message.header.index = index;
+    message.header.prefix_len = address.prefix_len();
+    message.attributes = vec![
+        AddressAttribute::Local(address.addr()),
+        AddressAttribute::Address(address.addr()),
+    ];
+    message
+}
+
+fn family_of(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+/// An address from its bytes in network order.
+fn address_from(bytes: &[u8]) -> Option<IpAddr> {
+    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        return Some(Ipv4Addr::from(v4).into());
+    }
+    let v6 = <[u8; 16]>::try_from(bytes).ok()?;
+    Some(Ipv6Addr::from(v6).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_worded_for_an_operator() {
+        let plain = Error::new("list interfaces", libc::EPERM).to_string();
+        assert_eq!(
+            plain,
+            "list interfaces: not permitted; it needs CAP_NET_ADMIN (run as root)"
+        );
+        let refusal = Refusal {
+            errno: libc::EINVAL,
+            message: Some("Invalid prefix".to_owned()),
+        };
+        let explained = Error::refused("add route 10.0.0.0/8", refusal).to_string();
+        assert_eq!(
+            explained,
+            "add route 10.0.0.0/8: Invalid argument (kernel: Invalid prefix)"
+        );
+    }
+}

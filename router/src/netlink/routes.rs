@@ -1,0 +1,361 @@
+//! Routes: those into the TUN device in our own table, and the way to an address.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::sync::PoisonError;
+
+use ipnet::IpNet;
+use netlink_packet_core::NLM_F_DUMP;
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use super::socket::Socket;
+use super::wire::{self, Payload};
+use super::{Error, FWMARK, Netlink, PROTOCOL, address_from, family_of};
+use crate::datapath::Link;
+
+/// Routes per datagram: enough that the system call does not count, few enough that the refusals
+/// of all of them fit the receive buffer.
+const ROUTES_PER_DATAGRAM: usize = 512;
+
+/// The next hop toward an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NextHop {
+    /// Interface that packets leave by.
+    pub link: Link,
+    /// Gateway; `None` when the destination is on the link.
+    pub gateway: Option<IpAddr>,
+    /// Source address that the kernel would choose.
+    pub source: Option<IpAddr>,
+    /// MTU of the route in bytes, where it has one of its own.
+    pub mtu: Option<u32>,
+}
+
+impl Netlink {
+    /// Makes `table` hold exactly these routes into the interface `index`, without touching those
+    /// that are right already, or routes of others.
+    pub async fn sync_routes(&self, table: u32, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
+        let bulk = self.bulk.clone();
+        let wanted: HashSet<IpNet> = wanted.iter().map(IpNet::trunc).collect();
+        let work = move || {
+            let mut socket = bulk.lock().unwrap_or_else(PoisonError::into_inner);
+            sync(&mut socket, table, index, wanted)
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(Error::new("set routes", libc::ECANCELED)),
+        }
+    }
+
+    /// The next hop toward `address` for underlay and subnet packets, as if our table were not
+    /// there. `None` without a route, and when the address is the router's own.
+    pub async fn route_to(&self, address: IpAddr) -> Result<Option<NextHop>, Error> {
+        let mut request = RouteMessage::default();
+        request.header.address_family = family_of(address);
+        request.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
+        request.attributes = vec![
+            RouteAttribute::Destination(address.into()),
+            RouteAttribute::Mark(FWMARK),
+        ];
+        let request = RouteNetlinkMessage::GetRoute(request);
+        let doing = format!("look up the route to {address}");
+        match self.request(request, 0, &doing).await {
+            Ok(answers) => self.next_hop(answers.into_iter().find_map(route)).await,
+            Err(error) if no_route(error.errno()) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The main table's default route, the one with the lowest metric. `family` is that of an
+    /// address such as `Ipv4Addr::UNSPECIFIED`.
+    pub async fn default_route(&self, family: IpAddr) -> Result<Option<NextHop>, Error> {
+        let mut request = RouteMessage::default();
+        request.header.address_family = family_of(family);
+        let request = RouteNetlinkMessage::GetRoute(request);
+        let answers = self.request(request, NLM_F_DUMP, "list routes").await?;
+        let metric = |message: &RouteMessage| {
+            let priority = message
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    RouteAttribute::Priority(metric) => Some(*metric),
+                    _ => None,
+                });
+            priority.unwrap_or(0)
+        };
+        let best = answers
+            .into_iter()
+            .filter_map(route)
+            .filter(|message| {
+                message.header.address_family == family_of(family)
+                    && message.header.destination_prefix_length == 0
+                    && message.header.table == RouteHeader::RT_TABLE_MAIN
+            })
+            .min_by_key(metric);
+        self.next_hop(best).await
+    }
+
+    async fn next_hop(&self, message: Option<RouteMessage>) -> Result<Option<NextHop>, Error> {
+        let Some(message) = message.filter(|m| m.header.kind == RouteType::Unicast) else {
+            return Ok(None);
+        };
+        let (mut index, mut gateway, mut source, mut mtu) = (None, None, None, None);
+        let mut read = |attribute: &RouteAttribute| match attribute {
+            RouteAttribute::Oif(oif) => index = Some(*oif),
+            RouteAttribute::Gateway(address) => gateway = ip(address),
+            RouteAttribute::Via(via) => gateway = via_address(via),
+            RouteAttribute::PrefSource(address) => source = ip(address),
+            RouteAttribute::Metrics(metrics) => {
+                mtu = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
+            }
+            _ => {}
+        };
+        let mut first_hop = None;
+        for attribute in &message.attributes {
+            match attribute {
+                RouteAttribute::MultiPath(hops) => first_hop = hops.first(),
+                other => read(other),
+            }
+        }
+        if let Some(hop) = first_hop {
+            read(&RouteAttribute::Oif(hop.interface_index));
+            hop.attributes.iter().for_each(read);
+        }
+        let Some(index) = index else { return Ok(None) };
+        let info = self.link_by_index(index).await?;
+        Ok(info.map(|info| NextHop {
+            link: info.link,
+            gateway,
+            source,
+            mtu,
+        }))
+    }
+}
+
+fn route(answer: RouteNetlinkMessage) -> Option<RouteMessage> {
+    match answer {
+        RouteNetlinkMessage::NewRoute(message) => Some(message),
+        _ => None,
+    }
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(v4) => Some((*v4).into()),
+        RouteAddress::Inet6(v6) => Some((*v6).into()),
+        _ => None,
+    }
+}
+
+/// The gateway of another family than the route's (IPv4 by an IPv6 next hop, RFC 8950).
+fn via_address(via: &netlink_packet_route::route::RouteVia) -> Option<IpAddr> {
+    use netlink_packet_route::route::RouteVia;
+    match via {
+        RouteVia::Inet(v4) => Some((*v4).into()),
+        RouteVia::Inet6(v6) => Some((*v6).into()),
+        _ => None,
+    }
+}
+
+/// What the kernel answers when no packet could go that way: no route, or one that refuses.
+fn no_route(errno: i32) -> bool {
+    matches!(
+        errno,
+        libc::ENETUNREACH
+            | libc::EHOSTUNREACH
+            | libc::ENETDOWN
+            | libc::EACCES
+            | libc::EINVAL
+            | libc::EAFNOSUPPORT
+            | libc::EOPNOTSUPP
+    )
+}
+
+/// Attribute types and values of `include/uapi/linux/rtnetlink.h`.
+mod uapi {
+    pub(super) const RTM_NEWROUTE: u16 = 24;
+    pub(super) const RTM_DELROUTE: u16 = 25;
+    pub(super) const RTM_GETROUTE: u16 = 26;
+    pub(super) const RTA_DST: u16 = 1;
+    pub(super) const RTA_OIF: u16 = 4;
+    pub(super) const RTA_TABLE: u16 = 15;
+    pub(super) const RT_SCOPE_UNIVERSE: u8 = 0;
+    pub(super) const RT_SCOPE_LINK: u8 = 253;
+    pub(super) const RT_SCOPE_NOWHERE: u8 = 255;
+    pub(super) const RTN_UNSPEC: u8 = 0;
+    pub(super) const RTN_UNICAST: u8 = 1;
+}
+
+/// Writes a `struct rtmsg` and the attributes that name one of our routes.
+fn write_route(payload: &mut Payload<'_>, table: u32, index: u32, net: IpNet, add: bool) {
+    let (family, scope) = match (net, add) {
+        // A route that is to be removed must match whatever scope and type it has.
+        (IpNet::V4(_), false) => (libc::AF_INET, uapi::RT_SCOPE_NOWHERE),
+        (IpNet::V4(_), true) => (libc::AF_INET, uapi::RT_SCOPE_LINK),
+        (IpNet::V6(_), _) => (libc::AF_INET6, uapi::RT_SCOPE_UNIVERSE),
+    };
+    let kind = if add {
+        uapi::RTN_UNICAST
+    } else {
+        uapi::RTN_UNSPEC
+    };
+    let table_byte = u8::try_from(table).unwrap_or(0);
+    let flags = [0; 4];
+    payload.fixed(&[
+        family as u8,
+        net.prefix_len(),
+        0,
+        0,
+        table_byte,
+        PROTOCOL,
+        scope,
+        kind,
+    ]);
+    payload.fixed(&flags);
+    payload.u32(uapi::RTA_TABLE, table);
+    match net.network() {
+        IpAddr::V4(v4) => payload.attribute(uapi::RTA_DST, &v4.octets()),
+        IpAddr::V6(v6) => payload.attribute(uapi::RTA_DST, &v6.octets()),
+    }
+    payload.u32(uapi::RTA_OIF, index);
+}
+
+/// Our routes in `table`, with the interface that each leads to.
+fn present(socket: &mut Socket, table: u32) -> Result<Vec<(IpNet, u32)>, Error> {
+    let mut routes = Vec::new();
+    for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
+        let request = |payload: &mut Payload<'_>| {
+            payload.fixed(&[family, 0, 0, 0, 0, PROTOCOL, 0, 0, 0, 0, 0, 0]);
+            payload.u32(uapi::RTA_TABLE, table);
+        };
+        let answer = match socket.dump(uapi::RTM_GETROUTE, request) {
+            Ok(answer) => answer,
+            // The kernel makes a table when it gets its first route.
+            Err(refusal)
+                if matches!(
+                    refusal.errno,
+                    libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP
+                ) =>
+            {
+                continue;
+            }
+            Err(refusal) => return Err(Error::refused("list our routes", refusal)),
+        };
+        routes.extend(
+            wire::messages(&answer)
+                .filter_map(|message| read_route(message.payload, family, table)),
+        );
+    }
+    Ok(routes)
+}
+
+fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, u32)> {
+    let [found, prefix, _, _, _, protocol, ..]: [u8; 12] = wire::field(payload, 0)?;
+    let attributes = payload.get(12..)?;
+    let host_u32 = |kind| {
+        let value = wire::attribute(attributes, kind)?;
+        Some(u32::from_ne_bytes(value.try_into().ok()?))
+    };
+    // Asked for a family that it lacks, the kernel may list the others instead.
+    if found != family || protocol != PROTOCOL || host_u32(uapi::RTA_TABLE) != Some(table) {
+        return None;
+    }
+    let address = match wire::attribute(attributes, uapi::RTA_DST) {
+        Some(bytes) => address_from(bytes)?,
+        None if found == libc::AF_INET as u8 => IpAddr::from([0u8; 4]),
+        None => IpAddr::from([0u8; 16]),
+    };
+    let net = IpNet::new(address, prefix).ok()?;
+    Some((net, host_u32(uapi::RTA_OIF)?))
+}
+
+fn sync(
+    socket: &mut Socket,
+    table: u32,
+    index: u32,
+    mut missing: HashSet<IpNet>,
+) -> Result<(), Error> {
+    let mut surplus = Vec::new();
+    for (net, leads_to) in present(socket, table)? {
+        if leads_to != index || !missing.remove(&net) {
+            surplus.push((net, leads_to));
+        }
+    }
+    let doing = |verb: &str, net: &IpNet| format!("{verb} route {net} in table {table}");
+    for chunk in surplus.chunks(ROUTES_PER_DATAGRAM) {
+        let mut batch = socket.batch();
+        for (net, leads_to) in chunk {
+            batch.push(uapi::RTM_DELROUTE, 0, |payload| {
+                write_route(payload, table, *leads_to, *net, false);
+            });
+        }
+        let refused = socket
+            .send(batch)
+            .map_err(|refusal| Error::refused("remove routes", refusal))?;
+        // ESRCH: it went by itself meanwhile.
+        let serious = refused.into_iter().find(|(_, r)| r.errno != libc::ESRCH);
+        if let Some((at, refusal)) = serious {
+            let net = chunk.get(at as usize).map(|(net, _)| *net);
+            return Err(Error::refused(
+                doing("remove", &net.unwrap_or_default()),
+                refusal,
+            ));
+        }
+    }
+    let missing: Vec<IpNet> = missing.into_iter().collect();
+    let flags = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
+    for chunk in missing.chunks(ROUTES_PER_DATAGRAM) {
+        let mut batch = socket.batch();
+        for net in chunk {
+            batch.push(uapi::RTM_NEWROUTE, flags, |payload| {
+                write_route(payload, table, index, *net, true);
+            });
+        }
+        let refused = socket
+            .send(batch)
+            .map_err(|refusal| Error::refused("add routes", refusal))?;
+        if let Some((at, refusal)) = refused.into_iter().next() {
+            let net = chunk.get(at as usize).copied().unwrap_or_default();
+            return Err(Error::refused(doing("add", &net), refusal));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::netlink::wire::Batch;
+
+    #[test]
+    fn a_route_is_read_as_it_was_written() {
+        for net in [
+            "10.1.0.0/16",
+            "0.0.0.0/0",
+            "fd00::/8",
+            "::/0",
+            "2001:db8::7/128",
+        ] {
+            let net: IpNet = net.parse().unwrap();
+            let mut batch = Batch::new(1);
+            batch.push(uapi::RTM_NEWROUTE, 0, |payload| {
+                write_route(payload, 51820, 7, net, true);
+            });
+            let message = wire::messages(batch.bytes()).next().unwrap();
+            let family = if net.addr().is_ipv4() {
+                libc::AF_INET as u8
+            } else {
+                libc::AF_INET6 as u8
+            };
+            let read = |table| read_route(message.payload, family, table);
+            assert_eq!(read(51820), Some((net, 7)));
+            assert_eq!(read(51821), None);
+        }
+    }
+}
