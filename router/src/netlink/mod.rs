@@ -7,8 +7,10 @@
 mod changes;
 mod routes;
 mod rules;
+#[allow(dead_code)] // the nf_tables part follows
 mod socket;
 pub mod sysctl;
+#[allow(dead_code)] // the nf_tables part follows
 mod wire;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -232,23 +234,25 @@ impl Netlink {
     /// Gives our own device exactly these addresses. Addresses that the kernel made itself (IPv6
     /// link-local ones) stay.
     pub async fn sync_addresses(&self, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
-        let mut missing = wanted.to_vec();
-        for message in self.address_messages().await? {
-            let Some(address) = address_of(&message).filter(|_| message.header.index == index)
-            else {
+        let on_it = |messages: Vec<AddressMessage>| {
+            let ours = messages.into_iter().filter(|m| m.header.index == index);
+            ours.filter_map(|m| Some((address_of(&m)?, m)))
+        };
+        for (address, message) in on_it(self.address_messages().await?) {
+            if wanted.contains(&address) || message.header.scope != AddressScope::Universe {
                 continue;
-            };
-            if let Some(at) = missing.iter().position(|net| *net == address) {
-                missing.swap_remove(at);
-            } else if message.header.scope == AddressScope::Universe {
-                let request = RouteNetlinkMessage::DelAddress(message);
-                let doing = format!("remove address {address} from interface {index}");
-                match self.request(request, NLM_F_ACK, &doing).await {
-                    // Removing a first address takes its secondaries along.
-                    Err(error) if error.errno == libc::EADDRNOTAVAIL => {}
-                    outcome => drop(outcome?),
-                }
             }
+            let request = RouteNetlinkMessage::DelAddress(message);
+            let doing = format!("remove address {address} from interface {index}");
+            match self.request(request, NLM_F_ACK, &doing).await {
+                // It went with another: an IPv4 address takes its secondaries along.
+                Err(error) if error.errno == libc::EADDRNOTAVAIL => {}
+                outcome => drop(outcome?),
+            }
+        }
+        let mut missing = wanted.to_vec();
+        for (address, _) in on_it(self.address_messages().await?) {
+            missing.retain(|wanted| *wanted != address);
         }
         for address in missing {
             let request = RouteNetlinkMessage::NewAddress(address_message(index, address));

@@ -9,7 +9,7 @@ use netlink_packet_core::NLM_F_DUMP;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteType,
 };
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_packet_route::RouteNetlinkMessage;
 
 use super::socket::Socket;
 use super::wire::{self, Payload};

@@ -1,0 +1,381 @@
+//! Links, addresses, routes and rules.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use ipnet::IpNet;
+use lab::{Host, Lab};
+use router::netlink::{Change, FWMARK, Netlink, RuleSpec};
+
+use super::connect;
+
+const TABLE: u32 = 51820;
+
+fn nets(texts: &[&str]) -> Vec<IpNet> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
+}
+
+/// A host with an uplink, and a veth in place of the TUN device.
+fn router(lab: &Lab) -> anyhow::Result<Host> {
+    let (router, outside) = (lab.host("router")?, lab.host("outside")?);
+    lab.link(
+        router
+            .port("eth0")
+            .address("192.0.2.1/24")
+            .address("2001:db8::1/64"),
+        outside
+            .port("eth0")
+            .address("192.0.2.254/24")
+            .address("2001:db8::fe/64"),
+    )?;
+    lab.link(router.port("tun0"), outside.port("tun0"))?;
+    router.route("default", "192.0.2.254")?;
+    router.route("default", "2001:db8::fe")?;
+    Ok(router)
+}
+
+async fn index(netlink: &Netlink, name: &str) -> anyhow::Result<u32> {
+    let info = netlink.link_by_name(name).await?;
+    Ok(info.with_context(|| name.to_owned())?.link.index)
+}
+
+#[test]
+fn links_are_listed_and_found() {
+    lab::test(|lab| {
+        let router = router(lab)?;
+        router.ip("link add bridge0 type bridge")?;
+        router.ip("link set tun0 mtu 1420 master bridge0")?;
+        router.ip("link set tun0 down")?;
+        connect(&router, async |netlink, _| {
+            let links = netlink.links().await?;
+            let names: Vec<_> = links.iter().map(|info| &*info.link.name).collect();
+            assert_eq!(names, ["lo", "eth0", "tun0", "bridge0"]);
+            let bridge = &links[3];
+            assert_eq!(bridge.kind.as_deref(), Some("bridge"));
+            let tun = netlink.link_by_name("tun0").await?.context("tun0")?;
+            assert_eq!(tun, links[2]);
+            assert_eq!((tun.mtu, tun.up), (1420, false));
+            assert_eq!(tun.kind.as_deref(), Some("veth"));
+            assert_eq!(tun.master, Some(bridge.link.index));
+            assert!(links[1].up && links[1].master.is_none());
+            for name in ["absent", "a-name-that-no-interface-can-have"] {
+                assert_eq!(netlink.link_by_name(name).await?, None);
+            }
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn our_device_gets_exactly_its_addresses() {
+    lab::test(|lab| {
+        let router = router(lab)?;
+        connect(&router, async |netlink, _| {
+            let tun = index(&netlink, "tun0").await?;
+            let on_tun = async || -> anyhow::Result<Vec<IpNet>> {
+                let all = netlink.addresses().await?;
+                let link_local = |net: &IpNet| match net.addr() {
+                    IpAddr::V6(v6) => v6.is_unicast_link_local(),
+                    IpAddr::V4(_) => false,
+                };
+                let ours = all.into_iter().filter(|(index, _)| *index == tun);
+                Ok(ours
+                    .map(|(_, net)| net)
+                    .filter(|n| !link_local(n))
+                    .collect())
+            };
+            let others = netlink.addresses().await?.len();
+            netlink.set_link(tun, 1380, true).await?;
+            let info = netlink.link_by_name("tun0").await?.context("tun0")?;
+            assert_eq!((info.mtu, info.up), (1380, true));
+            for wanted in [
+                nets(&["100.64.0.1/24", "100.64.0.9/24", "fd7a::1/64"]),
+                nets(&["100.64.0.9/24", "fd7a::2/128"]),
+                nets(&["100.64.0.9/24", "fd7a::2/128"]),
+                nets(&[]),
+            ] {
+                netlink.sync_addresses(tun, &wanted).await?;
+                assert_eq!(on_tun().await?, wanted);
+            }
+            let left = netlink.addresses().await?;
+            assert!(left.len() <= others, "other interfaces keep theirs");
+            assert!(
+                left.iter()
+                    .any(|(_, net)| *net == nets(&["192.0.2.1/24"])[0])
+            );
+            let error = netlink.set_link(9999, 1420, true).await.unwrap_err();
+            assert!(error.to_string().contains("no such interface"), "{error}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn routes_are_changed_where_they_differ_and_others_stay() {
+    lab::test(|lab| {
+        let router = router(lab)?;
+        let table = |family: &str| router.ip(&format!("{family} route show table {TABLE}"));
+        let lines = |text: &str| {
+            let mut lines: Vec<_> = text.lines().map(|line| line.trim().to_owned()).collect();
+            lines.sort();
+            lines
+        };
+        connect(&router, async |netlink, _| {
+            let tun = index(&netlink, "tun0").await?;
+            let eth = index(&netlink, "eth0").await?;
+            let first = nets(&["100.64.0.2/32", "10.9.0.0/16", "0.0.0.0/0", "fd7a::2/128"]);
+            netlink.sync_routes(TABLE, tun, &first).await?;
+            assert_eq!(
+                lines(&table("-4")?),
+                [
+                    "10.9.0.0/16 dev tun0 proto 81 scope link",
+                    "100.64.0.2 dev tun0 proto 81 scope link",
+                    "default dev tun0 proto 81 scope link",
+                ]
+            );
+            let v6 = lines(&table("-6")?);
+            assert!(
+                v6[0].starts_with("fd7a::2 dev tun0 proto 81 metric 1024"),
+                "{v6:?}"
+            );
+
+            router.ip(&format!(
+                "route add 10.8.0.0/16 dev eth0 table {TABLE} proto static"
+            ))?;
+            // A mark on a route that stays: it would be lost if the route were made anew.
+            router.ip(&format!(
+                "route change 10.9.0.0/16 dev tun0 table {TABLE} proto 81 scope link mtu 1300"
+            ))?;
+            let second = nets(&["100.64.0.2/32", "::/0", "10.9.0.0/16"]);
+            netlink.sync_routes(TABLE, tun, &second).await?;
+            assert_eq!(
+                lines(&table("-4")?),
+                [
+                    "10.8.0.0/16 dev eth0 proto static scope link",
+                    "10.9.0.0/16 dev tun0 proto 81 scope link mtu 1300",
+                    "100.64.0.2 dev tun0 proto 81 scope link",
+                ]
+            );
+            let v6 = lines(&table("-6")?);
+            assert!(
+                v6.len() == 1 && v6[0].starts_with("default dev tun0 proto 81"),
+                "{v6:?}"
+            );
+
+            netlink.sync_routes(TABLE, eth, &second).await?;
+            assert!(!table("-4")?.contains("tun0"), "they moved to eth0");
+            let error = netlink
+                .sync_routes(TABLE, tun, &nets(&["10.8.0.0/16"]))
+                .await
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("add route 10.8.0.0/16 in table"), "{error}");
+            assert!(
+                error.contains("there already, and not from Sluice"),
+                "{error}"
+            );
+
+            router.ip(&format!("route del 10.8.0.0/16 table {TABLE}"))?;
+            netlink.sync_routes(TABLE, tun, &[]).await?;
+            assert_eq!((table("-4")?, table("-6")?), (String::new(), String::new()));
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn a_hundred_thousand_routes() {
+    lab::test(|lab| {
+        let router = router(lab)?;
+        let v4 = (0..90_000u32).map(|i| IpNet::from(IpAddr::from(Ipv4Addr::from(0x0a00_0000 + i))));
+        let v6 =
+            (0..10_000u128).map(|i| IpNet::from(IpAddr::from(Ipv6Addr::from((0xfd7a << 112) + i))));
+        let all: Vec<IpNet> = v4.chain(v6).collect();
+        connect(&router, async |netlink, _| {
+            let tun = index(&netlink, "tun0").await?;
+            let timed = async |what: &str, wanted: &[IpNet]| -> anyhow::Result<()> {
+                let begun = Instant::now();
+                netlink.sync_routes(TABLE, tun, wanted).await?;
+                println!("{what}: {:?}", begun.elapsed());
+                let count = |family: &str| -> anyhow::Result<usize> {
+                    let text = router.ip(&format!("{family} route show table {TABLE}"))?;
+                    Ok(text.lines().count())
+                };
+                ensure!(count("-4")? + count("-6")? == wanted.len(), "{what}");
+                Ok(())
+            };
+            timed("add 100,000 routes", &all).await?;
+            timed("compare 100,000 routes", &all).await?;
+            timed("remove half of them", &all[50_000..]).await?;
+            timed("remove the rest", &[]).await
+        })
+    });
+}
+
+#[test]
+fn rules_lead_overlay_packets_to_our_table_and_never_the_underlay() {
+    lab::test(|lab| {
+        let router = router(lab)?;
+        router.ip("rule add from 10.99.0.0/16 lookup 99 priority 7000 protocol static")?;
+        let rules =
+            || -> anyhow::Result<String> { Ok(router.ip("-4 rule")? + &router.ip("-6 rule")?) };
+        let before = rules()?;
+        let spec = RuleSpec::new(TABLE);
+        connect(&router, async |netlink, _| {
+            let tun = index(&netlink, "tun0").await?;
+            let routes = nets(&["100.64.0.2/32", "0.0.0.0/0", "fd7a::2/128", "::/0"]);
+            netlink.sync_routes(TABLE, tun, &routes).await?;
+            for _ in 0..2 {
+                netlink.sync_rules(&spec).await?;
+                let added = rules()?.lines().count() - before.lines().count();
+                assert_eq!(added, 6, "{}", rules()?);
+            }
+            let leaves_by = |to: &str, mark: u32| -> anyhow::Result<String> {
+                let text = router.ip(&format!("route get {to} mark {mark:#x}"))?;
+                let device = text.split_once(" dev ").context("no device")?.1;
+                Ok(device.split(' ').next().unwrap_or_default().to_owned())
+            };
+            for (to, clear, marked) in [
+                ("100.64.0.2", "tun0", "eth0"),
+                ("fd7a::2", "tun0", "eth0"),
+                // The overlay's default route wins over the machine's, not over its networks.
+                ("198.51.100.1", "tun0", "eth0"),
+                ("2001:db8:ffff::1", "tun0", "eth0"),
+                ("192.0.2.77", "eth0", "eth0"),
+                ("2001:db8::77", "eth0", "eth0"),
+            ] {
+                assert_eq!(leaves_by(to, 0)?, clear, "{to}");
+                assert_eq!(leaves_by(to, FWMARK)?, marked, "{to} of the underlay");
+                // Others may set bits of their own beside ours.
+                assert_eq!(
+                    leaves_by(to, FWMARK | 0x4000)?,
+                    marked,
+                    "{to} with another bit"
+                );
+            }
+            Ok(())
+        })?;
+        // As after kill -9: a new run, of which the rules are leftovers; one was tampered with.
+        router.ip("-4 rule del priority 5150")?;
+        router.ip("-4 rule add priority 5151 lookup 51820 protocol 81")?;
+        let other = RuleSpec {
+            table: 51999,
+            ..spec
+        };
+        connect(&router, async |netlink, _| {
+            netlink.sync_rules(&spec).await?;
+            assert!(!rules()?.contains("5151:"), "{}", rules()?);
+            assert_eq!(rules()?.matches("5150:").count(), 2);
+            assert_eq!(netlink.remove_rules(&spec).await?, 6);
+            assert_eq!(rules()?, before);
+            assert_eq!(netlink.remove_rules(&spec).await?, 0);
+            // A second router on the machine, with a table of its own.
+            netlink.sync_rules(&other).await?;
+            netlink.sync_rules(&spec).await?;
+            netlink.remove_rules(&spec).await?;
+            assert_eq!(rules()?.matches("lookup 51999").count(), 4, "{}", rules()?);
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn next_hops_are_found_as_if_our_table_were_not_there() {
+    lab::test(|lab| {
+        let router = router(lab)?;
+        router.ip("route add 203.0.113.0/24 via 192.0.2.254 mtu 1300")?;
+        router.ip("route add unreachable 198.18.0.0/15")?;
+        router.ip("route add default via 192.0.2.253 metric 500")?;
+        connect(&router, async |netlink, _| {
+            let tun = index(&netlink, "tun0").await?;
+            netlink
+                .sync_routes(TABLE, tun, &nets(&["0.0.0.0/0", "::/0"]))
+                .await?;
+            netlink.sync_rules(&RuleSpec::new(TABLE)).await?;
+            let to = async |address: &str| netlink.route_to(address.parse().unwrap()).await;
+            for (address, gateway, source, mtu) in [
+                ("198.51.100.1", Some("192.0.2.254"), "192.0.2.1", None),
+                ("203.0.113.9", Some("192.0.2.254"), "192.0.2.1", Some(1300)),
+                ("192.0.2.9", None, "192.0.2.1", None),
+                ("2001:db8:1::1", Some("2001:db8::fe"), "2001:db8::1", None),
+                ("2001:db8::9", None, "2001:db8::1", None),
+            ] {
+                let hop = to(address).await?.context(address)?;
+                assert_eq!(hop.link.name, "eth0", "{address}");
+                assert_eq!(
+                    hop.gateway,
+                    gateway.map(|g| g.parse().unwrap()),
+                    "{address}"
+                );
+                assert_eq!(hop.source, Some(source.parse()?), "{address}");
+                assert_eq!(hop.mtu, mtu, "{address}");
+            }
+            for address in ["198.18.0.1", "192.0.2.1", "2001:db8::1", "127.0.0.1"] {
+                assert_eq!(to(address).await?, None, "{address}");
+            }
+            for (family, gateway) in [
+                (IpAddr::from(Ipv4Addr::UNSPECIFIED), "192.0.2.254"),
+                (IpAddr::from(Ipv6Addr::UNSPECIFIED), "2001:db8::fe"),
+            ] {
+                let hop = netlink.default_route(family).await?.context("default")?;
+                assert_eq!(
+                    (hop.link.name.as_str(), hop.gateway),
+                    ("eth0", gateway.parse().ok())
+                );
+            }
+            router.ip("-6 route del default")?;
+            let none = netlink.default_route(Ipv6Addr::UNSPECIFIED.into()).await?;
+            assert_eq!(none, None);
+            assert_eq!(to("2001:db8:1::1").await?, None);
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn changes_by_others_are_told_and_our_own_are_not() {
+    lab::test(|lab| {
+        let router = router(lab)?;
+        connect(&router, async |netlink, mut changes| {
+            let tun = index(&netlink, "tun0").await?;
+            let mut until = async |wanted: Change| -> anyhow::Result<Vec<Change>> {
+                let mut seen = Vec::new();
+                let limit = std::time::Duration::from_secs(10);
+                while seen.last() != Some(&wanted) {
+                    let next = tokio::time::timeout(limit, changes.next()).await;
+                    let next = next.with_context(|| format!("{wanted:?} after {seen:?}"))?;
+                    seen.push(next.context("the subscription ended")?);
+                }
+                Ok(seen)
+            };
+            let neighbour = |n: u8| {
+                router.ip(&format!(
+                    "neigh add 192.0.2.{n} lladdr 02:00:00:00:00:01 dev eth0"
+                ))
+            };
+            neighbour(100)?;
+            until(Change::Neighbour).await?;
+            netlink
+                .sync_routes(TABLE, tun, &nets(&["10.9.0.0/16", "fd7a::/64"]))
+                .await?;
+            netlink.sync_rules(&RuleSpec::new(TABLE)).await?;
+            neighbour(101)?;
+            let seen = until(Change::Neighbour).await?;
+            assert!(
+                !seen.contains(&Change::Route) && !seen.contains(&Change::Rule),
+                "{seen:?}"
+            );
+
+            router.ip("-4 rule del priority 5150")?;
+            until(Change::Rule).await?;
+            router.ip("route add 10.77.0.0/16 dev eth0")?;
+            until(Change::Route).await?;
+            router.ip("address add 192.0.2.50/24 dev eth0")?;
+            until(Change::Address).await?;
+            router.ip("link set eth0 mtu 1400")?;
+            until(Change::Link).await?;
+            Ok(())
+        })
+    });
+}
