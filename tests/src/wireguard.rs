@@ -1,5 +1,6 @@
-//! WireGuard clients: Debian's wireguard-go, configured by `wg`.
+//! WireGuard in a host: Debian's wireguard-go, other programs, or the kernel, configured by `wg`.
 
+use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -104,27 +105,54 @@ impl Tunnel {
     }
 }
 
-/// A running wireguard-go.
+/// A running tunnel end.
 #[derive(Debug)]
 #[must_use = "the tunnel goes when this is dropped"]
 pub struct Wireguard {
-    process: Process,
+    /// The program, or `None` for the kernel's own.
+    process: Option<Process>,
     device: String,
     host: Host,
 }
 
 impl Host {
-    /// Brings up a tunnel end.
+    /// Brings up a tunnel end with Debian's wireguard-go.
     pub fn wireguard_go(&self, tunnel: &Tunnel) -> anyhow::Result<Wireguard> {
+        self.wireguard_program(&["wireguard-go", "--foreground"], tunnel)
+    }
+
+    /// Brings up a tunnel end with a program that takes a device name as its last argument, stays
+    /// in the foreground and answers `wg`.
+    pub fn wireguard_program(
+        &self,
+        argv: &[impl AsRef<OsStr>],
+        tunnel: &Tunnel,
+    ) -> anyhow::Result<Wireguard> {
         let device = self.tunnel_name();
-        let command = self
-            .command(["wireguard-go", "--foreground", &device])
-            .env("LOG_LEVEL", "error");
-        let mut process = self.spawn("wireguard-go", command)?;
+        let name = OsStr::new(&device);
+        let argv = argv.iter().map(AsRef::as_ref).chain([name]);
+        let command = self.command(argv).env("LOG_LEVEL", "error");
+        let mut process = self.spawn("wireguard", command)?;
         // It answers `wg` some time after it has started, and only then is its device there.
         process.ready(Duration::from_secs(10), "the device to answer `wg`", || {
             self.run(["wg", "show", &device]).is_ok()
         })?;
+        self.configure_wireguard(Some(process), device, tunnel)
+    }
+
+    /// Brings up a tunnel end with the kernel's WireGuard, where it has one.
+    pub fn wireguard_kernel(&self, tunnel: &Tunnel) -> anyhow::Result<Wireguard> {
+        let device = self.tunnel_name();
+        self.ip(&format!("link add {device} type wireguard"))?;
+        self.configure_wireguard(None, device, tunnel)
+    }
+
+    fn configure_wireguard(
+        &self,
+        process: Option<Process>,
+        device: String,
+        tunnel: &Tunnel,
+    ) -> anyhow::Result<Wireguard> {
         self.command(["wg", "setconf", &device, "/dev/stdin"])
             .stdin(tunnel.to_conf())
             .run()?;
@@ -149,6 +177,11 @@ impl Wireguard {
         &self.device
     }
 
+    /// The process id of its program; `None` for the kernel's own.
+    pub fn process_id(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::id)
+    }
+
     /// Whether the handshake with a peer has completed.
     pub fn has_handshake(&self, public: &str) -> anyhow::Result<bool> {
         let table = self
@@ -160,8 +193,8 @@ impl Wireguard {
             .any(|(key, time)| key == public && time != "0"))
     }
 
-    /// What it has printed.
+    /// What its program has printed.
     pub fn log(&self) -> String {
-        self.process.log()
+        self.process.as_ref().map(Process::log).unwrap_or_default()
     }
 }
