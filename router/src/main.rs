@@ -1,5 +1,7 @@
 //! The `sluice` binary.
 
-fn main() -> anyhow::Result<()> {
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
     router::cli::main()
 }

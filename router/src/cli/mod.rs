@@ -1,6 +1,157 @@
 //! The command line: argument parsing and the subcommands that are not the daemon.
 
-/// Parses the command line and runs the subcommand it names.
-pub fn main() -> anyhow::Result<()> {
+mod add_peer;
+mod files;
+mod init;
+mod keys;
+mod logging;
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::{api, config, runtime};
+
+/// Where the configuration is looked for.
+const DEFAULT_CONFIG: &str = "/etc/sluice/sluice.toml";
+
+/// A subnet router: remote machines reach the networks behind this one over WireGuard.
+#[derive(Debug, Parser)]
+#[command(name = "sluice", version, max_term_width = 100)]
+struct Cli {
+    /// What to log: error, warn, info, debug, trace, or directives such as
+    /// `info,router::engine=debug`. Otherwise SLUICE_LOG and RUST_LOG are asked.
+    #[arg(long, global = true, value_name = "LEVEL")]
+    log: Option<String>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the router until SIGTERM or ctrl-C. SIGHUP, or a change of the file, reads it again.
+    Run {
+        /// The configuration file.
+        #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG)]
+        config: PathBuf,
+    },
+    /// Write a configuration to start from, and a new private key.
+    Init {
+        /// Where to: the directory is made if it is not there.
+        #[arg(long, value_name = "DIR", default_value = "/etc/sluice")]
+        dir: PathBuf,
+        /// Replace a sluice.toml that is there. A private key is never replaced.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Check a configuration file, and tell every problem in it.
+    CheckConfig {
+        /// The configuration file.
+        #[arg(value_name = "FILE", default_value = DEFAULT_CONFIG)]
+        file: PathBuf,
+    },
+    /// Make a key pair for a new peer, add it to the configuration, and print the peer's own
+    /// configuration for wg-quick.
+    AddPeer(add_peer::Args),
+    /// Ask the running router how it is.
+    Status {
+        /// As JSON, for scripts.
+        #[arg(long)]
+        json: bool,
+        /// The router's socket (`api.socket` in its configuration).
+        #[arg(long, value_name = "PATH", default_value_os_t = config::default_socket(config::DEFAULT_DEVICE))]
+        socket: PathBuf,
+    },
+    /// Print a new private key.
+    Genkey,
+    /// Print a new preshared key.
+    Genpsk,
+    /// Read a private key from standard input and print its public key.
+    Pubkey,
+}
+
+/// Parses the command line, runs the subcommand that it names and reports what went wrong.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let text = format!("{error:#}");
+            // The problems of a configuration are a line each and name the file themselves.
+            let prefix = if text.contains('\n') { "" } else { "sluice: " };
+            let _ = writeln!(io::stderr(), "{prefix}{text}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Run { config } => {
+            logging::start(cli.log.as_deref())?;
+            runtime::run(&config)?;
+            Ok(())
+        }
+        Command::Init { dir, force } => print(&init::init(&dir, force)?),
+        Command::CheckConfig { file } => print(&check_config(&file)?),
+        Command::AddPeer(args) => add_peer::add_peer(&args),
+        Command::Status { json, socket } => print(&api::print_status(&socket, json)?),
+        Command::Genkey => keys::genkey(),
+        Command::Genpsk => keys::genpsk(),
+        Command::Pubkey => keys::pubkey(),
+    }
+}
+
+/// Writes to standard output; a reader that has gone away is an error, not a panic.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
     Ok(())
+}
+
+fn check_config(file: &Path) -> anyhow::Result<String> {
+    let snapshot = config::load(file)?.snapshot;
+    let mut line = "ok:".to_owned();
+    let counts = [
+        (snapshot.peers.len(), "peer"),
+        (snapshot.routes.len(), "route"),
+        (snapshot.policy.rules.len(), "rule"),
+    ];
+    for (index, (count, what)) in counts.into_iter().enumerate() {
+        let comma = if index > 0 { "," } else { "" };
+        let plural = if count == 1 { "" } else { "s" };
+        let _ = write!(line, "{comma} {count} {what}{plural}");
+    }
+    line.push('\n');
+    Ok(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn check_config_counts_or_tells_everything() {
+        let directory = config::tests::directory_with_keys();
+        let file = directory.path().join("sluice.toml");
+        std::fs::write(&file, config::tests::EXAMPLE).unwrap();
+        assert_eq!(
+            check_config(&file).unwrap(),
+            "ok: 2 peers, 3 routes, 2 rules\n"
+        );
+        std::fs::write(&file, "a = 1\nb = 2\n").unwrap();
+        let error = check_config(&file).unwrap_err().to_string();
+        assert_eq!(error.lines().count(), 3, "{error}");
+    }
 }

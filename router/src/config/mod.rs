@@ -1,12 +1,127 @@
 //! The configuration file: raw form, validation, and the validated form that the rest sees.
+//!
+//! [`load`] reads a file in two steps: `raw` takes the TOML apart and keeps the place of every
+//! value, `validate` judges the values and builds a [`Config`]. Both go on after a mistake, so that
+//! [`ConfigErrors`] holds all of them. What only the running machine can tell is judged by
+//! [`check_against_system`]. docs/configuration.md describes the file for operators.
 
+mod keyfile;
+mod net;
+mod problem;
+mod raw;
+mod section;
+mod suggest;
+mod syntax;
+mod system;
+mod validate;
+
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::fs::File;
+use std::io::Read as _;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
+pub(crate) use net::endpoint as parse_endpoint;
+pub use problem::{ConfigErrors, Position, Problem};
+pub use system::check_against_system;
+
 use crate::control::Snapshot;
 use crate::wireguard::keys::PrivateKey;
+
+/// UDP port of the underlay if the file names none.
+pub const DEFAULT_LISTEN_PORT: u16 = 51820;
+/// Tunnel MTU in bytes if the file names none: 1500 less the 80 bytes of IPv6, UDP and WireGuard.
+pub const DEFAULT_MTU: u16 = 1420;
+/// Tunnel MTUs in bytes that can work. Below 1280 the kernel takes IPv6 off the device (RFC 8200
+/// section 5). A UDP datagram over IPv4 holds 65,507 bytes; less 32 for WireGuard's header and tag,
+/// and rounded down to the 16 bytes that a packet is padded to, that leaves 65,472.
+pub const MTU: RangeInclusive<u16> = 1280..=65472;
+/// Name of the TUN device if the file names none.
+pub const DEFAULT_DEVICE: &str = "sluice0";
+
+/// Path of the local API socket of `device` if the file names none.
+pub fn default_socket(device: &str) -> PathBuf {
+    Path::new("/run/sluice").join(format!("{device}.sock"))
+}
+
+/// No configuration file is longer, in bytes; whatever is, is another file.
+const LONGEST_FILE: u64 = 64 << 20;
+
+/// Reads and validates the configuration file at `path`, and the key files that it names.
+pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
+    let unreadable = |what: String| {
+        ConfigErrors(vec![Problem {
+            file: path.into(),
+            position: None,
+            key: "".into(),
+            message: what,
+        }])
+    };
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(LONGEST_FILE + 1).read_to_end(&mut bytes))
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => {
+                unreadable("does not exist; `sluice init` makes one".into())
+            }
+            _ => unreadable(format!("cannot be read: {error}")),
+        })?;
+    if bytes.len() as u64 > LONGEST_FILE {
+        return Err(unreadable(
+            "is longer than 64 MiB; is it the right file?".into(),
+        ));
+    }
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let line = error.as_bytes()[..at]
+            .iter()
+            .filter(|b| **b == b'\n')
+            .count()
+            + 1;
+        unreadable(format!("line {line} is not UTF-8; save the file as UTF-8"))
+    })?;
+    parse(&text, path)
+}
+
+/// Validates the text of a configuration file that stands (or will stand) at `path`; key files are
+/// looked for beside it.
+pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigErrors> {
+    let mut problems = problem::Problems::new(path, text);
+    let raw = raw::read(text, &mut problems);
+    let config = validate::config(&raw, path, &mut problems);
+    match config {
+        Some(config) if problems.is_empty() => Ok(config),
+        _ => Err(problems.into_errors()),
+    }
+}
+
+/// What differs between two settings and takes effect only when the daemon starts, as sentences.
+/// The private key is not among it: the engine takes a new one while it runs.
+pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
+    [
+        ("name", old.name != new.name),
+        ("wireguard.device", old.device != new.device),
+        ("wireguard.listen_port", old.listen_port != new.listen_port),
+        ("wireguard.addresses", old.addresses != new.addresses),
+        ("wireguard.mtu", old.mtu != new.mtu),
+        ("datapath.mode", old.datapath != new.datapath),
+        ("datapath.uplink", old.uplink != new.uplink),
+        ("datapath.subnet", old.subnet != new.subnet),
+        ("datapath.workers", old.workers != new.workers),
+        ("metrics.listen", old.http != new.http),
+        ("api.socket", old.socket != new.socket),
+    ]
+    .into_iter()
+    .filter(|(_, changed)| *changed)
+    .map(|(key, _)| format!("{key} has changed, which takes effect when sluice is restarted"))
+    .collect()
+}
 
 /// A validated configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +130,31 @@ pub struct Config {
     pub local: Local,
     /// Peers, routes and policy of the file.
     pub snapshot: Snapshot,
+    /// Where in the file what stands.
+    pub origin: Origin,
+}
+
+/// Where the parts of a [`Config`] stand in its file, for problems that are found after parsing.
+/// All origins are equal: a value that only moved in the file has not changed.
+#[derive(Clone, Debug, Default)]
+pub struct Origin(Option<Arc<Places>>);
+
+impl PartialEq for Origin {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Origin {}
+
+#[derive(Debug)]
+struct Places {
+    file: Arc<Path>,
+    addresses: Vec<Position>,
+    uplink: Option<Position>,
+    subnet: Vec<Position>,
+    /// By peer, as in the snapshot: the place of each allowed IP.
+    allowed_ips: Vec<Vec<Position>>,
 }
 
 /// Settings that belong to this machine and never come from a control source.

@@ -4,12 +4,25 @@
 //! changes only what differs. The configuration file is the first source, a coordination server
 //! the next.
 
+pub mod file;
+
+use std::future::Future;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
 use crate::wireguard::keys::{PresharedKey, PublicKey};
+
+/// A source of snapshots.
+pub trait Source: Send {
+    /// Why there is no new snapshot.
+    type Error: std::error::Error;
+
+    /// Waits for the next state that is wanted, whole. After an error what was in force stays in
+    /// force, and the source may be asked again. Cancel safe.
+    fn next(&mut self) -> impl Future<Output = Result<Snapshot, Self::Error>> + Send;
+}
 
 /// Everything a control source decides, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

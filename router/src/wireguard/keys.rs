@@ -102,6 +102,13 @@ impl fmt::Debug for PrivateKey {
 pub struct PresharedKey([u8; 32]);
 
 impl PresharedKey {
+    /// A key from the system's random source.
+    pub fn generate() -> Result<Self, getrandom::Error> {
+        let mut bytes = [0u8; 32];
+        getrandom::fill(&mut bytes)?;
+        Ok(Self(bytes))
+    }
+
     /// A key from its bytes.
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
@@ -110,6 +117,11 @@ impl PresharedKey {
     /// The secret bytes, for the session layer.
     pub fn expose(&self) -> &[u8; 32] {
         &self.0
+    }
+
+    /// Base64, for writing a key file.
+    pub fn expose_base64(&self) -> String {
+        STANDARD.encode(self.0)
     }
 }
 

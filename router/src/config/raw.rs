@@ -1,0 +1,208 @@
+//! The raw form: what the file says, with the place of every value, before anything is judged.
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::problem::Problems;
+use super::section::{At, Section, Text, TextOr, integer, text};
+use super::syntax;
+
+/// The file as written.
+pub(super) struct Raw<'i> {
+    pub(super) name: Option<Text<'i>>,
+    pub(super) wireguard: Option<Wireguard<'i>>,
+    pub(super) peers: Vec<Peer<'i>>,
+    pub(super) routes: Vec<Route<'i>>,
+    pub(super) rules: Vec<Rule<'i>>,
+    pub(super) datapath: Datapath<'i>,
+    pub(super) listen: Option<Text<'i>>,
+    pub(super) socket: Option<Text<'i>>,
+}
+
+/// `[wireguard]`.
+pub(super) struct Wireguard<'i> {
+    pub(super) private_key_file: Option<Text<'i>>,
+    pub(super) addresses: Option<At<Vec<Text<'i>>>>,
+    pub(super) listen_port: Option<At<i64>>,
+    pub(super) mtu: Option<At<i64>>,
+    pub(super) device: Option<Text<'i>>,
+}
+
+/// `[[peer]]`.
+pub(super) struct Peer<'i> {
+    pub(super) at: usize,
+    pub(super) name: Option<Text<'i>>,
+    pub(super) public_key: Option<Text<'i>>,
+    pub(super) preshared_key_file: Option<Text<'i>>,
+    pub(super) allowed_ips: Option<At<Vec<Text<'i>>>>,
+    pub(super) endpoint: Option<Text<'i>>,
+    pub(super) keepalive: Option<At<i64>>,
+}
+
+/// `[[route]]`.
+pub(super) struct Route<'i> {
+    pub(super) cidr: Option<Text<'i>>,
+    pub(super) snat: Option<At<bool>>,
+    pub(super) mode: Option<Text<'i>>,
+}
+
+/// `[[rule]]`.
+pub(super) struct Rule<'i> {
+    pub(super) from: Option<At<Vec<Text<'i>>>>,
+    pub(super) to: Option<At<Vec<Text<'i>>>>,
+    pub(super) protocols: Option<At<Vec<TextOr<'i, At<i64>>>>>,
+}
+
+/// `[datapath]`.
+#[derive(Default)]
+pub(super) struct Datapath<'i> {
+    pub(super) mode: Option<Text<'i>>,
+    pub(super) uplink: Option<Text<'i>>,
+    pub(super) subnet: Option<TextOr<'i, At<Vec<Text<'i>>>>>,
+    pub(super) workers: Option<TextOr<'i, At<i64>>>,
+}
+
+/// Reads the text of a file. What has the wrong type or an unknown name becomes a problem.
+///
+/// After a syntax error the parser's guess at the rest is read as well, so that its mistakes are
+/// told too.
+pub(super) fn read<'i>(source: &'i str, problems: &mut Problems<'_>) -> Raw<'i> {
+    let (table, errors) = DeTable::parse_recoverable(source);
+    syntax::report(source, &table, &errors, problems);
+    top(Section::top(table), problems)
+}
+
+fn top<'i>(mut top: Section<'i>, problems: &mut Problems<'_>) -> Raw<'i> {
+    top.require(
+        "wireguard",
+        "a section [wireguard] with private_key_file and addresses",
+        problems,
+    );
+    let name = top.text("name", problems);
+    let wireguard = top.section("wireguard", problems);
+    let peers = top.sections("peer", problems);
+    let routes = top.sections("route", problems);
+    let rules = top.sections("rule", problems);
+    let datapath = top.section("datapath", problems);
+    let metrics = top.section("metrics", problems);
+    let api = top.section("api", problems);
+    top.finish(problems);
+    Raw {
+        name,
+        wireguard: wireguard.map(|section| self::wireguard(section, problems)),
+        peers: peers.into_iter().map(|s| peer(s, problems)).collect(),
+        routes: routes.into_iter().map(|s| route(s, problems)).collect(),
+        rules: rules.into_iter().map(|s| rule(s, problems)).collect(),
+        datapath: datapath.map_or_else(Datapath::default, |s| self::datapath(s, problems)),
+        listen: metrics.and_then(|s| only_text(s, "listen", problems)),
+        socket: api.and_then(|s| only_text(s, "socket", problems)),
+    }
+}
+
+fn wireguard<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Wireguard<'i> {
+    section.require(
+        "private_key_file",
+        r#"private_key_file = "private.key""#,
+        problems,
+    );
+    section.require("addresses", r#"addresses = ["100.64.0.1/24"]"#, problems);
+    let raw = Wireguard {
+        private_key_file: section.text("private_key_file", problems),
+        addresses: section.texts("addresses", problems),
+        listen_port: section.integer("listen_port", problems),
+        mtu: section.integer("mtu", problems),
+        device: section.text("device", problems),
+    };
+    section.finish(problems);
+    raw
+}
+
+fn peer<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Peer<'i> {
+    section.require(
+        "public_key",
+        r#"public_key = "…" as `wg pubkey` prints it"#,
+        problems,
+    );
+    section.require(
+        "allowed_ips",
+        r#"allowed_ips = ["100.64.0.2/32"], the peer's own addresses"#,
+        problems,
+    );
+    let raw = Peer {
+        at: section.at,
+        name: section.text("name", problems),
+        public_key: section.text("public_key", problems),
+        preshared_key_file: section.text("preshared_key_file", problems),
+        allowed_ips: section.texts("allowed_ips", problems),
+        endpoint: section.text("endpoint", problems),
+        keepalive: section.integer("keepalive", problems),
+    };
+    section.finish(problems);
+    raw
+}
+
+fn route<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Route<'i> {
+    section.require(
+        "cidr",
+        r#"cidr = "10.0.0.0/16", a network behind this router"#,
+        problems,
+    );
+    let raw = Route {
+        cidr: section.text("cidr", problems),
+        snat: section.boolean("snat", problems),
+        mode: section.text("mode", problems),
+    };
+    section.finish(problems);
+    raw
+}
+
+fn rule<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Rule<'i> {
+    section.require("from", r#"from = ["*"] for every peer"#, problems);
+    section.require("to", r#"to = ["*"] for every route"#, problems);
+    let raw = Rule {
+        from: section.texts("from", problems),
+        to: section.texts("to", problems),
+        protocols: section.list("protocols", problems).map(|list| At {
+            value: list
+                .value
+                .into_iter()
+                .filter_map(|value| protocol(value, problems))
+                .collect(),
+            at: list.at,
+        }),
+    };
+    section.finish(problems);
+    raw
+}
+
+fn protocol<'i>(
+    value: Spanned<DeValue<'i>>,
+    problems: &mut Problems<'_>,
+) -> Option<TextOr<'i, At<i64>>> {
+    let at = value.span().start;
+    match integer(value.get_ref()) {
+        Some(value) => Some(TextOr::Other(At { value, at })),
+        None => text("rule.protocols", value, problems).map(TextOr::Text),
+    }
+}
+
+fn datapath<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Datapath<'i> {
+    let raw = Datapath {
+        mode: section.text("mode", problems),
+        uplink: section.text("uplink", problems),
+        subnet: section.text_or("subnet", problems, Section::texts),
+        workers: section.text_or("workers", problems, Section::integer),
+    };
+    section.finish(problems);
+    raw
+}
+
+fn only_text<'i>(
+    mut section: Section<'i>,
+    key: &str,
+    problems: &mut Problems<'_>,
+) -> Option<Text<'i>> {
+    let text = section.text(key, problems);
+    section.finish(problems);
+    text
+}
