@@ -1,9 +1,36 @@
 //! The packet engine: worker threads between the UDP sockets and the TUN queues.
+//!
+//! A worker runs to completion on epoll. It alone touches its sockets, its TUN queue, its buffers
+//! and its peers, so no lock is taken on the way of a packet. [`Engine`] is the handle that the
+//! rest of the daemon holds; it talks to the workers through their inboxes.
 
+mod batch;
+mod checksum;
+mod coalesce;
+mod control;
+mod counters;
+mod forward;
+mod ip;
+mod peer;
+mod routes;
+mod segment;
+mod tun;
+mod udp;
+mod udp_io;
+mod vnet;
+mod worker;
+
+#[cfg(test)]
+mod interop;
+
+use std::io;
 use std::net::SocketAddr;
 use std::time::SystemTime;
 
 use ipnet::IpNet;
+
+pub use control::Engine;
+pub use counters::Counter;
 
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 
@@ -35,4 +62,137 @@ pub struct PeerStats {
     pub rx_bytes: u64,
     /// Underlay bytes sent to it.
     pub tx_bytes: u64,
+}
+
+/// How an engine is set up.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of the TUN device to create.
+    pub device: String,
+    /// MTU of the device in bytes.
+    pub mtu: u16,
+    /// UDP port to listen on, host byte order; 0 lets the system choose.
+    pub listen_port: u16,
+    /// Firewall mark of underlay packets (`SO_MARK`); 0 for none.
+    pub fwmark: u32,
+    /// Number of worker threads; `None` lets the engine choose.
+    pub workers: Option<usize>,
+    /// Whether super-packets and batched datagrams are used where the kernel has them.
+    pub offload: bool,
+}
+
+/// What the kernel granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// Worker threads.
+    pub workers: usize,
+    /// TUN packets carry a virtio-net header.
+    pub vnet_header: bool,
+    /// TCP super-packets on the TUN device.
+    pub tso: bool,
+    /// UDP super-packets on the TUN device (Linux 6.2).
+    pub uso: bool,
+    /// Datagrams arrive in batches.
+    pub udp_gro: bool,
+    /// Datagrams are sent in batches.
+    pub udp_gso: bool,
+    /// Receive buffer of each socket in bytes, as the kernel counts it.
+    pub receive_buffer: usize,
+    /// Send buffer of each socket in bytes, as the kernel counts it.
+    pub send_buffer: usize,
+}
+
+/// The engine cannot do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A name that no interface can have.
+    #[error(
+        "{0:?} cannot be the name of a network device: use 1 to 15 characters without '/', '%' and blanks"
+    )]
+    DeviceName(String),
+    /// Another process, or a leftover, has the name.
+    #[error(
+        "a network device {0} exists already: another Sluice may be running, else choose another name or remove it with: ip link del {0}"
+    )]
+    DeviceExists(String),
+    /// No TUN driver, or no right to use it.
+    #[error(
+        "open /dev/net/tun: {0}; the tun module must be loaded, and in a container the device must be passed in"
+    )]
+    TunOpen(#[source] io::Error),
+    /// The device could not be set up.
+    #[error("{what} the TUN device {device}: {source}")]
+    Device {
+        /// What was being done.
+        what: &'static str,
+        /// The device's name.
+        device: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The UDP port could not be had.
+    #[error("listen on UDP port {port}: {source}")]
+    Bind {
+        /// Port, host byte order.
+        port: u16,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread or a descriptor could not be had.
+    #[error("start a worker: {0}")]
+    Start(#[source] io::Error),
+    /// The random source failed.
+    #[error("read the system's random source: {0}")]
+    Random(#[source] getrandom::Error),
+    /// A peer that must not be.
+    #[error("peer {0} has this router's own key")]
+    OwnKey(PublicKey),
+    /// A public key that makes no secret.
+    #[error("peer {0}: this public key is of small order and protects nothing; ask for a new one")]
+    LowOrderKey(PublicKey),
+    /// The same key twice.
+    #[error("peer {0} is there twice")]
+    DoubledPeer(PublicKey),
+    /// The same CIDR twice.
+    #[error("{cidr} is an allowed IP of peer {first} and of peer {second}")]
+    DoubledCidr {
+        /// The CIDR.
+        cidr: IpNet,
+        /// One owner.
+        first: PublicKey,
+        /// The other.
+        second: PublicKey,
+    },
+    /// A worker has ended; [`Engine::failed`] tells why.
+    #[error("a worker of the packet engine has ended")]
+    Worker,
+}
+
+impl Error {
+    fn device(what: &'static str, device: &str, source: io::Error) -> Self {
+        Self::Device {
+            what,
+            device: device.to_owned(),
+            source,
+        }
+    }
+}
+
+/// Why a running engine stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Somebody deleted the device.
+    #[error("the TUN device was deleted")]
+    DeviceGone,
+    /// The device cannot be read.
+    #[error("read from the TUN device: {0}")]
+    Read(#[source] io::Error),
+    /// Waiting for events failed.
+    #[error("wait for events: {0}")]
+    Poll(#[source] io::Error),
+    /// A worker panicked: a defect of the engine.
+    #[error("a worker panicked; please report this")]
+    Panic,
 }

@@ -1,0 +1,425 @@
+//! The handle of a running engine: what the control side asks, and what it reads.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use tokio::sync::watch;
+
+use super::counters::{Counter, Counters};
+use super::forward::{Change, Directory, Forwarder};
+use super::peer::{Setup, Shared};
+use super::routes::{PeerId, Routes};
+use super::tun::Device;
+use super::udp::{Bind, Underlay};
+use super::worker::{Command, Waker, Worker};
+use super::{Error, Failure, Features, Options, PeerSpec, PeerStats};
+use crate::wireguard::LocalKey;
+use crate::wireguard::keys::{PrivateKey, PublicKey};
+use crate::wireguard::message::is_low_order;
+
+/// A running engine. Dropping it ends the workers and takes the device away.
+///
+/// Methods may be called from any thread. Those that change something wait until the workers have
+/// done it, which takes as long as they need for the packets at hand: well under 10 ms.
+#[derive(Debug)]
+pub struct Engine {
+    device: String,
+    index: u32,
+    port: u16,
+    features: Features,
+    workers: Vec<Handle>,
+    state: Mutex<State>,
+    failure: watch::Receiver<Option<Arc<Failure>>>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    commands: mpsc::Sender<Command>,
+    waker: Arc<Waker>,
+    counters: Arc<Counters>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Handle {
+    fn tell(&self, command: Command) -> Result<(), Error> {
+        self.commands.send(command).map_err(|_| Error::Worker)?;
+        self.waker.wake();
+        Ok(())
+    }
+}
+
+/// What is in force.
+#[derive(Debug)]
+struct State {
+    public: PublicKey,
+    peers: HashMap<PublicKey, Known>,
+    /// Numbers that were in use and are free now.
+    free: Vec<PeerId>,
+    /// Receiver indices in use (their upper 24 bits).
+    indices: HashSet<u32>,
+}
+
+#[derive(Debug)]
+struct Known {
+    spec: PeerSpec,
+    id: PeerId,
+    index: u32,
+    worker: usize,
+    shared: Arc<Shared>,
+}
+
+/// Tells the control side when a worker ends in any way but on request.
+struct Obituary {
+    failure: Arc<watch::Sender<Option<Arc<Failure>>>>,
+    cause: Option<Failure>,
+}
+
+impl Drop for Obituary {
+    fn drop(&mut self) {
+        if let Some(cause) = self.cause.take() {
+            // The first cause counts; others follow from it.
+            self.failure.send_if_modified(|seen| {
+                let first = seen.is_none();
+                if first {
+                    *seen = Some(Arc::new(cause));
+                }
+                first
+            });
+        }
+    }
+}
+
+impl Engine {
+    /// Creates the TUN device, binds the sockets and starts the workers, all in the network
+    /// namespace of the calling thread. The device is down and has no address yet.
+    pub fn start(options: Options, private_key: &PrivateKey) -> Result<Self, Error> {
+        let workers = options.workers.unwrap_or(1).clamp(1, 1);
+        let device = Device::create(&options.device, options.mtu, workers, options.offload)?;
+        let underlay = Underlay::bind(Bind {
+            port: options.listen_port,
+            mark: options.fwmark,
+            workers,
+            offload: options.offload,
+        })?;
+        let local = Arc::new(LocalKey::new(private_key));
+        let (sender, failure) = watch::channel(None);
+        let sender = Arc::new(sender);
+        let mut engine = Self {
+            device: device.name,
+            index: device.index,
+            port: underlay.port,
+            features: Features {
+                workers,
+                vnet_header: device.offload.vnet,
+                tso: device.offload.tcp,
+                uso: device.offload.udp,
+                udp_gro: underlay.gro,
+                udp_gso: underlay.gso,
+                receive_buffer: underlay.receive_buffer,
+                send_buffer: underlay.send_buffer,
+            },
+            workers: Vec::new(),
+            state: Mutex::new(State {
+                public: local.public(),
+                peers: HashMap::new(),
+                free: Vec::new(),
+                indices: HashSet::new(),
+            }),
+            failure,
+        };
+        for (queue, sockets) in device.queues.into_iter().zip(underlay.sockets) {
+            let counters = Arc::new(Counters::new());
+            let waker = Arc::new(Waker::new().map_err(Error::Start)?);
+            let (commands, inbox) = mpsc::channel();
+            let worker = Worker {
+                forwarder: Forwarder::new(
+                    options.mtu,
+                    local.clone(),
+                    device.offload,
+                    underlay.gso,
+                    counters.clone(),
+                ),
+                queue,
+                sockets,
+                waker: waker.clone(),
+                inbox,
+                counters: counters.clone(),
+                vnet: device.offload.vnet,
+            };
+            let failure = sender.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("worker-{}", engine.workers.len()))
+                .spawn(move || {
+                    let mut obituary = Obituary {
+                        failure,
+                        cause: Some(Failure::Panic),
+                    };
+                    obituary.cause = worker.run().err();
+                })
+                .map_err(Error::Start)?;
+            engine.workers.push(Handle {
+                commands,
+                waker,
+                counters,
+                thread: Some(thread),
+            });
+        }
+        Ok(engine)
+    }
+
+    /// The kernel's name for the TUN device at its creation, and its interface index.
+    pub fn device(&self) -> (&str, u32) {
+        (&self.device, self.index)
+    }
+
+    /// The UDP port in use, host byte order.
+    pub fn listen_port(&self) -> u16 {
+        self.port
+    }
+
+    /// What the kernel granted.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// Makes `specs` the list of peers. Peers that stay keep their sessions and the endpoints they
+    /// roamed to; a changed endpoint in a spec counts as news. Removed peers are gone when this
+    /// returns. On error nothing has changed.
+    pub fn set_peers(&self, specs: &[PeerSpec]) -> Result<(), Error> {
+        let mut state = self.state();
+        check(specs, &state.public)?;
+        let mut changes: Vec<Change> = self.workers.iter().map(|_| Change::default()).collect();
+        state.diff(specs, &mut changes)?;
+        let directory = Arc::new(state.directory());
+        for change in &mut changes {
+            change.directory = Some(directory.clone());
+        }
+        self.apply(changes)
+    }
+
+    /// Changes the private key. Sessions end; peers come back by themselves.
+    pub fn set_private_key(&self, private_key: &PrivateKey) -> Result<(), Error> {
+        let mut state = self.state();
+        let local = Arc::new(LocalKey::new(private_key));
+        let public = local.public();
+        if state.peers.contains_key(&public) {
+            return Err(Error::OwnKey(public));
+        }
+        state.public = public;
+        let change = |_| Change {
+            local: Some(local.clone()),
+            ..Change::default()
+        };
+        self.apply(self.workers.iter().map(change).collect())
+    }
+
+    /// What is known of each peer, in no particular order.
+    pub fn peer_stats(&self) -> Vec<PeerStats> {
+        let state = self.state();
+        state
+            .peers
+            .values()
+            .map(|known| known.shared.stats())
+            .collect()
+    }
+
+    /// Every counter's label and value since the start, all workers together.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        Counter::ALL
+            .iter()
+            .map(|counter| {
+                let sum = self
+                    .workers
+                    .iter()
+                    .map(|worker| worker.counters.get(*counter));
+                (counter.label(), sum.sum())
+            })
+            .collect()
+    }
+
+    /// Waits until the engine has stopped by itself, and tells why. Never returns while it is well.
+    pub async fn failed(&self) -> Arc<Failure> {
+        let mut failure = self.failure.clone();
+        if let Ok(seen) = failure.wait_for(Option::is_some).await
+            && let Some(cause) = seen.as_ref()
+        {
+            return cause.clone();
+        }
+        std::future::pending().await
+    }
+
+    /// Ends the workers and takes the device away. The same as dropping the engine.
+    pub fn shutdown(self) {}
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives each worker its change, then waits for all of them.
+    fn apply(&self, changes: Vec<Change>) -> Result<(), Error> {
+        let (done, waiting) = mpsc::channel();
+        for (worker, change) in self.workers.iter().zip(changes) {
+            worker.tell(Command::Apply(change, done.clone()))?;
+        }
+        drop(done);
+        for _ in &self.workers {
+            waiting.recv().map_err(|_| Error::Worker)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        for worker in &self.workers {
+            // One that has ended needs no telling.
+            let _ = worker.tell(Command::Stop);
+        }
+        for worker in &mut self.workers {
+            if let Some(thread) = worker.thread.take() {
+                // A panic has been reported by the obituary.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+/// Refuses what would make traffic ambiguous or unprotected.
+fn check(specs: &[PeerSpec], own: &PublicKey) -> Result<(), Error> {
+    let mut keys = HashSet::new();
+    let mut owners: HashMap<IpNet, PublicKey> = HashMap::new();
+    for spec in specs {
+        let key = spec.public_key;
+        if key == *own {
+            return Err(Error::OwnKey(key));
+        }
+        if is_low_order(&key.0) {
+            return Err(Error::LowOrderKey(key));
+        }
+        if !keys.insert(key) {
+            return Err(Error::DoubledPeer(key));
+        }
+        for cidr in &spec.allowed_ips {
+            let cidr = cidr.trunc();
+            if let Some(first) = owners.insert(cidr, key)
+                && first != key
+            {
+                let second = key;
+                return Err(Error::DoubledCidr {
+                    cidr,
+                    first,
+                    second,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn interval(spec: &PeerSpec) -> Option<Duration> {
+    spec.keepalive
+        .filter(|seconds| *seconds > 0)
+        .map(|seconds| Duration::from_secs(seconds.into()))
+}
+
+impl State {
+    /// Brings the known peers in line with `specs`, and notes for each worker what changes.
+    fn diff(&mut self, specs: &[PeerSpec], changes: &mut [Change]) -> Result<(), Error> {
+        let wanted: HashMap<PublicKey, &PeerSpec> =
+            specs.iter().map(|spec| (spec.public_key, spec)).collect();
+        let gone = |known: &Known| {
+            // A preshared key cannot be changed within a session: the peer starts anew.
+            wanted
+                .get(&known.spec.public_key)
+                .is_none_or(|spec| spec.preshared_key != known.spec.preshared_key)
+        };
+        let mut load = vec![0usize; changes.len()];
+        let (free, indices) = (&mut self.free, &mut self.indices);
+        self.peers.retain(|_, known| {
+            if gone(known) {
+                changes[known.worker].remove.push(known.id);
+                free.push(known.id);
+                indices.remove(&known.index);
+                return false;
+            }
+            load[known.worker] += 1;
+            true
+        });
+        for spec in specs {
+            if let Some(known) = self.peers.get_mut(&spec.public_key) {
+                let change = &mut changes[known.worker];
+                if spec.endpoint != known.spec.endpoint
+                    && let Some(endpoint) = spec.endpoint
+                {
+                    change.endpoints.push((known.id, endpoint));
+                }
+                if interval(spec) != interval(&known.spec) {
+                    change.keepalives.push((known.id, interval(spec)));
+                }
+                known.spec = spec.clone();
+                continue;
+            }
+            let worker = (0..load.len()).min_by_key(|at| load[*at]).unwrap_or(0);
+            load[worker] += 1;
+            let index = self.draw_index(worker, load.len())?;
+            let id = self.free.pop().unwrap_or(self.peers.len() as PeerId);
+            let shared = Arc::new(Shared::new(spec.public_key));
+            changes[worker].add.push(Setup {
+                id,
+                public_key: spec.public_key,
+                preshared_key: spec.preshared_key.clone(),
+                index,
+                endpoint: spec.endpoint,
+                keepalive: interval(spec),
+                shared: shared.clone(),
+            });
+            let spec = spec.clone();
+            self.peers.insert(
+                spec.public_key,
+                Known {
+                    spec,
+                    id,
+                    index,
+                    worker,
+                    shared,
+                },
+            );
+        }
+        Ok(())
+    }
+
+    /// Random 24 bits that no peer has, and that name `worker` of `workers`.
+    fn draw_index(&mut self, worker: usize, workers: usize) -> Result<u32, Error> {
+        loop {
+            let random = getrandom::u32().map_err(Error::Random)? >> 8;
+            let workers = workers as u32;
+            let index = random - random % workers + worker as u32;
+            if index < 1 << 24 && self.indices.insert(index) {
+                return Ok(index);
+            }
+        }
+    }
+
+    fn directory(&self) -> Directory {
+        let entries = self.peers.values().flat_map(|known| {
+            known
+                .spec
+                .allowed_ips
+                .iter()
+                .map(|cidr| (cidr.trunc(), known.id))
+        });
+        let unique: HashMap<IpNet, PeerId> = entries.collect();
+        Directory {
+            routes: Routes::new(unique),
+            keys: self
+                .peers
+                .iter()
+                .map(|(key, known)| (*key, known.id))
+                .collect(),
+        }
+    }
+}

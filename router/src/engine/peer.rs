@@ -1,0 +1,237 @@
+//! One peer as its worker has it.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::PeerStats;
+use super::batch::Endpoint;
+use super::routes::PeerId;
+use crate::wireguard::keys::{PresharedKey, PublicKey};
+use crate::wireguard::{LocalKey, Packets, Tunnel};
+
+/// Packets that wait for a peer's handshake; the oldest is dropped for a new one (as in the kernel).
+pub(super) const STAGED: usize = 128;
+
+/// What the control side reads of a peer while its worker writes.
+#[derive(Debug)]
+pub(super) struct Shared {
+    public_key: PublicKey,
+    rx_bytes: AtomicU64,
+    tx_bytes: AtomicU64,
+    /// Nanoseconds since 1970; 0 for never.
+    last_handshake: AtomicU64,
+    /// Locked by the worker only when the peer moves.
+    endpoint: Mutex<Option<SocketAddr>>,
+}
+
+impl Shared {
+    /// A peer that has not been heard from.
+    pub(super) fn new(public_key: PublicKey) -> Self {
+        Self {
+            public_key,
+            rx_bytes: AtomicU64::new(0),
+            tx_bytes: AtomicU64::new(0),
+            last_handshake: AtomicU64::new(0),
+            endpoint: Mutex::new(None),
+        }
+    }
+
+    /// Reads everything.
+    pub(super) fn stats(&self) -> PeerStats {
+        let nanos = self.last_handshake.load(Ordering::Relaxed);
+        PeerStats {
+            public_key: self.public_key,
+            endpoint: *self.endpoint.lock().unwrap_or_else(PoisonError::into_inner),
+            last_handshake: (nanos != 0).then(|| UNIX_EPOCH + Duration::from_nanos(nanos)),
+            rx_bytes: self.rx_bytes.load(Ordering::Relaxed),
+            tx_bytes: self.tx_bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+fn count(cell: &AtomicU64, bytes: u64) {
+    cell.store(
+        cell.load(Ordering::Relaxed).wrapping_add(bytes),
+        Ordering::Relaxed,
+    );
+}
+
+/// A peer to be added to a worker.
+#[derive(Debug)]
+pub(super) struct Setup {
+    pub(super) id: PeerId,
+    pub(super) public_key: PublicKey,
+    pub(super) preshared_key: Option<PresharedKey>,
+    /// Receiver indices begin with these 24 bits.
+    pub(super) index: u32,
+    pub(super) endpoint: Option<SocketAddr>,
+    pub(super) keepalive: Option<Duration>,
+    pub(super) shared: Arc<Shared>,
+}
+
+/// A peer.
+pub(super) struct Peer {
+    pub(super) index: u32,
+    public_key: PublicKey,
+    preshared_key: Option<PresharedKey>,
+    /// Made when first needed: it is large, and costs key exchanges.
+    tunnel: Option<Box<Tunnel>>,
+    endpoint: Option<Endpoint>,
+    pub(super) keepalive: Option<Duration>,
+    /// Sealable packets, oldest first.
+    pub(super) staged: VecDeque<Box<[u8]>>,
+    /// Whether its timers run.
+    pub(super) active: bool,
+    /// When it was last woken or an authentic message last came or went.
+    pub(super) used: Duration,
+    /// When an authentic message last came or went; none: a persistent keepalive is due at once.
+    last_traversal: Option<Duration>,
+    shared: Arc<Shared>,
+}
+
+impl Peer {
+    /// A peer without a session.
+    pub(super) fn new(setup: Setup) -> Self {
+        let mut peer = Self {
+            index: setup.index,
+            public_key: setup.public_key,
+            preshared_key: setup.preshared_key,
+            tunnel: None,
+            endpoint: None,
+            keepalive: setup.keepalive,
+            staged: VecDeque::new(),
+            active: false,
+            used: Duration::ZERO,
+            last_traversal: None,
+            shared: setup.shared,
+        };
+        if let Some(remote) = setup.endpoint {
+            peer.set_endpoint(Endpoint {
+                remote,
+                local: None,
+            });
+        }
+        peer
+    }
+
+    /// The session layer, made if it is not there yet.
+    pub(super) fn tunnel(&mut self, local: &LocalKey) -> &mut Tunnel {
+        self.tunnel.get_or_insert_with(|| {
+            Box::new(Tunnel::new(
+                local,
+                &self.public_key,
+                self.preshared_key.as_ref(),
+                self.index,
+            ))
+        })
+    }
+
+    /// The session layer, if it has been needed.
+    pub(super) fn existing_tunnel(&mut self) -> Option<&mut Tunnel> {
+        self.tunnel.as_deref_mut()
+    }
+
+    /// Whether the session layer has been needed.
+    pub(super) fn has_tunnel(&self) -> bool {
+        self.tunnel.is_some()
+    }
+
+    /// Where it is.
+    pub(super) fn endpoint(&self) -> Option<Endpoint> {
+        self.endpoint
+    }
+
+    /// Sets where it is. True when the remote address changed.
+    pub(super) fn set_endpoint(&mut self, endpoint: Endpoint) -> bool {
+        if self.endpoint == Some(endpoint) {
+            return false;
+        }
+        let moved = self
+            .endpoint
+            .is_none_or(|old| old.remote != endpoint.remote);
+        self.endpoint = Some(endpoint);
+        if moved {
+            let mut shared = self
+                .shared
+                .endpoint
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            *shared = Some(endpoint.remote);
+        }
+        moved
+    }
+
+    /// Forgets our address that it talks to: it is no longer ours.
+    pub(super) fn forget_source(&mut self) {
+        if let Some(endpoint) = &mut self.endpoint {
+            endpoint.local = None;
+        }
+    }
+
+    /// Counts authentic messages that came.
+    pub(super) fn received(&mut self, bytes: u64, now: Duration) {
+        count(&self.shared.rx_bytes, bytes);
+        self.touched(now);
+    }
+
+    /// Counts messages that go.
+    pub(super) fn sent(&mut self, bytes: u64, now: Duration) {
+        count(&self.shared.tx_bytes, bytes);
+        self.touched(now);
+    }
+
+    /// Puts off rest and the next persistent keepalive.
+    pub(super) fn touched(&mut self, now: Duration) {
+        self.used = now;
+        self.last_traversal = Some(now);
+    }
+
+    /// Changes the interval of persistent keepalives; the first is due at once.
+    pub(super) fn set_keepalive(&mut self, interval: Option<Duration>) {
+        self.keepalive = interval;
+        self.last_traversal = None;
+    }
+
+    /// Whether nothing has come or gone for the keepalive interval.
+    pub(super) fn keepalive_due(&self, now: Duration) -> bool {
+        self.keepalive.is_some_and(|interval| {
+            self.last_traversal
+                .is_none_or(|last| now.saturating_sub(last) >= interval)
+        })
+    }
+
+    /// A handshake has completed.
+    pub(super) fn completed(&self) {
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        let nanos = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+        self.shared.last_handshake.store(nanos, Ordering::Relaxed);
+    }
+}
+
+/// The packets that waited for a handshake, to be sealed.
+pub(super) struct Staged<'a> {
+    queue: &'a mut VecDeque<Box<[u8]>>,
+    current: Box<[u8]>,
+}
+
+impl<'a> Staged<'a> {
+    /// Takes from the front of a queue.
+    pub(super) fn new(queue: &'a mut VecDeque<Box<[u8]>>) -> Self {
+        Self {
+            queue,
+            current: Box::default(),
+        }
+    }
+}
+
+impl Packets for Staged<'_> {
+    fn next(&mut self) -> Option<&[u8]> {
+        self.current = self.queue.pop_front()?;
+        Some(&self.current)
+    }
+}

@@ -1,0 +1,175 @@
+//! The TUN device: creation, offloads, reads and writes.
+
+use std::ffi::CStr;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+
+use super::Error;
+use super::coalesce::Offload;
+
+/// Offloads to ask for, most wanted first. The kernel refuses a set that it does not know whole.
+const OFFLOADS: [libc::c_uint; 3] = [
+    BASIC | libc::TUN_F_USO4 | libc::TUN_F_USO6,
+    BASIC,
+    libc::TUN_F_CSUM,
+];
+const BASIC: libc::c_uint =
+    libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+
+/// A TUN device with its queues. It is gone when all queues are closed.
+#[derive(Debug)]
+pub(super) struct Device {
+    /// The kernel's name for it.
+    pub(super) name: String,
+    /// Interface index.
+    pub(super) index: u32,
+    /// What may be read and written.
+    pub(super) offload: Offload,
+    /// One for each worker.
+    pub(super) queues: Vec<Queue>,
+}
+
+/// One queue of a TUN device.
+#[derive(Debug)]
+pub(super) struct Queue(File);
+
+fn request(name: &str) -> Result<libc::ifreq, Error> {
+    // SAFETY: an all-zero ifreq is a valid value of this plain C struct.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.is_empty()
+        || name.len() >= request.ifr_name.len()
+        || name.bytes().any(|b| b == b'/' || b == b'%' || b <= b' ')
+    {
+        return Err(Error::DeviceName(name.to_owned()));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok(request)
+}
+
+fn ioctl<T>(fd: BorrowedFd<'_>, code: libc::Ioctl, argument: &mut T) -> io::Result<()> {
+    // SAFETY: every caller passes the struct that the kernel reads and writes for `code`, and it
+    // lives for the whole call.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), code, std::ptr::from_mut(argument)) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+fn set_offload(queue: &File, flags: libc::c_uint) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    match unsafe {
+        libc::ioctl(
+            queue.as_raw_fd(),
+            libc::TUNSETOFFLOAD,
+            libc::c_ulong::from(flags),
+        )
+    } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+fn open_queue(name: &str, flags: libc::c_int) -> Result<(File, String), Error> {
+    let mut request = request(name)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open("/dev/net/tun")
+        .map_err(Error::TunOpen)?;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    ioctl(file.as_fd(), libc::TUNSETIFF, &mut request).map_err(|source| {
+        if source.raw_os_error() == Some(libc::EBUSY) {
+            Error::DeviceExists(name.to_owned())
+        } else {
+            Error::device("create", name, source)
+        }
+    })?;
+    // SAFETY: the kernel has written a NUL-terminated name; the array is longer than any name.
+    let name = unsafe { CStr::from_ptr(request.ifr_name.as_ptr()) };
+    Ok((file, name.to_string_lossy().into_owned()))
+}
+
+impl Device {
+    /// Creates a device with one queue for each worker. Fails when an interface of that name
+    /// exists. With `offload` false only single packets pass, without a virtio header.
+    pub(super) fn create(
+        name: &str,
+        mtu: u16,
+        queues: usize,
+        offload: bool,
+    ) -> Result<Self, Error> {
+        let base = libc::IFF_TUN | libc::IFF_NO_PI;
+        // A queue beside others can be attached only by somebody who asks for just that.
+        let multi = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+        let vnet = if offload { libc::IFF_VNET_HDR } else { 0 };
+        let (first, name) = open_queue(name, base | multi | vnet | libc::IFF_TUN_EXCL)?;
+        let mut files = vec![first];
+        for _ in 1..queues {
+            files.push(open_queue(&name, base | multi | vnet)?.0);
+        }
+        let mut granted = 0;
+        if offload {
+            granted = OFFLOADS
+                .into_iter()
+                .find(|flags| set_offload(&files[0], *flags).is_ok())
+                .unwrap_or(0);
+        }
+        let index = configure(&name, mtu)?;
+        Ok(Self {
+            name,
+            index,
+            offload: Offload {
+                vnet: offload,
+                tcp: granted & libc::TUN_F_TSO4 != 0,
+                udp: granted & libc::TUN_F_USO4 != 0,
+            },
+            queues: files.into_iter().map(Queue).collect(),
+        })
+    }
+}
+
+/// Sets the MTU and finds the interface index.
+fn configure(name: &str, mtu: u16) -> Result<u32, Error> {
+    let error = |what| move |source| Error::device(what, name, source);
+    let socket = super::udp::socket(libc::AF_INET).map_err(error("configure"))?;
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_mtu = mtu.into();
+    ioctl(
+        socket.as_fd(),
+        libc::SIOCSIFMTU as libc::Ioctl,
+        &mut request,
+    )
+    .map_err(error("set the MTU of"))?;
+    ioctl(
+        socket.as_fd(),
+        libc::SIOCGIFINDEX as libc::Ioctl,
+        &mut request,
+    )
+    .map_err(error("find the index of"))?;
+    // SAFETY: SIOCGIFINDEX has written this member.
+    let index = unsafe { request.ifr_ifru.ifru_ifindex };
+    Ok(index as u32)
+}
+
+impl Queue {
+    /// Reads one packet, with its virtio header if the device has one.
+    pub(super) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(buffer)
+    }
+
+    /// Writes one packet, with its virtio header if the device has one.
+    pub(super) fn write(&self, frame: &[u8]) -> io::Result<()> {
+        (&self.0).write(frame).map(drop)
+    }
+}
+
+impl AsFd for Queue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

@@ -1,0 +1,317 @@
+//! The underlay's sockets: creation, options, binding.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+
+use super::Error;
+
+/// Receive and send buffers to ask for, in bytes: some milliseconds at 5 Gbit/s.
+const SOCKET_BUFFER: libc::c_int = 4 << 20;
+
+/// A new non-blocking UDP socket.
+pub(super) fn socket(family: libc::c_int) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: no pointers are passed.
+    let fd = unsafe { libc::socket(family, kind, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn set_option(
+    fd: &OwnedFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: pointer and length are those of an int that lives for the whole call.
+    let done = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_ref(&value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn get_option(fd: &OwnedFd, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: pointer and length are those of an int that lives for the whole call.
+    let done = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            std::ptr::from_mut(&mut value).cast(),
+            &mut length,
+        )
+    };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value)
+}
+
+/// An address as the kernel takes it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) union Address {
+    storage: libc::sockaddr_storage,
+    v4: libc::sockaddr_in,
+    v6: libc::sockaddr_in6,
+}
+
+impl Address {
+    /// Room for any address.
+    pub(super) fn empty() -> Self {
+        // SAFETY: sockaddr_storage is plain data; all zero is valid.
+        let storage = unsafe { std::mem::zeroed() };
+        Self { storage }
+    }
+
+    /// Encodes an address; gives the length in bytes as well.
+    pub(super) fn new(address: SocketAddr) -> (Self, libc::socklen_t) {
+        let mut this = Self::empty();
+        match address {
+            SocketAddr::V4(address) => {
+                this.v4 = libc::sockaddr_in {
+                    sin_family: libc::AF_INET as libc::sa_family_t,
+                    sin_port: address.port().to_be(),
+                    sin_addr: libc::in_addr {
+                        s_addr: u32::from_ne_bytes(address.ip().octets()),
+                    },
+                    sin_zero: [0; 8],
+                };
+                (this, size_of::<libc::sockaddr_in>() as libc::socklen_t)
+            }
+            SocketAddr::V6(address) => {
+                this.v6 = libc::sockaddr_in6 {
+                    sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                    sin6_port: address.port().to_be(),
+                    sin6_flowinfo: 0,
+                    sin6_addr: libc::in6_addr {
+                        s6_addr: address.ip().octets(),
+                    },
+                    sin6_scope_id: address.scope_id(),
+                };
+                (this, size_of::<libc::sockaddr_in6>() as libc::socklen_t)
+            }
+        }
+    }
+
+    /// Decodes what the kernel wrote.
+    pub(super) fn decode(&self) -> Option<SocketAddr> {
+        // SAFETY: every variant is plain data, begins with the family, and was zeroed first.
+        unsafe {
+            match libc::c_int::from(self.storage.ss_family) {
+                libc::AF_INET => Some(SocketAddr::V4(SocketAddrV4::new(
+                    Ipv4Addr::from(self.v4.sin_addr.s_addr.to_ne_bytes()),
+                    u16::from_be(self.v4.sin_port),
+                ))),
+                libc::AF_INET6 => Some(SocketAddr::V6(SocketAddrV6::new(
+                    Ipv6Addr::from(self.v6.sin6_addr.s6_addr),
+                    u16::from_be(self.v6.sin6_port),
+                    0,
+                    self.v6.sin6_scope_id,
+                ))),
+                _ => None,
+            }
+        }
+    }
+}
+
+/// The sockets of one worker.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    /// IPv4.
+    pub(super) v4: Option<OwnedFd>,
+    /// IPv6.
+    pub(super) v6: Option<OwnedFd>,
+}
+
+/// The underlay of all workers.
+#[derive(Debug)]
+pub(super) struct Underlay {
+    /// Bound port, host byte order.
+    pub(super) port: u16,
+    /// Several datagrams arrive in one buffer.
+    pub(super) gro: bool,
+    /// Several datagrams go in one message.
+    pub(super) gso: bool,
+    /// Receive buffer in bytes, as the kernel grants it.
+    pub(super) receive_buffer: usize,
+    /// Send buffer in bytes, as the kernel grants it.
+    pub(super) send_buffer: usize,
+    /// One pair for each worker.
+    pub(super) sockets: Vec<Sockets>,
+}
+
+/// What to bind.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bind {
+    pub(super) port: u16,
+    pub(super) mark: u32,
+    pub(super) workers: usize,
+    pub(super) offload: bool,
+}
+
+/// Ports to try when the system chooses: one that is free for IPv4 may be taken for IPv6.
+const ATTEMPTS: usize = 16;
+
+impl Underlay {
+    /// Binds the port for both families, as far as the machine has them.
+    pub(super) fn bind(bind: Bind) -> Result<Self, Error> {
+        let mut attempt = 1;
+        loop {
+            match Self::bind_once(bind) {
+                Err(Error::Bind { source, .. })
+                    if bind.port == 0
+                        && attempt < ATTEMPTS
+                        && source.kind() == io::ErrorKind::AddrInUse => {}
+                result => return result,
+            }
+            attempt += 1;
+        }
+    }
+
+    fn bind_once(bind: Bind) -> Result<Self, Error> {
+        // Sockets that share a port let in any other that shares it; so look first, alone.
+        let mut port = bind.port;
+        let alone = open_pair(bind, &mut port, false)?;
+        let Some(sample) = alone.v4.as_ref().or(alone.v6.as_ref()) else {
+            let source = io::Error::from_raw_os_error(libc::EAFNOSUPPORT);
+            return Err(Error::Bind { port, source });
+        };
+        let size = |name| {
+            get_option(sample, libc::SOL_SOCKET, name).map_or(0, |bytes| bytes.max(0) as usize)
+        };
+        let mut underlay = Self {
+            port,
+            gro: get_option(sample, libc::SOL_UDP, libc::UDP_GRO).is_ok_and(|on| on != 0),
+            gso: bind.offload && get_option(sample, libc::SOL_UDP, libc::UDP_SEGMENT).is_ok(),
+            receive_buffer: size(libc::SO_RCVBUF),
+            send_buffer: size(libc::SO_SNDBUF),
+            sockets: Vec::new(),
+        };
+        if bind.workers <= 1 {
+            underlay.sockets.push(alone);
+        } else {
+            drop(alone);
+            for _ in 0..bind.workers {
+                underlay.sockets.push(open_pair(bind, &mut port, true)?);
+            }
+        }
+        Ok(underlay)
+    }
+}
+
+/// Binds one worker's sockets. A `port` of 0 becomes the one that the system chose.
+fn open_pair(bind: Bind, port: &mut u16, shared: bool) -> Result<Sockets, Error> {
+    let mut open = |family| {
+        open_one(family, bind, *port, shared)
+            .and_then(|socket| {
+                if let Some(socket) = &socket {
+                    *port = local_port(socket)?;
+                }
+                Ok(socket)
+            })
+            .map_err(|source| Error::Bind {
+                port: *port,
+                source,
+            })
+    };
+    Ok(Sockets {
+        v4: open(libc::AF_INET)?,
+        v6: open(libc::AF_INET6)?,
+    })
+}
+
+/// Binds one socket; `None` when the machine does not have the address family.
+fn open_one(
+    family: libc::c_int,
+    bind: Bind,
+    port: u16,
+    shared: bool,
+) -> io::Result<Option<OwnedFd>> {
+    let fd = match socket(family) {
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
+        result => result?,
+    };
+    let any: IpAddr = if family == libc::AF_INET {
+        set_option(&fd, libc::SOL_IP, libc::IP_PKTINFO, 1)?;
+        set_option(&fd, libc::SOL_IP, libc::IP_RECVTOS, 1)?;
+        // No DF on the underlay, as in the kernel's WireGuard: a narrow path fragments.
+        let dont = libc::IP_PMTUDISC_DONT;
+        set_option(&fd, libc::SOL_IP, libc::IP_MTU_DISCOVER, dont)?;
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        set_option(&fd, libc::SOL_IPV6, libc::IPV6_V6ONLY, 1)?;
+        set_option(&fd, libc::SOL_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
+        set_option(&fd, libc::SOL_IPV6, libc::IPV6_RECVTCLASS, 1)?;
+        let dont = libc::IP_PMTUDISC_DONT;
+        set_option(&fd, libc::SOL_IPV6, libc::IPV6_MTU_DISCOVER, dont)?;
+        Ipv6Addr::UNSPECIFIED.into()
+    };
+    if bind.mark != 0 {
+        set_option(
+            &fd,
+            libc::SOL_SOCKET,
+            libc::SO_MARK,
+            bind.mark as libc::c_int,
+        )?;
+    }
+    if shared {
+        set_option(&fd, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
+    }
+    for (force, plain) in [
+        (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF),
+        (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF),
+    ] {
+        // Without the right to force, the system's limit holds; `Underlay` tells what was granted.
+        if set_option(&fd, libc::SOL_SOCKET, force, SOCKET_BUFFER).is_err() {
+            set_option(&fd, libc::SOL_SOCKET, plain, SOCKET_BUFFER)?;
+        }
+    }
+    if bind.offload {
+        // Kernels before 5.0 have no GRO; then each datagram comes alone.
+        let _ = set_option(&fd, libc::SOL_UDP, libc::UDP_GRO, 1);
+    }
+    let (address, length) = Address::new(SocketAddr::new(any, port));
+    // SAFETY: pointer and length are those of an address that lives for the whole call.
+    let done = unsafe { libc::bind(fd.as_raw_fd(), std::ptr::from_ref(&address).cast(), length) };
+    match done {
+        0 => Ok(Some(fd)),
+        _ => match io::Error::last_os_error() {
+            // IPv6 compiled in but switched off.
+            error if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(None),
+            error => Err(error),
+        },
+    }
+}
+
+fn local_port(socket: &OwnedFd) -> io::Result<u16> {
+    let mut address = Address::empty();
+    let mut length = size_of::<Address>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to an address that lives for the call.
+    let done = unsafe {
+        libc::getsockname(
+            socket.as_raw_fd(),
+            std::ptr::from_mut(&mut address).cast(),
+            &mut length,
+        )
+    };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(address.decode().map_or(0, |address| address.port()))
+}

@@ -1,0 +1,427 @@
+//! A worker thread: epoll, and the calls that move packets between its sockets and its TUN queue.
+
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver as Inbox, Sender as Done, TryRecvError};
+use std::time::{Duration, Instant};
+
+use tracing::{debug, trace};
+
+use super::Failure;
+use super::batch::{Message, UdpSink};
+use super::coalesce::TunSink;
+use super::counters::{Counter, Counters};
+use super::forward::{Change, Forwarder, TICK};
+use super::routes::PeerId;
+use super::segment;
+use super::tun::Queue;
+use super::udp::Sockets;
+use super::udp_io::{Receiver, Sender};
+use super::vnet;
+
+/// Receive calls on one socket before others have their turn.
+const RECEIVES: usize = 4;
+/// Packets read from the TUN queue before others have their turn.
+const READS: usize = 64;
+/// Longest read from a TUN queue in bytes: virtio header and IP packet.
+const READ: usize = vnet::LEN + 65_536;
+/// Bytes before the virtio header, so that the packet is aligned.
+const LEAD: usize = 16 - vnet::LEN;
+
+const TOKEN_WAKE: u64 = 0;
+const TOKEN_V4: u64 = 1;
+const TOKEN_V6: u64 = 2;
+const TOKEN_TUN: u64 = 3;
+
+/// What the control side asks of a worker.
+pub(super) enum Command {
+    /// Apply a change, then say so.
+    Apply(Change, Done<()>),
+    /// End the thread.
+    Stop,
+}
+
+/// An eventfd that wakes a worker.
+#[derive(Debug)]
+pub(super) struct Waker(OwnedFd);
+
+impl Waker {
+    /// A new one.
+    pub(super) fn new() -> io::Result<Self> {
+        // SAFETY: no pointers are passed.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new, and nobody else has it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Wakes the worker.
+    pub(super) fn wake(&self) {
+        let one = 1u64.to_ne_bytes();
+        // A full counter means that it is awake already.
+        // SAFETY: pointer and length are those of a live array.
+        let _ = unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    }
+
+    fn clear(&self) {
+        let mut count = [0u8; 8];
+        // SAFETY: pointer and length are those of a live array.
+        let _ = unsafe { libc::read(self.0.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
+    }
+}
+
+/// A worker before it runs.
+pub(super) struct Worker {
+    pub(super) forwarder: Forwarder,
+    pub(super) queue: Queue,
+    pub(super) sockets: Sockets,
+    pub(super) waker: Arc<Waker>,
+    pub(super) inbox: Inbox<Command>,
+    pub(super) counters: Arc<Counters>,
+    /// Packets carry a virtio header.
+    pub(super) vnet: bool,
+}
+
+impl Worker {
+    /// Runs until told to stop, or until the device is gone.
+    pub(super) fn run(mut self) -> Result<(), Failure> {
+        let epoll = Epoll::new().map_err(Failure::Poll)?;
+        let watch = |fd, token| epoll.add(fd, token).map_err(Failure::Poll);
+        watch(self.waker.0.as_fd(), TOKEN_WAKE)?;
+        watch(self.queue.as_fd(), TOKEN_TUN)?;
+        for (socket, token) in [(&self.sockets.v4, TOKEN_V4), (&self.sockets.v6, TOKEN_V6)] {
+            if let Some(socket) = socket {
+                watch(socket.as_fd(), token)?;
+            }
+        }
+        let mut port = Port {
+            queue: &self.queue,
+            sockets: &self.sockets,
+            sender: Sender::new(),
+            counters: &self.counters,
+            stale: Vec::new(),
+            no_gso: false,
+        };
+        let mut receiver = Receiver::new();
+        let mut buffer = vec![0; LEAD + READ + segment::SLACK].into_boxed_slice();
+        let start = Instant::now();
+        let mut next_tick = Duration::ZERO;
+        loop {
+            let timeout = self
+                .forwarder
+                .needs_ticks()
+                .then(|| next_tick.saturating_sub(start.elapsed()));
+            let mut events = [libc::epoll_event { events: 0, u64: 0 }; 4];
+            let count = epoll.wait(&mut events, timeout).map_err(Failure::Poll)?;
+            let now = start.elapsed();
+            for event in &events[..count] {
+                let socket = match event.u64 {
+                    TOKEN_V4 => &self.sockets.v4,
+                    TOKEN_V6 => &self.sockets.v6,
+                    TOKEN_TUN => {
+                        let header = self.vnet;
+                        read(&mut self.forwarder, &mut port, &mut buffer, header, now)?;
+                        if event.events & (libc::EPOLLERR | libc::EPOLLHUP) as u32 != 0 {
+                            return Err(Failure::DeviceGone);
+                        }
+                        continue;
+                    }
+                    _ => {
+                        self.waker.clear();
+                        if !obey(&mut self.forwarder, &mut port, &self.inbox, now) {
+                            return Ok(());
+                        }
+                        continue;
+                    }
+                };
+                if let Some(socket) = socket {
+                    receive(&mut self.forwarder, &mut port, &mut receiver, socket, now);
+                }
+            }
+            if self.forwarder.needs_ticks() && now >= next_tick {
+                next_tick = now + TICK;
+                self.forwarder.tick(now, &mut port);
+            }
+            for id in port.stale.drain(..) {
+                self.forwarder.forget_source(id);
+            }
+            if port.no_gso {
+                port.no_gso = false;
+                self.forwarder.without_gso();
+            }
+        }
+    }
+}
+
+/// Carries out commands. False when it is time to stop.
+fn obey(
+    forwarder: &mut Forwarder,
+    port: &mut Port<'_>,
+    inbox: &Inbox<Command>,
+    now: Duration,
+) -> bool {
+    loop {
+        match inbox.try_recv() {
+            Ok(Command::Apply(change, done)) => {
+                forwarder.apply(change, now, port);
+                // The caller may have given up waiting.
+                let _ = done.send(());
+            }
+            Err(TryRecvError::Empty) => return true,
+            Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+        }
+    }
+}
+
+/// Takes datagrams from a socket until it is empty or others must have their turn.
+fn receive(
+    forwarder: &mut Forwarder,
+    port: &mut Port<'_>,
+    receiver: &mut Receiver,
+    socket: &OwnedFd,
+    now: Duration,
+) {
+    for _ in 0..RECEIVES {
+        let more = receiver.receive(socket, |origin, buffer, stride| {
+            port.counters.add(Counter::UdpReceives, 1);
+            forwarder.receive(origin, buffer, stride, now, port);
+        });
+        match more {
+            Ok(true) => {}
+            Ok(false) => break,
+            Err(error) => {
+                debug!(%error, "receive from the underlay");
+                break;
+            }
+        }
+    }
+    forwarder.flush(port);
+}
+
+/// Takes packets from the TUN queue until it is empty or others must have their turn.
+fn read(
+    forwarder: &mut Forwarder,
+    port: &mut Port<'_>,
+    buffer: &mut [u8],
+    vnet: bool,
+    now: Duration,
+) -> Result<(), Failure> {
+    let begin = if vnet { LEAD } else { LEAD + vnet::LEN };
+    for _ in 0..READS {
+        let end = LEAD + READ;
+        let length = match port.queue.read(&mut buffer[begin..end]) {
+            Ok(length) => begin + length,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EAGAIN) => break,
+                Some(libc::EINTR) => continue,
+                Some(libc::EBADFD) => return Err(Failure::DeviceGone),
+                _ => return Err(Failure::Read(error)),
+            },
+        };
+        port.counters.add(Counter::TunReads, 1);
+        let (head, packet) = buffer.split_at_mut(LEAD + vnet::LEN);
+        let header = if vnet {
+            head.last_chunk().and_then(vnet::Header::decode)
+        } else {
+            Some(vnet::Header::PLAIN)
+        };
+        match (header, length.checked_sub(LEAD + vnet::LEN)) {
+            (Some(header), Some(length)) => {
+                forwarder.transmit(header, packet, length, now, port);
+            }
+            _ => port.counters.add(Counter::DropTunRead, 1),
+        }
+    }
+    forwarder.flush(port);
+    Ok(())
+}
+
+/// Where finished packets go.
+struct Port<'a> {
+    queue: &'a Queue,
+    sockets: &'a Sockets,
+    sender: Sender,
+    counters: &'a Counters,
+    /// Peers whose sticky source the kernel refused.
+    stale: Vec<PeerId>,
+    /// The kernel cannot cut messages on this path.
+    no_gso: bool,
+}
+
+impl TunSink for Port<'_> {
+    fn write(&mut self, frame: &[u8]) {
+        match self.queue.write(frame) {
+            Ok(()) => self.counters.add(Counter::TunWrites, 1),
+            Err(error) => {
+                trace!(%error, length = frame.len(), "write to the TUN device");
+                self.counters.add(Counter::DropTunWrite, 1);
+            }
+        }
+    }
+}
+
+impl UdpSink for Port<'_> {
+    fn send(&mut self, arena: &[u8], messages: &[Message]) {
+        let sockets = self.sockets;
+        for run in messages.chunk_by(|a, b| v4(a) == v4(b)) {
+            let socket = if v4(&run[0]) {
+                &sockets.v4
+            } else {
+                &sockets.v6
+            };
+            match socket {
+                Some(socket) => self.send_to(socket, arena, run),
+                None => self.dropped(Counter::DropSendError, run),
+            }
+        }
+    }
+}
+
+fn v4(message: &Message) -> bool {
+    message.endpoint.remote.is_ipv4()
+}
+
+impl Port<'_> {
+    fn send_to(&mut self, socket: &OwnedFd, arena: &[u8], mut messages: &[Message]) {
+        while let [first, after_first @ ..] = messages {
+            match self.sender.send(socket, arena, messages) {
+                Ok(count) => {
+                    let (sent, rest) = messages.split_at(count.clamp(1, messages.len()));
+                    self.sent(sent);
+                    messages = rest;
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    // Waiting would hold up every other peer.
+                    Some(libc::EAGAIN | libc::ENOBUFS) => {
+                        self.dropped(Counter::DropSendFull, messages);
+                        return;
+                    }
+                    _ => {
+                        self.send_otherwise(socket, arena, *first, &error);
+                        messages = after_first;
+                    }
+                },
+            }
+        }
+    }
+
+    /// The kernel refused a message: our source address may be gone, or the path too narrow for
+    /// GSO. Tries what is left, once.
+    fn send_otherwise(
+        &mut self,
+        socket: &OwnedFd,
+        arena: &[u8],
+        mut message: Message,
+        error: &io::Error,
+    ) {
+        trace!(%error, remote = %message.endpoint.remote, "send to the underlay");
+        if error.raw_os_error() == Some(libc::EIO) {
+            self.no_gso = true;
+        } else if message.endpoint.local.take().is_some() {
+            self.stale.extend(message.peer);
+            if self.sender.send(socket, arena, &[message]).is_ok() {
+                self.sent(&[message]);
+                return;
+            }
+        }
+        if message.segments == 1 {
+            self.dropped(Counter::DropSendError, &[message]);
+            return;
+        }
+        let end = message.offset + message.length;
+        for offset in (message.offset..end).step_by(message.size) {
+            let length = message.size.min(end - offset);
+            let single = Message {
+                offset,
+                length,
+                size: length,
+                segments: 1,
+                ..message
+            };
+            match self.sender.send(socket, arena, &[single]) {
+                Ok(_) => self.sent(&[single]),
+                Err(_) => self.dropped(Counter::DropSendError, &[single]),
+            }
+        }
+    }
+
+    fn sent(&self, messages: &[Message]) {
+        self.counters.add(Counter::UdpSends, messages.len() as u64);
+        self.counters.add(Counter::TxDatagrams, datagrams(messages));
+    }
+
+    fn dropped(&self, why: Counter, messages: &[Message]) {
+        self.counters.add(why, datagrams(messages));
+    }
+}
+
+fn datagrams(messages: &[Message]) -> u64 {
+    messages.iter().map(|message| message.segments as u64).sum()
+}
+
+/// An epoll instance, level-triggered.
+struct Epoll(OwnedFd);
+
+impl Epoll {
+    fn new() -> io::Result<Self> {
+        // SAFETY: no pointers are passed.
+        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new, and nobody else has it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    fn add(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        let mut event = libc::epoll_event {
+            events: libc::EPOLLIN as u32,
+            u64: token,
+        };
+        // SAFETY: the event lives for the whole call.
+        let done = unsafe {
+            libc::epoll_ctl(
+                self.0.as_raw_fd(),
+                libc::EPOLL_CTL_ADD,
+                fd.as_raw_fd(),
+                &mut event,
+            )
+        };
+        if done < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Waits for events, or until the timeout; gives how many there are.
+    fn wait(
+        &self,
+        events: &mut [libc::epoll_event],
+        timeout: Option<Duration>,
+    ) -> io::Result<usize> {
+        // Rounded up: waking early would make the last millisecond a busy loop.
+        let milliseconds = timeout.map_or(-1, |timeout| {
+            libc::c_int::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(libc::c_int::MAX)
+        });
+        // SAFETY: pointer and length are those of a live slice.
+        let count = unsafe {
+            libc::epoll_wait(
+                self.0.as_raw_fd(),
+                events.as_mut_ptr(),
+                events.len() as libc::c_int,
+                milliseconds,
+            )
+        };
+        if count < 0 {
+            return match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => Ok(0),
+                error => Err(error),
+            };
+        }
+        Ok(count as usize)
+    }
+}

@@ -1,0 +1,210 @@
+//! The session with one peer, by boringtun.
+//!
+//! What boringtun leaves out is done here: low-order ephemeral keys, REJECT_AFTER_MESSAGES,
+//! the moment at which a handshake counts as completed, and byte counts as `wg show` has them.
+//! Packets are never queued in boringtun: callers ask [`Tunnel::ready`] first, and stage them.
+
+use boringtun::noise::errors::WireGuardError;
+use boringtun::noise::{Tunn, TunnResult};
+use boringtun::x25519;
+
+use super::keys::{PresharedKey, PublicKey};
+use super::message::{self, DATA_OVERHEAD, INITIATION, Kind, REJECT_AFTER_MESSAGES};
+use super::{Arena, LocalKey, Opened, Packets};
+
+/// Why a message was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// Wrong tag: forged or damaged.
+    Auth,
+    /// Counter seen before, too old, or beyond the last valid one.
+    Replay,
+    /// Its session is gone.
+    Expired,
+    /// It decrypts to something that is no IP packet.
+    Inner,
+    /// A handshake message out of turn, replayed or forged.
+    Handshake,
+}
+
+/// A handshake has completed with the message just processed.
+pub(crate) type Completed = bool;
+
+/// What the timers ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tick {
+    /// A message of this length is due.
+    pub(crate) message: Option<usize>,
+    /// There is no session and no handshake under way: nothing may wait for one.
+    pub(crate) gave_up: bool,
+}
+
+/// The session with one peer.
+pub(crate) struct Tunnel {
+    tunn: Tunn,
+    /// Whether there is a session to send with.
+    ready: bool,
+    /// Our index of the session that the peer has yet to confirm.
+    unconfirmed: Option<u32>,
+}
+
+impl Tunnel {
+    /// A tunnel without a session. `index` has 24 bits: the receiver indices that the peer will
+    /// name are `index << 8` and the 255 after it.
+    pub(crate) fn new(
+        local: &LocalKey,
+        peer: &PublicKey,
+        preshared: Option<&PresharedKey>,
+        index: u32,
+    ) -> Self {
+        Self {
+            tunn: Tunn::new(
+                local.secret.clone(),
+                x25519::PublicKey::from(peer.0),
+                preshared.map(|key| *key.expose()),
+                // Keepalives are ours: boringtun cannot change the interval later.
+                None,
+                index & 0x00ff_ffff,
+                Some(local.calm.clone()),
+            ),
+            ready: false,
+            unconfirmed: None,
+        }
+    }
+
+    /// Takes a new private key. Sessions made with the old one end.
+    pub(crate) fn set_local(&mut self, local: &LocalKey) {
+        self.tunn
+            .set_static_private(local.secret.clone(), local.public, Some(local.calm.clone()));
+        self.ready = false;
+        self.unconfirmed = None;
+    }
+
+    /// Whether packets can be sealed now.
+    pub(crate) fn ready(&self) -> bool {
+        self.ready
+    }
+
+    /// Opens data messages of one receiver index, in order. Tells how many bytes of them were
+    /// authentic (whole messages, as `wg show` counts), and whether one confirmed a handshake.
+    pub(crate) fn open<'a>(
+        &mut self,
+        messages: impl Iterator<Item = &'a [u8]>,
+        opened: &mut impl Opened,
+    ) -> (u64, Completed) {
+        let mut authentic = 0;
+        let mut completed = false;
+        for message in messages {
+            // boringtun computes with the counter before it looks at it.
+            if message::counter(message).is_none_or(|c| c >= REJECT_AFTER_MESSAGES) {
+                opened.refused(Refused::Replay);
+                continue;
+            }
+            match self.tunn.decapsulate(None, message, opened.slot()) {
+                TunnResult::WriteToTunnelV4(packet, _) => {
+                    let length = packet.len();
+                    opened.packet(length);
+                }
+                TunnResult::WriteToTunnelV6(packet, _) => {
+                    let length = packet.len();
+                    opened.packet(length);
+                }
+                TunnResult::Done => opened.packet(0),
+                // boringtun gives this only after the tag was right.
+                TunnResult::Err(WireGuardError::InvalidPacket) => opened.refused(Refused::Inner),
+                TunnResult::Err(why) => {
+                    opened.refused(match why {
+                        WireGuardError::InvalidAeadTag => Refused::Auth,
+                        WireGuardError::InvalidCounter | WireGuardError::DuplicateCounter => {
+                            Refused::Replay
+                        }
+                        _ => Refused::Expired,
+                    });
+                    continue;
+                }
+                TunnResult::WriteToNetwork(_) => continue,
+            }
+            self.ready = true;
+            authentic += message.len() as u64;
+            if let Some(index) = self.unconfirmed
+                && message::kind(message) == Some(Kind::Data(index))
+            {
+                self.unconfirmed = None;
+                completed = true;
+            }
+        }
+        (authentic, completed)
+    }
+
+    /// Seals packets into an arena. Tells how many bytes of messages were made. Nothing when not
+    /// [`Tunnel::ready`].
+    pub(crate) fn seal(&mut self, packets: &mut impl Packets, arena: &mut impl Arena) -> u64 {
+        let mut bytes = 0;
+        while self.ready
+            && let Some(packet) = packets.next()
+        {
+            let length = packet.len() + DATA_OVERHEAD;
+            // A session ends after 180 s; no machine reaches the last valid counter by then.
+            if let TunnResult::WriteToNetwork(message) =
+                self.tunn.encapsulate(packet, arena.slot(length))
+            {
+                let length = message.len();
+                arena.filled(length);
+                bytes += length as u64;
+            }
+        }
+        bytes
+    }
+
+    /// Processes a handshake message that the limiter let pass, or a cookie reply. `out` gets the
+    /// answer, if there is one; its length is returned.
+    pub(crate) fn handshake(
+        &mut self,
+        message: &[u8],
+        out: &mut [u8; INITIATION],
+    ) -> Result<(Option<usize>, Completed), Refused> {
+        let kind = message::kind(message).ok_or(Refused::Handshake)?;
+        let exchange = matches!(kind, Kind::Initiation | Kind::Response(_));
+        if exchange && message::ephemeral(message).is_none_or(message::is_low_order) {
+            return Err(Refused::Handshake);
+        }
+        match self.tunn.decapsulate(None, message, out) {
+            TunnResult::WriteToNetwork(answer) => {
+                let length = answer.len();
+                if kind == Kind::Initiation {
+                    self.unconfirmed = message::sender(answer);
+                    Ok((Some(length), false))
+                } else {
+                    // Our initiation was answered; the answer to that is a keepalive.
+                    self.ready = true;
+                    Ok((Some(length), true))
+                }
+            }
+            TunnResult::Done => Ok((None, false)),
+            _ => Err(Refused::Handshake),
+        }
+    }
+
+    /// An initiation for the peer, unless one is under way.
+    pub(crate) fn initiate(&mut self, out: &mut [u8; INITIATION]) -> Option<usize> {
+        match self.tunn.format_handshake_initiation(out, false) {
+            TunnResult::WriteToNetwork(message) => Some(message.len()),
+            _ => None,
+        }
+    }
+
+    /// Moves boringtun's timers; to be called about every 100 ms while the peer is in use, and
+    /// once before it is used again.
+    pub(crate) fn tick(&mut self, out: &mut [u8; INITIATION]) -> Tick {
+        let result = self.tunn.update_timers(out);
+        let tick = Tick {
+            message: match &result {
+                TunnResult::WriteToNetwork(message) => Some(message.len()),
+                _ => None,
+            },
+            gave_up: matches!(result, TunnResult::Err(WireGuardError::ConnectionExpired)),
+        };
+        self.ready = self.tunn.time_since_last_handshake().is_some();
+        tick
+    }
+}
