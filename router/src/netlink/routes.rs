@@ -6,10 +6,10 @@ use std::sync::PoisonError;
 
 use ipnet::IpNet;
 use netlink_packet_core::NLM_F_DUMP;
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteType,
 };
-use netlink_packet_route::RouteNetlinkMessage;
 
 use super::socket::Socket;
 use super::wire::{self, Payload};
