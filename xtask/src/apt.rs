@@ -138,21 +138,27 @@ pub(crate) fn is_here() -> bool {
     run::which("apt-get").is_some()
 }
 
-/// Installs `needed`, and of `wanted` what the distribution has. Starts no service and leaves no
-/// database cluster behind that was not there before.
+/// Services that these packages would start with the machine. The lab starts its own.
+const SERVICES: [&str; 2] = ["nginx.service", "postgresql.service"];
+
+/// Installs `needed`, and of `wanted` what the distribution has. Starts no service, and leaves no
+/// service enabled and no database cluster made that was not there before.
 pub(crate) fn install(needed: &[&str], wanted: &[&str]) -> Result<()> {
-    let _quiet = ServicesHeld::new()?;
-    let clusters = clusters();
+    let _held = ServicesHeld::new()?;
+    let (services, clusters) = (enabled(), clusters());
     // Stale lists name versions that the archive has no longer. An archive that does not answer
     // need not be one of those that hold our packages.
-    if let Err(error) = run::long("package lists", apt_get().arg("update")) {
+    if let Err(error) = run::long("package lists", &mut apt_get("update", &[])) {
         println!("  going on with the lists at hand: {error:#}");
     }
-    run::long("packages", apt_get().arg("install").args(needed))?;
+    run::long("packages", &mut apt_get("install", needed))?;
     for package in wanted {
-        if let Err(error) = run::long("package", apt_get().args(["install", package])) {
+        if let Err(error) = run::long("package", &mut apt_get("install", &[package])) {
             println!("  {package} is only for comfort; going on without it: {error:#}");
         }
+    }
+    for link in enabled().difference(&services) {
+        fs::remove_file(link).with_context(|| link.display().to_string())?;
     }
     for cluster in self::clusters().difference(&clusters) {
         drop_cluster(cluster)?;
@@ -160,15 +166,26 @@ pub(crate) fn install(needed: &[&str], wanted: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn apt_get() -> Command {
+fn apt_get(task: &str, packages: &[&str]) -> Command {
     let mut command = run::command("apt-get");
     command
         .env("DEBIAN_FRONTEND", "noninteractive")
         .env("NEEDRESTART_SUSPEND", "1")
+        .arg(task)
+        .args(packages)
         .args(["--yes", "--no-install-recommends"])
         .args(["-o", "DPkg::Lock::Timeout=300"])
         .args(["-o", "Dpkg::Options::=--force-confold"]);
     command
+}
+
+/// The links by which systemd starts `SERVICES` with the machine.
+fn enabled() -> BTreeSet<PathBuf> {
+    SERVICES
+        .iter()
+        .map(|service| Path::new("/etc/systemd/system/multi-user.target.wants").join(service))
+        .filter(|link| link.is_symlink())
+        .collect()
 }
 
 /// PostgreSQL's clusters: one folder per version and name.
