@@ -15,8 +15,8 @@ use crate::run;
 pub(crate) struct Package {
     /// Its name.
     pub(crate) name: &'static str,
-    /// Programs or absolute paths any of which tells that it, or a stand-in, is there.
-    pub(crate) signs: &'static [&'static str],
+    /// A program, or the absolute path of a file, that tells that it, or a stand-in, is there.
+    pub(crate) sign: &'static str,
     /// What it does for Sluice.
     pub(crate) why: &'static str,
     /// What it is needed for.
@@ -26,111 +26,65 @@ pub(crate) struct Package {
 const fn package(
     purpose: Purpose,
     name: &'static str,
-    signs: &'static [&'static str],
+    sign: &'static str,
     why: &'static str,
 ) -> Package {
     Package {
         name,
-        signs,
+        sign,
         why,
         purpose,
     }
 }
 
-/// Every package that Sluice's build, lab or CI uses.
+const CRYPTOGRAPHY: &str = "compiles the cryptography";
+const OTHER_TARGET: &str = "compiles the cryptography for another target";
+
+/// The packages beside those of the lab's own list.
 pub(crate) const PACKAGES: &[Package] = &[
-    package(Purpose::Build, "gcc", &["cc"], "compiles the cryptography"),
+    package(Purpose::Build, "gcc", "cc", CRYPTOGRAPHY),
     package(
         Purpose::Build,
         "libc6-dev",
-        &["/usr/include/stdio.h"],
-        "compiles the cryptography",
+        "/usr/include/stdio.h",
+        CRYPTOGRAPHY,
     ),
-    package(Purpose::Lab, "iproute2", &["ip"], "builds the namespaces"),
-    package(Purpose::Lab, "iputils-ping", &["ping"], "pings in the lab"),
-    package(
-        Purpose::Lab,
-        "ethtool",
-        &["ethtool"],
-        "sets offloads in the lab",
-    ),
-    package(
-        Purpose::Lab,
-        "nftables",
-        &["nft"],
-        "shows that nothing is left behind",
-    ),
-    package(
-        Purpose::Lab,
-        "wireguard-tools",
-        &["wg"],
-        "sets up the lab's laptops",
-    ),
-    package(
-        Purpose::Lab,
-        "wireguard-go",
-        &["wireguard-go"],
-        "the laptops' WireGuard",
-    ),
-    package(Purpose::Lab, "iperf3", &["iperf3"], "measures throughput"),
-    package(
-        Purpose::Lab,
-        "curl",
-        &["curl"],
-        "downloads through the tunnel",
-    ),
-    package(
-        Purpose::Lab,
-        "tcpdump",
-        &["tcpdump"],
-        "shows packets of a failed test",
-    ),
-    package(
-        Purpose::Lab,
-        "postgresql",
-        &["/usr/lib/postgresql/*/bin/initdb"],
-        "the database behind the router",
-    ),
-    package(
-        Purpose::Ci,
-        "musl-tools",
-        &["musl-gcc"],
-        "compiles for the static binary",
-    ),
+    package(Purpose::Ci, "musl-tools", "musl-gcc", OTHER_TARGET),
     #[cfg(target_arch = "x86_64")]
     package(
         Purpose::Ci,
         "gcc-aarch64-linux-gnu",
-        &["aarch64-linux-gnu-gcc"],
-        "compiles for aarch64",
+        "aarch64-linux-gnu-gcc",
+        OTHER_TARGET,
     ),
     #[cfg(target_arch = "x86_64")]
     package(
         Purpose::Ci,
         "libc6-dev-arm64-cross",
-        &["/usr/aarch64-linux-gnu/include/stdio.h"],
-        "compiles for aarch64",
+        "/usr/aarch64-linux-gnu/include/stdio.h",
+        OTHER_TARGET,
     ),
     #[cfg(target_arch = "aarch64")]
     package(
         Purpose::Ci,
         "gcc-x86-64-linux-gnu",
-        &["x86_64-linux-gnu-gcc"],
-        "compiles for x86-64",
+        "x86_64-linux-gnu-gcc",
+        OTHER_TARGET,
     ),
     #[cfg(target_arch = "aarch64")]
     package(
         Purpose::Ci,
         "libc6-dev-amd64-cross",
-        &["/usr/x86_64-linux-gnu/include/stdio.h"],
-        "compiles for x86-64",
+        "/usr/x86_64-linux-gnu/include/stdio.h",
+        OTHER_TARGET,
     ),
     package(
         Purpose::Comfort,
         "bpftool",
-        &["bpftool"],
-        "lists loaded programs",
+        "bpftool",
+        "lists programs and maps",
     ),
+    package(Purpose::Comfort, "tcpdump", "tcpdump", "shows packets"),
 ];
 
 /// Whether this is Debian or one of its children.
