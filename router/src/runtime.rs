@@ -1,8 +1,636 @@
 //! Waits for events, feeds the core and carries out its actions.
+//!
+//! One thread, one loop: signals, the control source, changes of the network, DNS answers, questions
+//! from the API and the core's own deadlines. Packets never pass here.
 
+mod facts;
+mod lock;
+mod notify;
+
+use std::future::pending;
+use std::io;
+use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::sleep_until;
+
+use self::lock::DeviceLock;
+pub use self::lock::LockError;
+use crate::api::{
+    self, DatapathStatus, DeviceStatus, EngineStatus, Packets, PeerStatus, Problem, RouteStatus,
+    Status,
+};
+use crate::config::{self, Config, DatapathMode, Local};
+use crate::control::file::FileSource;
+use crate::control::{RouteMode, Snapshot};
+use crate::core::{Action, Core, Facts, Names, Part};
+use crate::datapath::ebpf::Ebpf;
+use crate::datapath::kernel::Kernel;
+use crate::datapath::{self, Datapath, Link, slow_reason};
+use crate::engine::{self, Engine};
+use crate::netlink::sysctl::Sysctls;
+use crate::netlink::{self, Change, Changes, FWMARK, Netlink, RuleSpec};
+use crate::telemetry::Metrics;
+
+/// Our routing table.
+const TABLE: u32 = 51_820;
+/// Changes of the network come in swarms; this long after the first one they are looked at.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// Why the daemon could not start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration is refused; every problem on a line of its own.
+    #[error("{0}")]
+    Config(#[from] config::ConfigErrors),
+    /// The configuration does not fit this machine; every problem on a line of its own.
+    #[error("{0}")]
+    System(String),
+    /// The rights are missing.
+    #[error("CAP_NET_ADMIN is missing; run the daemon as root or grant it that capability")]
+    Rights,
+    /// The device is taken.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// netlink failed at start.
+    #[error(transparent)]
+    Netlink(#[from] netlink::Error),
+    /// The engine could not start.
+    #[error(transparent)]
+    Engine(#[from] engine::Error),
+    /// The engine stopped by itself.
+    #[error("{0}")]
+    EngineFailed(Arc<engine::Failure>),
+    /// The datapath that the configuration insists on does not work here.
+    #[error("{0}; set `datapath.mode = \"auto\"` to run on the kernel datapath")]
+    Datapath(datapath::Error),
+    /// The API could not start.
+    #[error(transparent)]
+    Api(#[from] api::Error),
+    /// The process could not set itself up.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+}
 
 /// Runs the daemon with the configuration at `config` until it is told to stop.
-pub fn run(config: &Path) -> anyhow::Result<()> {
-    anyhow::bail!("{}: the daemon is not built yet", config.display())
+pub fn run(config: &Path) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| Error::Io {
+            what: "start the runtime",
+            source,
+        })?;
+    runtime.block_on(async {
+        let mut daemon = Daemon::start(config).await?;
+        let outcome = daemon.serve().await;
+        notify::notify("STOPPING=1");
+        daemon.stop().await;
+        outcome
+    })
+}
+
+/// Whether the effective capability set holds CAP_NET_ADMIN (bit 12, capability.h).
+fn has_net_admin() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .is_some_and(|set| set & (1 << 12) != 0)
+}
+
+struct Daemon {
+    local: Local,
+    snapshot: Snapshot,
+    source: FileSource,
+    /// What the last reload could not do, for `status`.
+    reload_problems: Vec<String>,
+
+    core: Core,
+    names: Names,
+    lookups: JoinSet<(String, u16, Result<Vec<SocketAddr>, String>)>,
+    facts_due: Option<Instant>,
+    facts: Facts,
+
+    netlink: Netlink,
+    changes: Changes,
+    sysctls: Sysctls,
+    engine: Engine,
+    tun: Link,
+    kernel: Kernel,
+    ebpf: Option<Ebpf>,
+    /// Why the datapath is the one it is.
+    datapath_reason: String,
+
+    requests: mpsc::Receiver<api::Request>,
+    _server: api::Server,
+    started: Instant,
+    ready: bool,
+    /// Dropped last: nobody may take the device before everything else is gone.
+    _lock: DeviceLock,
+}
+
+impl Daemon {
+    async fn start(path: &Path) -> Result<Self, Error> {
+        let started = Instant::now();
+        let source = FileSource::new(path);
+        let config = config::load(path)?;
+        if !has_net_admin() {
+            return Err(Error::Rights);
+        }
+        let local = &config.local;
+        let lock = DeviceLock::take(&local.device)?;
+        let (netlink, changes) = Netlink::connect()?;
+        let sysctls = Sysctls::open(&lock.journal());
+        let facts = facts::gather(&netlink, &config.snapshot, None).await?;
+        check(&config, &facts)?;
+
+        let (ebpf, datapath_reason) = choose_datapath(local.datapath)?;
+        let (sender, requests) = mpsc::channel(16);
+        let server = api::Server::start(&local.socket, local.http, Metrics::default(), sender)?;
+        let engine = Engine::start(
+            engine::Options {
+                device: local.device.clone(),
+                mtu: local.mtu,
+                listen_port: local.listen_port,
+                fwmark: FWMARK,
+                workers: local.workers,
+                offload: true,
+            },
+            &local.private_key,
+        )?;
+        let (name, index) = engine.device();
+        let tun = Link {
+            index,
+            name: name.to_owned(),
+        };
+        let mut daemon = Self {
+            kernel: Kernel::new(&local.device),
+            sysctls,
+            local: config.local,
+            snapshot: config.snapshot,
+            source,
+            reload_problems: Vec::new(),
+            core: Core::default(),
+            names: Names::default(),
+            lookups: JoinSet::new(),
+            facts_due: None,
+            facts,
+            netlink,
+            changes,
+            engine,
+            tun,
+            ebpf,
+            datapath_reason,
+            requests,
+            _server: server,
+            started,
+            ready: false,
+            _lock: lock,
+        };
+        tracing::info!(
+            datapath = daemon.active_datapath(),
+            device = daemon.tun.name,
+            port = daemon.local.listen_port,
+            peers = daemon.snapshot.peers.len(),
+            routes = daemon.snapshot.routes.len(),
+            "sluice {} carries packets on the {} datapath: {}",
+            env!("CARGO_PKG_VERSION"),
+            daemon.active_datapath(),
+            daemon.datapath_reason,
+        );
+        daemon.names.track(&daemon.snapshot, Instant::now());
+        daemon.replan();
+        Ok(daemon)
+    }
+
+    fn active_datapath(&self) -> &'static str {
+        if self.ebpf.is_some() {
+            "ebpf"
+        } else {
+            "kernel"
+        }
+    }
+
+    async fn serve(&mut self) -> Result<(), Error> {
+        let listen = |kind, what| signal(kind).map_err(|source| Error::Io { what, source });
+        let mut terminate = listen(SignalKind::terminate(), "listen for SIGTERM")?;
+        let mut interrupt = listen(SignalKind::interrupt(), "listen for SIGINT")?;
+        let mut hangup = listen(SignalKind::hangup(), "listen for SIGHUP")?;
+        loop {
+            self.act().await;
+            let deadline = self.next_deadline();
+            tokio::select! {
+                name = either(&mut terminate, &mut interrupt) => {
+                    tracing::info!("stopping on {name}");
+                    return Ok(());
+                }
+                _ = hangup.recv() => {
+                    notify::notify("RELOADING=1");
+                    self.reload().await;
+                    notify::notify("READY=1");
+                }
+                () = self.source.changed() => self.reload().await,
+                change = self.changes.next() => match change {
+                    Some(Change::Rule) => self.core.invalidate(Part::Rules),
+                    Some(Change::Neighbour) => {}
+                    Some(Change::Link | Change::Address | Change::Route) => {
+                        self.facts_due.get_or_insert(Instant::now() + SETTLE);
+                    }
+                    // The subscription ends only with the runtime.
+                    None => return Ok(()),
+                },
+                Some(Ok((host, port, answer))) = self.lookups.join_next() => {
+                    if let Err(error) = &answer {
+                        tracing::warn!(host, error, "the name of a peer's endpoint does not resolve");
+                    }
+                    if self.names.handle_answer(&host, port, answer, Instant::now()) {
+                        self.replan();
+                    }
+                }
+                Some(api::Request::Status(answer)) = self.requests.recv() => {
+                    // The client may have gone meanwhile.
+                    let _ = answer.send(self.status());
+                }
+                failure = self.engine.failed() => return Err(Error::EngineFailed(failure)),
+                () = deadline_or_never(deadline) => {}
+            }
+        }
+    }
+
+    /// Does everything that is due now.
+    async fn act(&mut self) {
+        let now = Instant::now();
+        if self.facts_due.is_some_and(|due| due <= now) {
+            self.facts_due = None;
+            // Network managers remove routes that they do not know.
+            self.core.invalidate(Part::Routes);
+            match facts::gather(&self.netlink, &self.snapshot, Some(self.tun.index)).await {
+                Ok(facts) if facts != self.facts => {
+                    tracing::debug!("the network changed");
+                    self.facts = facts;
+                    self.replan();
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "the network could not be looked at; trying again");
+                    self.facts_due = Some(now + Duration::from_secs(1));
+                }
+            }
+        }
+        while let Some((host, port)) = self.names.poll_due(now) {
+            self.lookups.spawn(async move {
+                let answer = tokio::net::lookup_host((host.as_str(), port)).await;
+                let answer = answer
+                    .map(Iterator::collect)
+                    .map_err(|error| error.to_string());
+                (host, port, answer)
+            });
+        }
+        while let Some(action) = self.core.poll_action(Instant::now()) {
+            let part = action.part();
+            let outcome = self.carry_out(&action).await;
+            if let Err(error) = &outcome {
+                tracing::warn!(part = part.label(), "{error}");
+            }
+            self.core.handle_done(action, outcome, Instant::now());
+        }
+        if !self.ready && self.core.settled() {
+            self.ready = true;
+            tracing::info!(after_ms = self.started.elapsed().as_millis(), "ready");
+            notify::notify("READY=1");
+        }
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        [
+            self.core.poll_timeout(),
+            self.names.poll_timeout(),
+            self.facts_due,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    fn replan(&mut self) {
+        let names = &self.names;
+        let plan = crate::core::plan(
+            &self.local,
+            &self.snapshot,
+            &self.tun,
+            &self.facts,
+            |host, port| names.address(host, port),
+        );
+        self.core.want(plan);
+    }
+
+    async fn carry_out(&mut self, action: &Action) -> Result<(), String> {
+        let text = |error: &dyn std::error::Error| error.to_string();
+        let index = self.tun.index;
+        match action {
+            Action::Device { mtu, addresses } => {
+                let up = self.netlink.set_link(index, u32::from(*mtu), true).await;
+                up.map_err(|e| text(&e))?;
+                self.netlink
+                    .sync_addresses(index, addresses)
+                    .await
+                    .map_err(|e| text(&e))
+            }
+            Action::Datapath(spec) => {
+                self.kernel.apply(spec).map_err(|e| text(&e))?;
+                let Some(ebpf) = &mut self.ebpf else {
+                    return Ok(());
+                };
+                match ebpf.apply(spec) {
+                    Err(error) if self.local.datapath == DatapathMode::Auto => {
+                        tracing::warn!(%error, "falling back to the kernel datapath");
+                        self.datapath_reason = format!("eBPF failed: {error}");
+                        if let Err(error) = ebpf.remove() {
+                            tracing::warn!(%error, "the eBPF datapath was not removed whole");
+                        }
+                        self.ebpf = None;
+                        Ok(())
+                    }
+                    outcome => outcome.map_err(|e| text(&e)),
+                }
+            }
+            Action::Forwarding { links, ipv4, ipv6 } => self
+                .sysctls
+                .apply(links, *ipv4, *ipv6)
+                .map_err(|e| text(&e)),
+            Action::Routes(routes) => self
+                .netlink
+                .sync_routes(TABLE, index, routes)
+                .await
+                .map_err(|e| text(&e)),
+            Action::Rules => self
+                .netlink
+                .sync_rules(&RuleSpec::new(TABLE))
+                .await
+                .map_err(|e| text(&e)),
+            Action::Peers(peers) => self.engine.set_peers(peers).map_err(|e| text(&e)),
+        }
+    }
+
+    /// Reads the configuration again. With any problem in it, the old one stays in force whole.
+    async fn reload(&mut self) {
+        let problems = match self.try_reload().await {
+            Ok(needs_restart) => needs_restart,
+            Err(error) => error.to_string().lines().map(str::to_owned).collect(),
+        };
+        for problem in &problems {
+            tracing::warn!("{problem}");
+        }
+        self.reload_problems = problems;
+    }
+
+    async fn try_reload(&mut self) -> Result<Vec<String>, Error> {
+        let config = self.source.load()?;
+        let facts = facts::gather(&self.netlink, &config.snapshot, Some(self.tun.index)).await?;
+        check(&config, &facts)?;
+        let mut needs_restart = Vec::new();
+        if config.local.private_key != self.local.private_key {
+            self.engine.set_private_key(&config.local.private_key)?;
+            self.local.private_key = config.local.private_key.clone();
+        }
+        if config.local != self.local {
+            needs_restart = config::restart_needed(&self.local, &config.local);
+        }
+        if config.snapshot != self.snapshot || facts != self.facts {
+            tracing::info!(
+                peers = config.snapshot.peers.len(),
+                routes = config.snapshot.routes.len(),
+                rules = config.snapshot.policy.rules.len(),
+                "the configuration was read again"
+            );
+            self.snapshot = config.snapshot;
+            self.facts = facts;
+            self.names.track(&self.snapshot, Instant::now());
+            self.replan();
+        }
+        Ok(needs_restart)
+    }
+
+    fn status(&self) -> Status {
+        let mut problems: Vec<Problem> = self
+            .core
+            .failures()
+            .map(|(part, failure)| Problem {
+                part: part.label().to_owned(),
+                error: failure.error.clone(),
+            })
+            .collect();
+        problems.extend(self.reload_problems.iter().map(|error| Problem {
+            part: "config".to_owned(),
+            error: error.clone(),
+        }));
+        problems.extend(self.names.failures().map(|(host, error)| Problem {
+            part: "endpoint".to_owned(),
+            error: format!("{host}: {error}"),
+        }));
+        let mut packets = Vec::new();
+        let datapaths = [
+            Some(&self.kernel as &dyn Datapath),
+            self.ebpf.as_ref().map(|e| e as &dyn Datapath),
+        ];
+        for datapath in datapaths.into_iter().flatten() {
+            match datapath.counters() {
+                Ok(counters) => packets.extend(counters.into_iter().map(|c| Packets {
+                    program: c.program,
+                    verdict: c.verdict,
+                    packets: c.packets,
+                    bytes: c.bytes,
+                })),
+                Err(error) => problems.push(Problem {
+                    part: "counters".to_owned(),
+                    error: error.to_string(),
+                }),
+            }
+        }
+        let plan = self.core.wanted();
+        Status {
+            name: self.local.name.clone(),
+            version: env!("CARGO_PKG_VERSION"),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            problems,
+            device: DeviceStatus {
+                name: self.tun.name.clone(),
+                index: self.tun.index,
+                mtu: self.local.mtu,
+                addresses: self.local.addresses.clone(),
+                public_key: self.local.private_key.public().to_string(),
+                listen_port: self.local.listen_port,
+            },
+            uplink: plan
+                .and_then(|plan| plan.uplink.as_ref())
+                .map(|link| link.name.clone()),
+            subnet: plan
+                .map(|plan| {
+                    plan.datapath
+                        .subnet
+                        .iter()
+                        .map(|link| link.name.clone())
+                        .collect()
+                })
+                .unwrap_or_default(),
+            datapath: DatapathStatus {
+                requested: match self.local.datapath {
+                    DatapathMode::Auto => "auto",
+                    DatapathMode::Ebpf => "ebpf",
+                    DatapathMode::Kernel => "kernel",
+                },
+                active: self.active_datapath(),
+                attach: self.ebpf.as_ref().and_then(Ebpf::attach_mode),
+                reason: self.datapath_reason.clone(),
+            },
+            routes: self.route_status(),
+            peers: self.peer_status(),
+            packets,
+            engine: EngineStatus {
+                features: offloads(self.engine.features()),
+                workers: self.engine.features().workers,
+                counters: self.engine.counters().into_iter().collect(),
+            },
+        }
+    }
+
+    fn route_status(&self) -> Vec<RouteStatus> {
+        let reason = |route| match &self.ebpf {
+            None => Some("the kernel datapath is in use"),
+            Some(_) => slow_reason(route, &self.snapshot.policy),
+        };
+        let status = self.snapshot.routes.iter().map(|route| RouteStatus {
+            cidr: route.cidr,
+            snat: route.snat,
+            mode: match route.mode {
+                RouteMode::Fast => "fast",
+                RouteMode::Stack => "stack",
+            },
+            path: if reason(route).is_none() {
+                "fast"
+            } else {
+                "slow"
+            },
+            reason: reason(route),
+        });
+        status.collect()
+    }
+
+    fn peer_status(&self) -> Vec<PeerStatus> {
+        let stats = self.engine.peer_stats();
+        let status = self.snapshot.peers.iter().map(|peer| {
+            let stats = stats
+                .iter()
+                .find(|stats| stats.public_key == peer.public_key);
+            let epoch = |time: SystemTime| time.duration_since(UNIX_EPOCH).ok();
+            PeerStatus {
+                name: peer.name.clone(),
+                public_key: peer.public_key.to_string(),
+                endpoint: stats.and_then(|stats| stats.endpoint),
+                allowed_ips: peer.allowed_ips.clone(),
+                last_handshake: stats
+                    .and_then(|stats| stats.last_handshake)
+                    .and_then(epoch)
+                    .map(|t| t.as_secs()),
+                rx_bytes: stats.map_or(0, |stats| stats.rx_bytes),
+                tx_bytes: stats.map_or(0, |stats| stats.tx_bytes),
+            }
+        });
+        status.collect()
+    }
+
+    /// Takes away everything that the daemon made. Goes on after a failure, and says so.
+    async fn stop(mut self) {
+        let warn = |what: &str, error: &dyn std::error::Error| {
+            tracing::warn!(%error, "{what} was not removed; the next start does it");
+        };
+        if let Some(ebpf) = &mut self.ebpf
+            && let Err(error) = ebpf.remove()
+        {
+            warn("the eBPF datapath", &error);
+        }
+        if let Err(error) = self.netlink.remove_rules(&RuleSpec::new(TABLE)).await {
+            warn("a routing rule", &error);
+        }
+        // The filter goes after the device, lest a packet pass without it.
+        self.engine.shutdown();
+        if let Err(error) = self.sysctls.restore() {
+            warn("a forwarding sysctl", &error);
+        }
+        if let Err(error) = self.kernel.remove() {
+            warn("the nf_tables ruleset", &error);
+        }
+    }
+}
+
+/// Names of the offloads in use.
+fn offloads(features: engine::Features) -> Vec<&'static str> {
+    let all = [
+        (features.vnet_header, "vnet_header"),
+        (features.tso, "tso"),
+        (features.uso, "uso"),
+        (features.udp_gro, "udp_gro"),
+        (features.udp_gso, "udp_gso"),
+    ];
+    all.into_iter()
+        .filter(|(on, _)| *on)
+        .map(|(_, name)| name)
+        .collect()
+}
+
+async fn either(terminate: &mut Signal, interrupt: &mut Signal) -> &'static str {
+    tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    }
+}
+
+async fn deadline_or_never(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline.into()).await,
+        None => pending().await,
+    }
+}
+
+/// Compares a configuration with this machine.
+fn check(config: &Config, facts: &Facts) -> Result<(), Error> {
+    let problems = config::check_against_system(config, facts);
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Error::System(
+        problems
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join("\n"),
+    ))
+}
+
+fn choose_datapath(mode: DatapathMode) -> Result<(Option<Ebpf>, String), Error> {
+    if mode == DatapathMode::Kernel {
+        return Ok((None, "the configuration asks for it".to_owned()));
+    }
+    match Ebpf::load() {
+        Ok(ebpf) => Ok((
+            Some(ebpf),
+            "the kernel and the rights allow eBPF".to_owned(),
+        )),
+        Err(error) if mode == DatapathMode::Auto => {
+            tracing::warn!(%error, "no eBPF here");
+            Ok((None, format!("no eBPF here: {error}")))
+        }
+        Err(error) => Err(Error::Datapath(error)),
+    }
 }

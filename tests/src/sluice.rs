@@ -39,12 +39,8 @@ pub struct Config {
     pub rules: Vec<Rule>,
     /// `auto`, `ebpf` or `kernel`.
     pub datapath: &'static str,
-    /// Number of worker threads; `None` lets the engine choose.
-    pub workers: Option<usize>,
     /// Where metrics are served over TCP.
     pub metrics: Option<SocketAddr>,
-    /// What it logs, as `RUST_LOG` says it.
-    pub log: &'static str,
 }
 
 /// A peer of the router.
@@ -92,9 +88,7 @@ impl Config {
             routes: Vec::new(),
             rules: Vec::new(),
             datapath: "auto",
-            workers: None,
             metrics: None,
-            log: "info,router=debug",
         })
     }
 
@@ -147,9 +141,7 @@ impl Config {
             }
             section("[[rule]]", &lines)?;
         }
-        let mut datapath = vec![("mode", text(self.datapath))];
-        datapath.extend(self.workers.map(|n| ("workers", n.to_string())));
-        section("[datapath]", &datapath)?;
+        section("[datapath]", &[("mode", text(self.datapath))])?;
         section("[api]", &[("socket", text(&socket.to_string_lossy()))])?;
         if let Some(address) = self.metrics {
             section("[metrics]", &[("listen", text(&address.to_string()))])?;
@@ -198,7 +190,7 @@ impl Host {
         let files = Files::of(self);
         files.write(self, config)?;
         let command = self.sluice_command(&["run"])?;
-        let command = command.env("RUST_LOG", config.log);
+        let command = command.env("RUST_LOG", "info,router=debug");
         let mut sluice = Sluice {
             host: self.clone(),
             process: self.spawn("sluice", command)?,
@@ -383,9 +375,7 @@ mod tests {
                 protocols: vec!["tcp".to_owned()],
             }],
             datapath: "ebpf",
-            workers: Some(2),
             metrics: Some("127.0.0.1:9577".parse().unwrap()),
-            log: "info",
         };
         let toml = config
             .to_toml("r1", Path::new("/k"), Path::new("/s"))
@@ -411,7 +401,6 @@ to = ["10.0.0.0/16:443"]
 protocols = ["tcp"]
 [datapath]
 mode = "ebpf"
-workers = 2
 [api]
 socket = "/s"
 [metrics]

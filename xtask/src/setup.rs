@@ -118,18 +118,14 @@ fn lacking(toolchain: &Toolchain, purposes: &[Purpose]) -> Vec<Need> {
 
 fn packages(lacking: &[Need]) -> Result<()> {
     let names = |comfort: bool| -> Vec<&str> {
-        let mut names: Vec<&str> = lacking
+        lacking
             .iter()
             .filter(|need| (need.purpose == Purpose::Comfort) == comfort)
             .filter_map(|need| match need.mend {
                 Mend::Package(name) => Some(name),
                 _ => None,
             })
-            .collect();
-        // One package may bring several programs.
-        names.sort_unstable();
-        names.dedup();
-        names
+            .collect()
     };
     let (needed, wanted) = (names(false), names(true));
     if needed.is_empty() {

@@ -78,7 +78,14 @@ pub enum Action {
     /// Make the datapath serve this.
     Datapath(Spec),
     /// Let the kernel forward between these interfaces.
-    Forwarding(Vec<Link>),
+    Forwarding {
+        /// From and to these.
+        links: Vec<Link>,
+        /// IPv4 packets.
+        ipv4: bool,
+        /// IPv6 packets.
+        ipv6: bool,
+    },
     /// Have exactly these routes into the TUN device.
     Routes(Vec<IpNet>),
     /// Have the rules that lead to our table.
@@ -93,7 +100,7 @@ impl Action {
         match self {
             Self::Device { .. } => Part::Device,
             Self::Datapath(_) => Part::Datapath,
-            Self::Forwarding(_) => Part::Forwarding,
+            Self::Forwarding { .. } => Part::Forwarding,
             Self::Routes(_) => Part::Routes,
             Self::Rules => Part::Rules,
             Self::Peers(_) => Part::Peers,

@@ -91,7 +91,12 @@ impl Plan {
                 addresses: self.addresses.clone(),
             },
             Part::Datapath => Action::Datapath(self.datapath.clone()),
-            Part::Forwarding => Action::Forwarding(self.forwarding.clone()),
+            Part::Forwarding => Action::Forwarding {
+                links: self.forwarding.clone(),
+                // What the overlay has no address of cannot be forwarded.
+                ipv4: self.datapath.overlay.iter().any(|net| net.addr().is_ipv4()),
+                ipv6: self.datapath.overlay.iter().any(|net| net.addr().is_ipv6()),
+            },
             Part::Routes => Action::Routes(self.tunnel_routes.clone()),
             Part::Rules => Action::Rules,
             Part::Peers => Action::Peers(self.peers.clone()),
