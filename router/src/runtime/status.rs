@@ -1,0 +1,164 @@
+//! The status document, put together from all parts of the daemon.
+
+use std::collections::HashMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::Daemon;
+use crate::api::{
+    DatapathStatus, DeviceStatus, EngineStatus, Packets, PeerStatus, Problem, RouteStatus, Status,
+};
+use crate::config::DatapathMode;
+use crate::control::RouteMode;
+use crate::datapath::ebpf::Ebpf;
+use crate::datapath::{Datapath, slow_reason};
+use crate::engine::{self, PeerStats};
+use crate::wireguard::keys::PublicKey;
+
+impl Daemon {
+    /// What the router is, does and suffers from, now.
+    pub(super) fn status(&self) -> Status {
+        let mut problems: Vec<Problem> = self
+            .core
+            .failures()
+            .map(|(part, failure)| Problem {
+                part: part.label().to_owned(),
+                error: failure.error.clone(),
+            })
+            .collect();
+        problems.extend(self.reload_problems.iter().map(|error| Problem {
+            part: "config".to_owned(),
+            error: error.clone(),
+        }));
+        problems.extend(self.names.failures().map(|(host, error)| Problem {
+            part: "endpoint".to_owned(),
+            error: format!("{host}: {error}"),
+        }));
+        let mut packets = Vec::new();
+        let datapaths = [
+            Some(&self.kernel as &dyn Datapath),
+            self.ebpf.as_ref().map(|e| e as &dyn Datapath),
+        ];
+        for datapath in datapaths.into_iter().flatten() {
+            match datapath.counters() {
+                Ok(counters) => packets.extend(counters.into_iter().map(|c| Packets {
+                    program: c.program,
+                    verdict: c.verdict,
+                    packets: c.packets,
+                    bytes: c.bytes,
+                })),
+                Err(error) => problems.push(Problem {
+                    part: "counters".to_owned(),
+                    error: error.to_string(),
+                }),
+            }
+        }
+        let plan = self.core.wanted();
+        Status {
+            name: self.local.name.clone(),
+            version: env!("CARGO_PKG_VERSION"),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            problems,
+            device: DeviceStatus {
+                name: self.tun.name.clone(),
+                index: self.tun.index,
+                mtu: self.local.mtu,
+                addresses: self.local.addresses.clone(),
+                public_key: self.local.private_key.public().to_string(),
+                listen_port: self.local.listen_port,
+            },
+            uplink: plan
+                .and_then(|plan| plan.uplink.as_ref())
+                .map(|link| link.name.clone()),
+            subnet: plan
+                .map(|plan| {
+                    plan.datapath
+                        .subnet
+                        .iter()
+                        .map(|link| link.name.clone())
+                        .collect()
+                })
+                .unwrap_or_default(),
+            datapath: DatapathStatus {
+                requested: match self.local.datapath {
+                    DatapathMode::Auto => "auto",
+                    DatapathMode::Ebpf => "ebpf",
+                    DatapathMode::Kernel => "kernel",
+                },
+                active: self.active_datapath(),
+                attach: self.ebpf.as_ref().and_then(Ebpf::attach_mode),
+                reason: self.datapath_reason.clone(),
+            },
+            routes: self.route_status(),
+            peers: self.peer_status(),
+            packets,
+            engine: EngineStatus {
+                features: offloads(self.engine.features()),
+                workers: self.engine.features().workers,
+                counters: self.engine.counters().into_iter().collect(),
+            },
+        }
+    }
+
+    fn route_status(&self) -> Vec<RouteStatus> {
+        let reason = |route| match &self.ebpf {
+            None => Some("the kernel datapath is in use"),
+            Some(_) => slow_reason(route, &self.snapshot.policy),
+        };
+        let status = self.snapshot.routes.iter().map(|route| RouteStatus {
+            cidr: route.cidr,
+            snat: route.snat,
+            mode: match route.mode {
+                RouteMode::Fast => "fast",
+                RouteMode::Stack => "stack",
+            },
+            path: if reason(route).is_none() {
+                "fast"
+            } else {
+                "slow"
+            },
+            reason: reason(route),
+        });
+        status.collect()
+    }
+
+    fn peer_status(&self) -> Vec<PeerStatus> {
+        let stats: HashMap<PublicKey, PeerStats> = self
+            .engine
+            .peer_stats()
+            .into_iter()
+            .map(|stats| (stats.public_key, stats))
+            .collect();
+        let status = self.snapshot.peers.iter().map(|peer| {
+            let stats = stats.get(&peer.public_key);
+            let epoch = |time: SystemTime| time.duration_since(UNIX_EPOCH).ok();
+            PeerStatus {
+                name: peer.name.clone(),
+                public_key: peer.public_key.to_string(),
+                endpoint: stats.and_then(|stats| stats.endpoint),
+                allowed_ips: peer.allowed_ips.clone(),
+                last_handshake: stats
+                    .and_then(|stats| stats.last_handshake)
+                    .and_then(epoch)
+                    .map(|t| t.as_secs()),
+                rx_bytes: stats.map_or(0, |stats| stats.rx_bytes),
+                tx_bytes: stats.map_or(0, |stats| stats.tx_bytes),
+            }
+        });
+        status.collect()
+    }
+}
+
+/// Names of the offloads in use.
+fn offloads(features: engine::Features) -> Vec<&'static str> {
+    let all = [
+        (features.vnet_header, "vnet_header"),
+        (features.tso, "tso"),
+        (features.uso, "uso"),
+        (features.udp_gro, "udp_gro"),
+        (features.udp_gso, "udp_gso"),
+    ];
+    all.into_iter()
+        .filter(|(on, _)| *on)
+        .map(|(_, name)| name)
+        .collect()
+}
