@@ -84,6 +84,21 @@ fn append(path: &Path, name: &str, key: PublicKey) -> anyhow::Result<(Config, Ve
 
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let config = config::parse(&text, path)?;
+    let peers = &config.snapshot.peers;
+    let taken = peers
+        .iter()
+        .find(|peer| peer.name.as_deref() == Some(name) || peer.public_key == key);
+    if let Some(peer) = taken {
+        let same = if peer.public_key == key {
+            "this key"
+        } else {
+            "this name"
+        };
+        bail!(
+            "{} has a peer with {same} already; choose another, or remove it",
+            path.display()
+        );
+    }
     let addresses = free_addresses(&config)?;
     let quoted: Vec<String> = addresses.iter().map(|net| format!("\"{net}\"")).collect();
     let newline = if text.is_empty() || text.ends_with('\n') {
@@ -238,11 +253,11 @@ mod tests {
         let (_directory, path) = place(EXAMPLE);
         let fresh = PrivateKey::from_bytes([5; 32]).public();
         for (name, key, says) in [
-            ("laptop", fresh, "is the name of the peer of line"),
+            ("laptop", fresh, "has a peer with this name"),
             (
                 "phone",
                 BOB.parse().unwrap(),
-                "is the key of the peer of line",
+                "has a peer with this key",
             ),
             ("*", fresh, "rule"),
             ("a\nb", fresh, "control characters"),
@@ -300,6 +315,9 @@ mod tests {
             config.local.private_key.public()
         );
         assert_eq!(*text, expected);
+        if config.snapshot.routes.is_empty() {
+            eprintln!("there is no [[route]] yet, so it leads to the router alone");
+        }
         let text = client(&config, None, &addresses, None);
         assert!(
             text.contains("# PrivateKey") && text.contains("# Endpoint"),

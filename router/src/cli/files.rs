@@ -50,6 +50,11 @@ fn temporary_beside(path: &Path) -> PathBuf {
 }
 
 fn write_temporary(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
+    // One that a crash left; in a container process ids repeat.
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)

@@ -80,13 +80,26 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let text = format!("{error:#}");
+            let text = sentence(&error);
             // The problems of a configuration are a line each and name the file themselves.
             let prefix = if text.contains('\n') { "" } else { "sluice: " };
             let _ = writeln!(io::stderr(), "{prefix}{text}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes, leaving out a cause that the sentence before it has told already.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut causes = error.chain().map(ToString::to_string);
+    let first = causes.next().unwrap_or_default();
+    causes.fold(first, |text, cause| {
+        if text.contains(&cause) {
+            text
+        } else {
+            format!("{text}: {cause}")
+        }
+    })
 }
 
 fn run(cli: Cli) -> anyhow::Result<()> {
@@ -139,6 +152,16 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let cause = std::io::Error::other("the cause");
+        let told = anyhow::Error::new(cause).context("the cause; do this");
+        assert_eq!(
+            sentence(&told.context("while trying")),
+            "while trying: the cause; do this"
+        );
     }
 
     #[test]

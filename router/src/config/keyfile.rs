@@ -18,11 +18,12 @@ const LONGEST: u64 = 4096;
 pub(super) fn read<K: FromStr<Err = KeyError>>(path: &Path, make: &str) -> Result<K, String> {
     let credentials = std::env::var_os("CREDENTIALS_DIRECTORY");
     let shown = path.display();
+    let word = shell_word(path);
     let text = match contents(path, credentials.as_deref().map(Path::new)) {
         Ok(text) => text,
         Err(Fault::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
             return Err(format!(
-                "{shown} does not exist; make it with: (umask 077 && {make} > {shown})"
+                "{shown} does not exist; make it with: (umask 077 && {make} > {word})"
             ));
         }
         Err(Fault::Io(error)) => return Err(format!("{shown} cannot be read: {error}")),
@@ -34,14 +35,25 @@ pub(super) fn read<K: FromStr<Err = KeyError>>(path: &Path, make: &str) -> Resul
         Err(Fault::Mode(mode)) => {
             return Err(format!(
                 "{shown} has mode {mode:03o}, so others on this machine can get at the key; run: \
-                 chmod 600 {shown}"
+                 chmod 600 {word}"
             ));
         }
     };
     text.parse().map_err(|error| match text.trim() {
-        "" => format!("{shown} is empty; fill it with: {make} > {shown}"),
+        "" => format!("{shown} is empty; fill it with: {make} > {word}"),
         _ => format!("{shown} holds no key: {error}"),
     })
+}
+
+/// A path as a command for the shell needs it.
+fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_alphanumeric() || "/._-+@:,".contains(c);
+    if text.chars().all(plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 enum Fault {
@@ -109,6 +121,15 @@ mod tests {
             fault("world.key", Some(directory.path())),
             Some(Fault::Mode(0o604))
         ));
+    }
+
+    #[test]
+    fn commands_take_any_path() {
+        assert_eq!(
+            shell_word(Path::new("/etc/sluice/private.key")),
+            "/etc/sluice/private.key"
+        );
+        assert_eq!(shell_word(Path::new("/a b/it's")), r"'/a b/it'\''s'");
     }
 
     #[test]

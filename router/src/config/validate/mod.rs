@@ -308,7 +308,7 @@ fn interface(
 fn socket(text: &Text<'_>, problems: &mut Problems<'_>) -> Option<PathBuf> {
     let path = Path::new(text.value.as_ref());
     let shown = quoted(&text.value);
-    let message = if !path.is_absolute() || text.value.contains('\0') {
+    let message = if !path.is_absolute() || text.value.contains(char::is_control) {
         format!(
             "{shown} is no absolute path; write one that starts with /, e.g. \"/run/sluice/sluice0.sock\""
         )
@@ -382,8 +382,11 @@ where
     K: std::str::FromStr<Err = crate::wireguard::keys::KeyError>,
 {
     let written = text.value.as_ref();
-    let message = if written.is_empty() || written.contains('\0') {
-        "no file name; write the path of the file that holds the key".to_owned()
+    let message = if written.is_empty() || written.contains(char::is_control) {
+        format!(
+            "{} is no file name; write the path of the file that holds the key",
+            quoted(written)
+        )
     } else if looks_like_key(written) {
         // Not shown: it is most likely the secret itself.
         "this looks like the key itself, and a secret does not stand in this file; put it in a \
