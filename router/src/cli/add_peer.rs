@@ -254,11 +254,7 @@ mod tests {
         let fresh = PrivateKey::from_bytes([5; 32]).public();
         for (name, key, says) in [
             ("laptop", fresh, "has a peer with this name"),
-            (
-                "phone",
-                BOB.parse().unwrap(),
-                "has a peer with this key",
-            ),
+            ("phone", BOB.parse().unwrap(), "has a peer with this key"),
             ("*", fresh, "rule"),
             ("a\nb", fresh, "control characters"),
             ("x\"\n[[peer]]\nname = \"y", fresh, "control characters"),

@@ -82,7 +82,8 @@ pub fn main() -> ExitCode {
         Err(error) => {
             let text = sentence(&error);
             // The problems of a configuration are a line each and name the file themselves.
-            let prefix = if text.contains('\n') { "" } else { "sluice: " };
+            let config = error.is::<config::ConfigErrors>() || text.contains('\n');
+            let prefix = if config { "" } else { "sluice: " };
             let _ = writeln!(io::stderr(), "{prefix}{text}");
             ExitCode::FAILURE
         }

@@ -28,12 +28,15 @@ pub(super) fn report(
         let Some(closing) = closing(message) else {
             continue;
         };
-        let Some(open) = outermost_ending_at(table.get_ref(), span.start) else {
+        if spoiled.iter().any(|part| part.contains(&span.start)) {
+            continue;
+        }
+        let Some(open) = outermost_around(table.get_ref(), span.start) else {
             continue;
         };
         let message = format!("this opens and is never closed; add the missing {closing}");
         problems.add(open.start, key(problems, open.start), message);
-        spoiled.push(open.start..open.end.max(source.len()));
+        spoiled.push(open.start..source.len() + 1);
     }
     for (span, message) in errors {
         let line = problems.lines.range(span.start);
@@ -44,9 +47,6 @@ pub(super) fn report(
         {
             continue;
         }
-        if closing(message).is_some() && span.start >= source.len() && !spoiled.is_empty() {
-            continue;
-        }
         let at = span.start;
         problems.add(at, key(problems, at), translate(message, &span));
         spoiled.push(line);
@@ -55,7 +55,8 @@ pub(super) fn report(
 }
 
 fn closing(message: &str) -> Option<&'static str> {
-    if message.starts_with("unclosed array,") {
+    // A = in a list is the next key, or one further down.
+    if message.starts_with("unclosed array,") || message.starts_with("unexpected `=` in array") {
         Some("]")
     } else if message.starts_with("unclosed inline table") {
         Some("}")
@@ -80,8 +81,8 @@ fn key(problems: &Problems<'_>, at: usize) -> String {
     }
 }
 
-/// The outermost list or inline table that ends where the parser missed its end.
-fn outermost_ending_at(table: &DeTable<'_>, end: usize) -> Option<Range<usize>> {
+/// The outermost list or inline table that byte `at` is in, or at the end of.
+fn outermost_around(table: &DeTable<'_>, at: usize) -> Option<Range<usize>> {
     let mut found: Option<Range<usize>> = None;
     let mut todo: Vec<&Spanned<DeValue<'_>>> = table.values().collect();
     while let Some(value) = todo.pop() {
@@ -92,7 +93,7 @@ fn outermost_ending_at(table: &DeTable<'_>, end: usize) -> Option<Range<usize>> 
             DeValue::Table(table) => todo.extend(table.values()),
             _ => continue,
         }
-        if span.end == end && span.start < end && wider {
+        if span.start < at && at <= span.end && wider {
             found = Some(span);
         }
     }
@@ -121,6 +122,9 @@ fn translate(message: &str, span: &Range<usize>) -> String {
         "duplicate key" => "given twice; keep one of the two".into(),
         "key with no value" | "missing assignment between key-value pairs" => {
             "a key without a value; write key = value".into()
+        }
+        "missing comma between array elements" => {
+            "a comma is missing between two entries of a list".into()
         }
         "unexpected key or value" => "more than one value on a line; give each key a line".into(),
         "unclosed table" => "a section heading must end with ]".into(),
