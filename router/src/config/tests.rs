@@ -12,6 +12,7 @@ use crate::control::{Endpoint, RouteMode};
 
 pub(crate) const EXAMPLE: &str = include_str!("../../../docs/sluice.example.toml");
 const MANUAL: &str = include_str!("../../../docs/configuration.md");
+const README: &str = include_str!("../../../README.md");
 
 /// The private key of Alice in RFC 7748 section 6.1, in base64.
 const ALICE: &str = "dwdtCnMYpX08FsFyUbJmRd9ML4frwJkqsXf7pR25LCo=\n";
@@ -129,16 +130,17 @@ fn the_example_is_valid_and_shows_every_key() {
 }
 
 #[test]
-fn complete_examples_of_the_manual_are_valid() {
+fn complete_examples_of_the_documents_are_valid() {
     let mut count = 0;
-    for block in MANUAL.split("```toml complete\n").skip(1) {
+    let blocks = |text: &'static str| text.split("```toml complete\n").skip(1);
+    for block in blocks(MANUAL).chain(blocks(README)) {
         let text = block.split("```").next().unwrap();
         // The one absolute path of the examples, which is not on this machine.
         let text = &text.replace("/var/run/secrets/sluice/", "");
         parse_in_temporary_directory(text).unwrap_or_else(|errors| panic!("{errors}\n{text}"));
         count += 1;
     }
-    assert!(count >= 3, "{count} complete examples");
+    assert!(count >= 6, "{count} complete examples");
 }
 
 #[test]
