@@ -1,6 +1,7 @@
 //! Compares a configuration with the machine that it is to run on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -14,7 +15,7 @@ use crate::core::{Facts, LinkFacts};
 /// - A named interface must be there.
 /// - The tunnel's addresses, its network and the peers' allowed IPs become kernel addresses and
 ///   routes into the TUN device, which come before the main table's. They must not hold an address
-///   of the machine or the whole network that an interface is connected to, or the router loses its
+///   of the machine, the default gateway or the whole network that an interface is connected to, or the router loses its
 ///   own neighbours: gateway, name server, subnet hosts. A part of a connected network without the
 ///   machine's own address is fine (overlay addresses out of the LAN's range).
 /// - Routed CIDRs become no kernel routes: that one holds or equals the uplink's own network is how
@@ -103,7 +104,10 @@ impl Check<'_> {
 /// The machine's addresses, sorted, so that those within a CIDR are a range. A single address
 /// (/32, /128) has no neighbours and is reached before any route of ours; it counts only on the
 /// uplink, where clouds hand out such addresses and neighbours are there all the same.
-struct Connected<'f>(BTreeMap<IpNet, (&'f LinkFacts, IpNet)>);
+struct Connected<'f> {
+    own: BTreeMap<IpNet, (&'f LinkFacts, IpNet)>,
+    gateways: &'f BTreeSet<IpAddr>,
+}
 
 impl<'f> Connected<'f> {
     fn new(config: &Config, facts: &'f Facts) -> Self {
@@ -118,7 +122,10 @@ impl<'f> Connected<'f> {
             let own = move |address: &IpNet| (IpNet::from(address.addr()), (link, *address));
             link.addresses.iter().filter(counts).map(own)
         });
-        Self(addresses.collect())
+        Self {
+            own: addresses.collect(),
+            gateways: &facts.gateways,
+        }
     }
 
     /// What of the machine lies within `net`.
@@ -127,8 +134,14 @@ impl<'f> Connected<'f> {
     /// addresses need to be looked for.
     fn captured(&self, net: &IpNet) -> Option<String> {
         let from = IpNet::from(net.network());
-        let mut within = self.0.range(from..).map(|(own, found)| (own, *found));
-        let (_, (link, address)) = within.next().filter(|(own, _)| net.contains(*own))?;
+        let mut within = self.own.range(from..).map(|(own, found)| (own, *found));
+        let Some((_, (link, address))) = within.next().filter(|(own, _)| net.contains(*own)) else {
+            let gateway = self
+                .gateways
+                .iter()
+                .find(|gateway| net.contains(*gateway))?;
+            return Some(format!("{gateway}, the gateway"));
+        };
         Some(
             if net.contains(&address.trunc()) && address.prefix_len() < address.max_prefix_len() {
                 format!("{}, the network of {}", address.trunc(), link.name)
@@ -156,6 +169,7 @@ mod tests {
                 (4, link("other0", &["100.127.0.1/32"])),
             ]),
             default_link: Some(2),
+            gateways: BTreeSet::from(["10.0.1.1".parse().unwrap()]),
             ..Facts::default()
         }
     }
@@ -187,6 +201,7 @@ mod tests {
             ("10.0.1.0/24", "10.0.1.0/24, the network of eth0"),
             ("10.0.1.5/32", "10.0.1.5, the address of eth0"),
             ("192.168.0.0/16", "192.168.7.0/24, the network of eth1"),
+            ("10.0.1.0/30", "10.0.1.1, the gateway"),
         ] {
             let found = allow(cidr);
             assert!(

@@ -18,6 +18,8 @@ pub struct Facts {
     pub links: BTreeMap<u32, LinkFacts>,
     /// Interface of the default route (IPv4 first), if any.
     pub default_link: Option<u32>,
+    /// Gateways of the default routes.
+    pub gateways: BTreeSet<IpAddr>,
     /// Where the main table sends packets for each routed CIDR, by interface index.
     pub egress: BTreeMap<IpNet, u32>,
 }
@@ -228,6 +230,7 @@ mod tests {
                 (4, link("eth2", &["192.0.2.1/24"])),
             ]),
             default_link: Some(2),
+            gateways: BTreeSet::new(),
             egress: BTreeMap::from([("10.0.0.0/16".parse().unwrap(), 2)]),
         }
     }

@@ -1,6 +1,6 @@
 //! What the kernel says of the network, gathered for the core and for the check of a configuration.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
@@ -37,23 +37,30 @@ pub(super) async fn gather(
             egress.insert(route.cidr, hop.link.index);
         }
     }
-    let mut default_link = None;
+    let (mut default_link, mut gateways) = (None, BTreeSet::new());
     for family in [
         IpAddr::from(Ipv4Addr::UNSPECIFIED),
         IpAddr::from(Ipv6Addr::UNSPECIFIED),
     ] {
-        if default_link.is_none() {
-            default_link = netlink
-                .default_route(family)
-                .await?
-                .map(|hop| hop.link.index);
+        if let Some(hop) = netlink.default_route(family).await? {
+            default_link = default_link.or(Some(hop.link.index));
+            // A link-local gateway says nothing without its link, and no allowed IP holds it.
+            gateways.extend(hop.gateway.filter(|gateway| !is_link_local(*gateway)));
         }
     }
     Ok(Facts {
         links,
         default_link,
+        gateways,
         egress,
     })
+}
+
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
 }
 
 /// An address of `cidr` that may be a host: not the network's own where there is another.
