@@ -146,39 +146,36 @@ impl Run {
 pub(super) struct Coalescer {
     offload: Offload,
     buffers: Vec<Box<[u8]>>,
+    /// The buffer that the next packet goes into.
+    scratch: usize,
+    /// Last used first: it is still in the cache.
     free: Vec<usize>,
     /// Oldest first.
     open: Vec<Run>,
 }
 
 impl Coalescer {
-    /// One more buffer than runs: there is always a free one.
+    /// No run is open.
     pub(super) fn new(offload: Offload) -> Self {
-        let buffers = RUNS + 1;
         Self {
             offload,
-            buffers: (0..buffers)
+            buffers: (0..=RUNS)
                 .map(|_| vec![0; BUFFER].into_boxed_slice())
                 .collect(),
-            free: (0..buffers).collect(),
-            open: Vec::with_capacity(buffers),
+            scratch: 0,
+            free: (1..=RUNS).collect(),
+            open: Vec::with_capacity(RUNS + 1),
         }
-    }
-
-    fn scratch(&self) -> usize {
-        // `open` never holds more than RUNS buffers.
-        self.free.last().copied().unwrap_or_default()
     }
 
     /// Where the next packet is to be decrypted into.
     pub(super) fn slot(&mut self) -> &mut [u8] {
-        let scratch = self.scratch();
-        &mut self.buffers[scratch][OFFSET..]
+        &mut self.buffers[self.scratch][OFFSET..]
     }
 
     /// Takes the packet of `length` bytes in [`Coalescer::slot`].
     pub(super) fn push(&mut self, length: usize, sink: &mut impl TunSink) {
-        let scratch = self.scratch();
+        let scratch = self.scratch;
         let packet = &self.buffers[scratch][OFFSET..OFFSET + length];
         let Some(transport) = Transport::parse(packet) else {
             self.flush_between(scratch, sink);
@@ -215,9 +212,11 @@ impl Coalescer {
             verified: false,
             short: false,
         });
-        self.free.pop();
         if self.free.is_empty() {
             self.flush(0, sink);
+        }
+        if let Some(free) = self.free.pop() {
+            self.scratch = free;
         }
     }
 
@@ -317,3 +316,6 @@ impl Coalescer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -615,3 +615,6 @@ impl<P: Port> Opened for Inner<'_, P> {
         self.counters.add(counter, 1);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -208,3 +208,57 @@ impl Transport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::packets::Flow;
+    use super::*;
+
+    /// RFC 6040, figure 4: rows Not-ECT, ECT(0), ECT(1), CE inside; columns the same outside.
+    #[test]
+    fn congestion_marks_follow_rfc6040() {
+        let codepoints = [NOT_ECT, ECT_0, ECT_1, CE];
+        let table = [
+            [Some(NOT_ECT), Some(NOT_ECT), Some(NOT_ECT), None],
+            [Some(ECT_0), Some(ECT_0), Some(ECT_1), Some(CE)],
+            [Some(ECT_1), Some(ECT_1), Some(ECT_1), Some(CE)],
+            [Some(CE), Some(CE), Some(CE), Some(CE)],
+        ];
+        for v6 in [false, true] {
+            for (inner, row) in codepoints.into_iter().zip(table) {
+                for (outer, expected) in codepoints.into_iter().zip(row) {
+                    let dscp = 0xb8;
+                    let with = |ecn| {
+                        let flow = Flow {
+                            tos: dscp | ecn,
+                            ..Flow::new(v6, true)
+                        };
+                        flow.packet(1, 2, 0x10, b"payload")
+                    };
+                    let mut packet = with(inner);
+                    // The DSCP outside is not taken over.
+                    let kept = merge_ecn(&mut packet, outer | 0x40);
+                    assert_eq!(
+                        kept.then_some(packet),
+                        expected.map(with),
+                        "{inner} {outer}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sources_of_damaged_packets_are_not_believed() {
+        let packet = Flow::new(false, true).packet(1, 2, 0x10, b"payload");
+        assert_eq!(checked_source(&packet), Some("10.0.0.2".parse().unwrap()));
+        assert_eq!(checked_source(&packet[..packet.len() - 1]), None);
+        let mut short = packet.clone();
+        short[0] = 0x44;
+        assert_eq!(checked_source(&short), None);
+        let packet = Flow::new(true, false).packet(1, 2, 0, b"payload");
+        assert_eq!(checked_source(&packet), Some("fd00::2".parse().unwrap()));
+        assert_eq!(checked_source(&packet[..39]), None);
+        assert_eq!(checked_source(&[]), None);
+    }
+}

@@ -22,6 +22,8 @@ mod worker;
 
 #[cfg(test)]
 mod interop;
+#[cfg(test)]
+mod packets;
 
 use std::io;
 use std::net::SocketAddr;

@@ -243,3 +243,131 @@ impl Cut {
         Some((begin, end))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::packets::Flow;
+    use super::*;
+    use proptest::prelude::*;
+
+    /// What the kernel would hand over for `payload` sent as one super-packet, and its header.
+    fn super_packet(flow: &Flow, flags: u8, payload: &[u8], size: u16) -> (vnet::Header, Vec<u8>) {
+        let mut packet = flow.packet(100, 1000, flags, payload);
+        let start = if flow.v6 { 40 } else { 20 };
+        let offset = if flow.tcp { 16 } else { 6 };
+        // The field holds the pseudo-header's sum, not complemented.
+        let mut pseudo = Vec::new();
+        pseudo.extend(&packet[if flow.v6 { 8..40 } else { 12..20 }]);
+        pseudo.extend(((packet.len() - start) as u32).to_be_bytes());
+        pseudo.extend([0, 0, 0, if flow.tcp { 6 } else { 17 }]);
+        let sum = !super::super::packets::rfc1071(&pseudo);
+        packet[start + offset..start + offset + 2].copy_from_slice(&sum.to_be_bytes());
+        let gso = match (size, flow.tcp, flow.v6) {
+            (0, ..) => Gso::None,
+            (_, true, false) => Gso::Tcp4,
+            (_, true, true) => Gso::Tcp6,
+            _ => Gso::Udp,
+        };
+        let header = vnet::Header {
+            gso,
+            gso_size: size,
+            checksum: Some((start as u16, offset as u16)),
+        };
+        (header, packet)
+    }
+
+    fn cut(header: vnet::Header, packet: &[u8], mtu: usize) -> Result<Vec<Vec<u8>>, Malformed> {
+        let mut buffer = packet.to_vec();
+        buffer.resize(packet.len() + SLACK, 0xaa);
+        let mut segments = Segments::new(header, &mut buffer, packet.len(), mtu)?;
+        let mut all = Vec::new();
+        while let Some(segment) = segments.next() {
+            all.push(segment.to_vec());
+        }
+        Ok(all)
+    }
+
+    fn padded(mut packet: Vec<u8>, mtu: usize) -> Vec<u8> {
+        while packet.len() % 16 != 0 && packet.len() < mtu {
+            packet.push(0);
+        }
+        packet
+    }
+
+    proptest! {
+        #[test]
+        fn segments_are_the_packets_a_sender_would_have_made(
+            v6: bool,
+            tcp: bool,
+            tos: u8,
+            dont_fragment: bool,
+            payload in proptest::collection::vec(any::<u8>(), 1..5000),
+            size in 1u16..1500,
+            flags in prop_oneof![Just(0x10u8), Just(0x18), Just(0x11), Just(0xd8), Just(0x90), Just(0x59)],
+            mtu in 1200usize..1600,
+        ) {
+            let flow = Flow { tos, dont_fragment, ..Flow::new(v6, tcp) };
+            let size = size.max((payload.len() / 64) as u16 + 1);
+            let (header, packet) = super_packet(&flow, flags, &payload, size);
+            let count = payload.len().div_ceil(size.into());
+            let expected: Vec<_> = payload
+                .chunks(size.into())
+                .enumerate()
+                .map(|(at, part)| {
+                    let mut flags = flags;
+                    if at > 0 {
+                        flags &= !0x80;
+                    }
+                    if at + 1 < count {
+                        flags &= !0x09;
+                    }
+                    let sequence = 1000 + (at * usize::from(size)) as u32;
+                    padded(flow.packet(100 + at as u16, sequence, flags, part), mtu)
+                })
+                .collect();
+            prop_assert_eq!(cut(header, &packet, mtu), Ok(expected));
+        }
+
+        #[test]
+        fn a_single_packet_gets_its_checksum(
+            v6: bool,
+            tcp: bool,
+            payload in proptest::collection::vec(any::<u8>(), 0..1400),
+        ) {
+            let flow = Flow::new(v6, tcp);
+            let (header, packet) = super_packet(&flow, 0x10, &payload, 0);
+            let expected = padded(flow.packet(100, 1000, 0x10, &payload), 1420);
+            prop_assert_eq!(cut(header, &packet, 1420), Ok(vec![expected]));
+        }
+
+        #[test]
+        fn nonsense_is_refused_or_cut_without_panic(
+            head: [u8; vnet::LEN],
+            kind in prop_oneof![Just(0u8), Just(1), Just(4), Just(5)],
+            start in 0u16..80,
+            mut packet in proptest::collection::vec(any::<u8>(), 0..300),
+            version in prop_oneof![Just(0x45u8), Just(0x60), any::<u8>()],
+        ) {
+            let mut head = head;
+            head[1] = kind;
+            head[6..8].copy_from_slice(&start.to_ne_bytes());
+            if let Some(first) = packet.first_mut() {
+                *first = version;
+            }
+            if let Some(header) = vnet::Header::decode(&head) {
+                let _ = cut(header, &packet, 1420);
+            }
+        }
+    }
+
+    #[test]
+    fn padding_stops_at_the_mtu() {
+        let flow = Flow::new(false, false);
+        let packet = flow.packet(1, 0, 0, &[1; 1420 - 28]);
+        let whole = cut(vnet::Header::PLAIN, &packet, 1420);
+        assert_eq!(whole.map(|all| all[0].len()), Ok(1420));
+        let packet = flow.packet(1, 0, 0, &[1; 1418 - 28]);
+        let whole = cut(vnet::Header::PLAIN, &packet, 1420);
+        assert_eq!(whole.map(|all| all[0].len()), Ok(1420));
+    }
+}
