@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Counter, Engine, Options, PeerSpec};
+use super::{Counter, Engine, Error, Failure, Options, PeerSpec};
 use crate::wireguard::keys::{PresharedKey, PrivateKey};
 
 /// How long a condition may take to come true on a busy machine.
@@ -325,4 +325,134 @@ fn works_without_offloads() {
     assert!(!pair.engine.features().vnet_header);
     ping(&pair);
     transfer(&pair);
+}
+
+fn lone(name: &str, namespace: &Namespace) -> Result<Engine, Error> {
+    let options = Options {
+        device: name.to_owned(),
+        mtu: 1420,
+        listen_port: 0,
+        fwmark: 0,
+        workers: None,
+        offload: true,
+    };
+    namespace.inside(|| Engine::start(options, &PrivateKey::from_bytes([1; 32])))
+}
+
+fn spec(seed: u8, allowed: &str) -> PeerSpec {
+    PeerSpec {
+        public_key: PrivateKey::from_bytes([seed; 32]).public(),
+        preshared_key: None,
+        allowed_ips: vec![allowed.parse().unwrap()],
+        endpoint: None,
+        keepalive: None,
+    }
+}
+
+#[test]
+fn a_taken_name_or_port_is_refused_and_the_device_goes_with_the_engine() {
+    if !rooted() {
+        return;
+    }
+    let (namespace, name) = (Namespace::new(), unique("sl"));
+    let engine = lone(&name, &namespace).unwrap();
+    let port = engine.listen_port();
+    let again = lone(&name, &namespace).unwrap_err();
+    assert!(
+        matches!(&again, Error::DeviceExists(taken) if *taken == name),
+        "{again}"
+    );
+    let options = Options {
+        device: unique("sl"),
+        mtu: 1420,
+        listen_port: port,
+        fwmark: 0,
+        workers: None,
+        offload: true,
+    };
+    let same_port = namespace.inside(|| Engine::start(options, &PrivateKey::from_bytes([1; 32])));
+    let same_port = same_port.unwrap_err();
+    assert!(
+        matches!(&same_port, Error::Bind { port: taken, .. } if *taken == port),
+        "{same_port}"
+    );
+    engine.shutdown();
+    drop(lone(&name, &namespace).unwrap());
+}
+
+#[test]
+fn deleting_the_device_is_noticed() {
+    if !rooted() {
+        return;
+    }
+    let (namespace, name) = (Namespace::new(), unique("sl"));
+    let engine = lone(&name, &namespace).unwrap();
+    namespace.run("ip", &format!("link del {name}"));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
+    let failure = runtime.block_on(async { tokio::time::timeout(DEADLINE, engine.failed()).await });
+    assert!(matches!(*failure.unwrap(), Failure::DeviceGone));
+    assert!(matches!(engine.set_peers(&[]), Err(Error::Worker)));
+}
+
+#[test]
+fn peers_change_without_touching_others() {
+    if !rooted() {
+        return;
+    }
+    let namespace = Namespace::new();
+    let engine = lone(&unique("sl"), &namespace).unwrap();
+    let keys = |engine: &Engine| {
+        let mut keys: Vec<_> = engine
+            .peer_stats()
+            .iter()
+            .map(|stats| stats.public_key)
+            .collect();
+        keys.sort();
+        keys
+    };
+    let (a, b, c) = (
+        spec(2, "10.0.0.0/24"),
+        spec(3, "10.0.1.0/24"),
+        spec(4, "10.0.0.7/32"),
+    );
+    engine.set_peers(&[a.clone(), b.clone()]).unwrap();
+    let refused = engine
+        .set_peers(&[a.clone(), spec(4, "10.0.0.5/24")])
+        .unwrap_err();
+    assert!(matches!(refused, Error::DoubledCidr { .. }), "{refused}");
+    let refused = engine
+        .set_peers(&[a.clone(), spec(1, "10.0.3.0/24")])
+        .unwrap_err();
+    assert!(matches!(refused, Error::OwnKey(_)), "{refused}");
+    let mut expected = vec![a.public_key, b.public_key];
+    expected.sort();
+    assert_eq!(keys(&engine), expected);
+
+    let moved = PeerSpec {
+        endpoint: Some(SocketAddr::from(([192, 0, 2, 9], 5))),
+        ..a.clone()
+    };
+    engine.set_peers(&[moved.clone(), c.clone()]).unwrap();
+    let mut expected = vec![a.public_key, c.public_key];
+    expected.sort();
+    assert_eq!(keys(&engine), expected);
+    let stats = engine.peer_stats();
+    let stats = stats
+        .iter()
+        .find(|stats| stats.public_key == a.public_key)
+        .unwrap();
+    assert_eq!(stats.endpoint, moved.endpoint);
+
+    let refused = engine
+        .set_private_key(&PrivateKey::from_bytes([4; 32]))
+        .unwrap_err();
+    assert!(matches!(refused, Error::OwnKey(_)), "{refused}");
+    engine
+        .set_private_key(&PrivateKey::from_bytes([5; 32]))
+        .unwrap();
+    engine.set_peers(&[]).unwrap();
+    assert_eq!(keys(&engine), []);
 }

@@ -141,3 +141,108 @@ impl Limiter {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::keys::PrivateKey;
+    use super::super::message::INITIATION;
+    use super::super::{LocalKey, Tunnel};
+    use super::*;
+
+    struct Fixture {
+        local: LocalKey,
+        limiter: Limiter,
+        client: Tunnel,
+        message: [u8; INITIATION],
+    }
+
+    const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
+
+    impl Fixture {
+        fn new() -> Self {
+            let local = LocalKey::new(&PrivateKey::from_bytes([1; 32]));
+            let own = LocalKey::new(&PrivateKey::from_bytes([2; 32]));
+            let mut client = Tunnel::new(&own, &local.public(), None, 5);
+            let mut message = [0; INITIATION];
+            assert_eq!(client.initiate(&mut message), Some(INITIATION));
+            Self {
+                local,
+                limiter: Limiter::new(),
+                client,
+                message,
+            }
+        }
+
+        fn check(&mut self, from: IpAddr, now: u64) -> (Verdict, [u8; COOKIE]) {
+            let mut reply = [0; COOKIE];
+            let now = Duration::from_secs(now);
+            let (local, message) = (&self.local, &self.message);
+            let verdict = self.limiter.check(local, from, message, now, &mut reply);
+            (verdict, reply)
+        }
+
+        /// Uses up what may come without a cookie.
+        fn load(&mut self, now: u64) {
+            while self.check(CLIENT, now).0 == Verdict::Pass {}
+        }
+    }
+
+    #[test]
+    fn calm_lets_pass_whoever_knows_the_public_key() {
+        let mut fixture = Fixture::new();
+        assert_eq!(fixture.check(CLIENT, 0).0, Verdict::Pass);
+        fixture.message[60] ^= 1;
+        assert_eq!(fixture.check(CLIENT, 0).0, Verdict::WrongMac);
+    }
+
+    #[test]
+    fn load_asks_for_a_cookie_and_believes_it_from_its_address_only() {
+        let mut fixture = Fixture::new();
+        fixture.load(10);
+        let (verdict, reply) = fixture.check(CLIENT, 10);
+        assert_eq!(verdict, Verdict::Cookie(COOKIE));
+        let mut answer = [0; INITIATION];
+        assert_eq!(
+            fixture.client.handshake(&reply, &mut answer),
+            Ok((None, false))
+        );
+        fixture.client.initiate_again(&mut fixture.message);
+
+        let elsewhere = IpAddr::from([192, 0, 2, 2]);
+        assert_eq!(fixture.check(elsewhere, 10).0, Verdict::Cookie(COOKIE));
+        for _ in 0..SOURCE_BURST as usize {
+            assert_eq!(fixture.check(CLIENT, 10).0, Verdict::Pass);
+        }
+        assert_eq!(fixture.check(CLIENT, 10).0, Verdict::OverRate);
+    }
+
+    #[test]
+    fn load_passes() {
+        let mut fixture = Fixture::new();
+        fixture.load(10);
+        assert_ne!(fixture.check(CLIENT, 10).0, Verdict::Pass);
+        assert_eq!(fixture.check(CLIENT, 12).0, Verdict::Pass);
+    }
+
+    #[test]
+    fn sources_are_bounded_and_an_ipv6_host_cannot_multiply() {
+        let mut limiter = Limiter::new();
+        let now = Duration::from_secs(1);
+        for at in 0..SOURCES as u32 + 100 {
+            limiter.admit(IpAddr::from(at.to_be_bytes()), now);
+        }
+        assert!(limiter.sources.len() <= SOURCES);
+        // Buckets that are full again make room.
+        let later = now + Duration::from_secs(10);
+        assert!(limiter.admit(CLIENT, later));
+
+        let mut limiter = Limiter::new();
+        let admitted = (0..100u16)
+            .filter(|host| {
+                let host = IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, *host]);
+                limiter.admit(host, now)
+            })
+            .count();
+        assert_eq!(admitted, SOURCE_BURST as usize);
+    }
+}

@@ -208,3 +208,158 @@ impl Tunnel {
         tick
     }
 }
+
+#[cfg(test)]
+impl Tunnel {
+    /// An initiation even though one is under way.
+    pub(super) fn initiate_again(&mut self, out: &mut [u8; INITIATION]) {
+        let result = self.tunn.format_handshake_initiation(out, true);
+        assert!(matches!(result, TunnResult::WriteToNetwork(_)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::keys::PrivateKey;
+    use super::*;
+
+    /// Collects sealed messages and opened packets.
+    #[derive(Default)]
+    struct Heap {
+        slot: Vec<u8>,
+        all: Vec<Vec<u8>>,
+        refused: Vec<Refused>,
+    }
+
+    impl Arena for Heap {
+        fn slot(&mut self, length: usize) -> &mut [u8] {
+            self.slot = vec![0; length];
+            &mut self.slot
+        }
+
+        fn filled(&mut self, length: usize) {
+            self.all.push(self.slot[..length].to_vec());
+        }
+    }
+
+    impl Opened for Heap {
+        fn slot(&mut self) -> &mut [u8] {
+            self.slot = vec![0; 2000];
+            &mut self.slot
+        }
+
+        fn packet(&mut self, length: usize) {
+            self.all.push(self.slot[..length].to_vec());
+        }
+
+        fn refused(&mut self, why: Refused) {
+            self.refused.push(why);
+        }
+    }
+
+    struct Listed<'a>(std::slice::Iter<'a, &'a [u8]>);
+
+    impl Packets for Listed<'_> {
+        fn next(&mut self) -> Option<&[u8]> {
+            self.0.next().copied()
+        }
+    }
+
+    fn pair() -> (Tunnel, Tunnel) {
+        let keys = [1, 2].map(|seed| LocalKey::new(&PrivateKey::from_bytes([seed; 32])));
+        let tunnel =
+            |own: usize, index| Tunnel::new(&keys[own], &keys[1 - own].public(), None, index);
+        (tunnel(0, 0x00ab_cdef), tunnel(1, 0x0012_3456))
+    }
+
+    fn connected() -> (Tunnel, Tunnel) {
+        let (mut client, mut router) = pair();
+        let (mut one, mut two, mut three) = ([0; INITIATION], [0; INITIATION], [0; INITIATION]);
+        let length = client.initiate(&mut one).unwrap();
+        let (length, completed) = router.handshake(&one[..length], &mut two).unwrap();
+        assert!(
+            !completed && !router.ready(),
+            "the initiator has yet to prove itself"
+        );
+        let (length, completed) = client
+            .handshake(&two[..length.unwrap()], &mut three)
+            .unwrap();
+        assert!(completed && client.ready());
+        let keepalive = &three[..length.unwrap()];
+        let mut opened = Heap::default();
+        let result = router.open([keepalive].into_iter(), &mut opened);
+        assert_eq!(result, (keepalive.len() as u64, true));
+        assert!(router.ready());
+        (client, router)
+    }
+
+    /// A small IPv4 packet, padded.
+    fn packet(serial: u8) -> [u8; 32] {
+        let mut packet = [0; 32];
+        packet[..4].copy_from_slice(&[0x45, 0, 0, 30]);
+        packet[29] = serial;
+        packet
+    }
+
+    #[test]
+    fn receiver_indices_begin_with_the_given_bits() {
+        let (mut client, mut router) = pair();
+        let (mut one, mut two) = ([0; INITIATION], [0; INITIATION]);
+        client.initiate(&mut one).unwrap();
+        let (length, _) = router.handshake(&one, &mut two).unwrap();
+        assert_eq!(
+            message::sender(&one).map(|index| index >> 8),
+            Some(0x00ab_cdef)
+        );
+        let response = &two[..length.unwrap()];
+        assert_eq!(
+            message::sender(response).map(|index| index >> 8),
+            Some(0x0012_3456)
+        );
+    }
+
+    #[test]
+    fn padding_is_sent_and_taken_off() {
+        let (mut client, mut router) = connected();
+        let mut sealed = Heap::default();
+        let plain = [packet(1), packet(2)];
+        let list = plain.each_ref().map(|p| p.as_slice());
+        let bytes = client.seal(&mut Listed(list.iter()), &mut sealed);
+        assert_eq!(bytes, 128);
+        let mut opened = Heap::default();
+        let result = router.open(sealed.all.iter().map(Vec::as_slice), &mut opened);
+        assert_eq!(result, (128, false));
+        assert_eq!(opened.all, plain.map(|p| p[..30].to_vec()));
+    }
+
+    #[test]
+    fn counters_beyond_the_last_are_refused_before_any_work() {
+        let (mut client, mut router) = connected();
+        let mut sealed = Heap::default();
+        client.seal(&mut Listed([packet(1).as_slice()].iter()), &mut sealed);
+        sealed.all[0][8..16].copy_from_slice(&REJECT_AFTER_MESSAGES.to_le_bytes());
+        let mut opened = Heap::default();
+        router.open([sealed.all[0].as_slice()].into_iter(), &mut opened);
+        assert_eq!(opened.refused, [Refused::Replay]);
+    }
+
+    #[test]
+    fn handshakes_with_keys_of_small_order_are_refused() {
+        let (mut client, mut router) = pair();
+        let mut one = [0; INITIATION];
+        client.initiate(&mut one).unwrap();
+        one[8..40].fill(0);
+        assert_eq!(
+            router.handshake(&one, &mut [0; INITIATION]),
+            Err(Refused::Handshake)
+        );
+    }
+
+    #[test]
+    fn no_session_seals_nothing() {
+        let (mut client, _) = pair();
+        let mut sealed = Heap::default();
+        let bytes = client.seal(&mut Listed([packet(1).as_slice()].iter()), &mut sealed);
+        assert_eq!((bytes, sealed.all.len()), (0, 0));
+    }
+}
