@@ -11,6 +11,7 @@ pub mod host;
 pub mod report;
 pub mod run;
 pub mod stats;
+pub mod wireguard;
 
 /// Every suite, in the order in which they run.
-pub const SUITES: &[case::SuiteEntry] = &[];
+pub const SUITES: &[case::SuiteEntry] = &[wireguard::ENTRY];

@@ -1,0 +1,269 @@
+//! The network that a router is measured in: client, router, server, a namespace each.
+//!
+//! The router has a CPU to itself and everything else runs on the others: the programs are pinned,
+//! and receive packet steering moves the softirq work of each NIC to the CPU of the host that owns
+//! it, as its interrupts would on three machines. So what that CPU did is what the router cost,
+//! in the process and in the kernel alike.
+
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use lab::{Host, Keypair, Lab, Process, Server, Tunnel, Wireguard};
+use router::wireguard::keys::PublicKey;
+
+use super::programs::Program;
+use super::router::{Job, PORT, Router, key_pair};
+use crate::cpu::{self, Cores, Snapshot, Usage};
+use crate::generator::{Generator, Peer, Target};
+
+const UNDERLAY_CLIENT: &str = "192.0.2.1";
+const UNDERLAY_ROUTER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+const ROUTER_INSIDE: &str = "10.80.0.1";
+/// The server behind the router.
+pub(super) const SERVER: Ipv4Addr = Ipv4Addr::new(10, 80, 0, 2);
+const NETWORK: &str = "10.80.0.0/24";
+const OVERLAY_ROUTER: &str = "100.64.0.1/16";
+const OVERLAY_CLIENT: &str = "100.64.0.2/32";
+/// Tunnel MTU in bytes, what WireGuard's tools choose on Ethernet.
+const MTU: u16 = 1420;
+/// UDP port of the echo server.
+pub(super) const ECHO: u16 = 7;
+/// Where the generator's packets go.
+const SINK: u16 = 9;
+/// Most peers that the generator plays.
+pub(super) const PEERS: u8 = 64;
+
+/// Where programs run.
+#[derive(Clone, Debug)]
+pub(super) enum Placement {
+    /// The router on a CPU of its own, all else on the others: for costs.
+    Apart(Cores),
+    /// Wherever the scheduler puts them: for what the machine as a whole can carry.
+    Free,
+}
+
+/// A router in its network. Fields are in the order in which they must go.
+pub(super) struct Bed {
+    router: Router,
+    key: Keypair,
+    peers: Vec<Peer>,
+    tunnel: Wireguard,
+    _iperf: Process,
+    _echo: Server,
+    pub(super) client: Host,
+    pub(super) server: Host,
+    placement: Placement,
+    _lab: Lab,
+}
+
+/// What the router used while something was done.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cost {
+    /// Time that the router's CPU was busy.
+    pub(super) cpu: Duration,
+    /// Time that went by.
+    pub(super) elapsed: Duration,
+}
+
+impl Bed {
+    /// Builds the network, and starts `program` as its router and `client` as its client.
+    pub(super) fn new(
+        program: &Program,
+        client: &[std::ffi::OsString],
+        placement: Placement,
+    ) -> anyhow::Result<Self> {
+        let lab = Lab::new()?;
+        let (laptop, host, server) = (
+            lab.host("client")?,
+            lab.host("router")?,
+            lab.host("server")?,
+        );
+        lab.link(
+            laptop
+                .port("eth0")
+                .address(&format!("{UNDERLAY_CLIENT}/24")),
+            host.port("wan").address(&format!("{UNDERLAY_ROUTER}/24")),
+        )?;
+        lab.link(
+            host.port("lan").address(&format!("{ROUTER_INSIDE}/24")),
+            server.port("eth0").address(&format!("{SERVER}/24")),
+        )?;
+        host.route("default", UNDERLAY_CLIENT)?;
+
+        let (router_cpus, end_cpus) = match &placement {
+            Placement::Apart(cores) => {
+                steer(&host, &["wan", "lan"], &[cores.router])?;
+                steer(&laptop, &["eth0"], &cores.ends)?;
+                steer(&server, &["eth0"], &cores.ends)?;
+                (Some(vec![cores.router]), cores.ends.clone())
+            }
+            Placement::Free => (None, cpu::affinity()?),
+        };
+        let _pinned = Pinned::to(&end_cpus)?;
+
+        let (key, client_key) = (key_pair()?, key_pair()?);
+        let mut keys = vec![(client_key.public.clone(), OVERLAY_CLIENT.to_owned())];
+        let mut peers = Vec::new();
+        for n in 1..=PEERS {
+            let private =
+                router::wireguard::keys::PrivateKey::generate().context("generate a key")?;
+            let address = Ipv4Addr::new(100, 64, 1, n);
+            keys.push((private.public().to_string(), format!("{address}/32")));
+            peers.push(Peer { private, address });
+        }
+        let router = Router::start(
+            program,
+            &Job {
+                host: &host,
+                key: &key,
+                address: OVERLAY_ROUTER,
+                mtu: MTU,
+                peers: &keys,
+                network: NETWORK,
+                lan: "lan",
+                clamp: true,
+                cpus: router_cpus.as_deref(),
+            },
+        )?;
+        let endpoint = SocketAddr::from((UNDERLAY_ROUTER, PORT));
+        let tunnel = Tunnel::new(&client_key)
+            .address(OVERLAY_CLIENT)
+            .mtu(MTU.into())
+            .peer(&key.public, endpoint, [NETWORK]);
+        let tunnel = laptop
+            .wireguard_program(client, &tunnel)
+            .context("the client's tunnel")?;
+        let iperf = server.spawn("iperf3", server.command(["iperf3", "--server"]))?;
+        let echo = server.udp_echo(ECHO)?;
+        let bed = Self {
+            router,
+            key,
+            peers,
+            tunnel,
+            _iperf: iperf,
+            _echo: echo,
+            client: laptop,
+            server,
+            placement,
+            _lab: lab,
+        };
+        if !bed.client.pings(&SERVER.to_string(), &[])? {
+            anyhow::bail!(
+                "no ping passes from the client to the server; the client's log: {}",
+                bed.tunnel.log()
+            );
+        }
+        Ok(bed)
+    }
+
+    pub(super) fn router(&self) -> &Router {
+        &self.router
+    }
+
+    /// Confines this thread, and what it starts, to the CPUs of the ends until the guard is dropped.
+    pub(super) fn at_the_ends(&self) -> anyhow::Result<Option<Pinned>> {
+        match &self.placement {
+            Placement::Apart(cores) => Pinned::to(&cores.ends).map(Some),
+            Placement::Free => Ok(None),
+        }
+    }
+
+    /// Does `work` and yields what the router's CPU spent meanwhile; zero where it has none of its
+    /// own.
+    pub(super) fn cost_of<T>(
+        &self,
+        work: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<(T, Cost)> {
+        let before = Snapshot::take()?;
+        let done = work()?;
+        let after = Snapshot::take()?;
+        let usage = Usage::between(&before, &after);
+        let cpu = match &self.placement {
+            Placement::Apart(cores) => usage.core_busy(cores.router),
+            Placement::Free => Duration::ZERO,
+        };
+        Ok((
+            done,
+            Cost {
+                cpu,
+                elapsed: usage.elapsed(),
+            },
+        ))
+    }
+
+    /// A generator with this many peers, connected.
+    pub(super) fn generator(&self, peers: u8) -> anyhow::Result<Generator> {
+        let server = SocketAddrV4::new(SERVER, SINK);
+        let target = Target {
+            endpoint: SocketAddrV4::new(UNDERLAY_ROUTER, PORT),
+            router: self.key.public.parse::<PublicKey>()?,
+            server,
+        };
+        let peers = self.peers[..usize::from(peers)].to_vec();
+        let socket = self.server.udp_socket(server.into())?;
+        let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        Generator::connect(peers, target, socket, || self.client.udp_socket(any))
+    }
+}
+
+/// Has the softirq work of these NICs done on these CPUs (Documentation/networking/scaling.rst).
+pub(super) fn steer(host: &Host, nics: &[&str], cpus: &[usize]) -> anyhow::Result<()> {
+    let mask = cpus.iter().fold(0u64, |mask, cpu| mask | 1 << (cpu % 64));
+    let nics = nics.join(" ");
+    let script = format!(
+        "for nic in {nics}; do for queue in /sys/class/net/$nic/queues/rx-*; do \
+         echo {mask:x} > $queue/rps_cpus; done; done"
+    );
+    // `ip netns exec` mounts the namespace's own /sys.
+    lab::Cmd::new([
+        "ip",
+        "netns",
+        "exec",
+        host.namespace(),
+        "sh",
+        "-ec",
+        &script,
+    ])
+    .run()
+    .map(drop)
+}
+
+/// Confines the calling thread while it lives.
+pub(super) struct Pinned {
+    before: Vec<usize>,
+}
+
+impl Pinned {
+    pub(super) fn to(cpus: &[usize]) -> anyhow::Result<Self> {
+        let before = cpu::affinity()?;
+        cpu::pin_thread(cpus).context("pin this thread")?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // It was allowed before; if it is not any more, staying where we are is the lesser evil.
+        let _ = cpu::pin_thread(&self.before);
+    }
+}
+
+/// A counter of a host's `/proc/net/netstat`, such as `TCPOFOQueue` of `TcpExt`.
+pub(super) fn protocol_counter(host: &Host, group: &str, name: &str) -> anyhow::Result<u64> {
+    // /proc/net is that of the process's first thread, which is in no namespace of ours.
+    let text = host.enter(|| std::fs::read_to_string("/proc/thread-self/net/netstat"))??;
+    let mut lines = text
+        .lines()
+        .filter_map(|line| line.strip_prefix(group)?.strip_prefix(": "));
+    let (names, values) = lines
+        .next()
+        .zip(lines.next())
+        .context("no such group of counters")?;
+    names
+        .split_whitespace()
+        .zip(values.split_whitespace())
+        .find(|(found, _)| *found == name)
+        .and_then(|(_, value)| value.parse().ok())
+        .with_context(|| format!("no counter {group}.{name}"))
+}

@@ -1,0 +1,360 @@
+//! The `wireguard` suite: what a router costs and carries, beside its peers, with the same client
+//! and the same generator in every case.
+
+mod bed;
+mod latency;
+mod programs;
+mod router;
+mod tcp;
+mod udp;
+
+use std::cell::RefCell;
+use std::ffi::OsString;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use lab::Lab;
+
+use crate::case::{
+    Case, CaseId, Chart, ChartKind, Context, Effort, Failure, Implementation, Measurement, Outcome,
+    Round, Skipped, Suite, SuiteEntry,
+};
+use crate::cpu::Cores;
+use crate::generator::{self, Direction, Load, Peer, Rate};
+
+use bed::{Bed, Pinned, Placement};
+use programs::{Candidate, Program, REFERENCE};
+use router::Paths;
+use tcp::{Streams, Way};
+use udp::{Datagrams, PACED};
+
+const SUITE: &str = "wireguard";
+
+/// The suite, for the command line.
+pub const ENTRY: SuiteEntry = SuiteEntry {
+    name: SUITE,
+    about: "a router between client and server, with crypto: throughput, packets, CPU, latency",
+    build,
+};
+
+/// What one case does.
+#[derive(Clone, Copy, Debug)]
+enum What {
+    Tcp(Streams),
+    Udp(Datagrams),
+    RoundTrips { loaded: bool },
+    Connections,
+}
+
+impl What {
+    fn name(self) -> String {
+        match self {
+            Self::Tcp(Streams { count, way }) => {
+                let way = match way {
+                    Way::Up => "up",
+                    Way::Down => "down",
+                    Way::Both => "both",
+                };
+                format!("tcp-{count}-{way}")
+            }
+            Self::Udp(datagrams) => udp::name(datagrams),
+            Self::RoundTrips { loaded: false } => "round-trip-idle".to_owned(),
+            Self::RoundTrips { loaded: true } => "round-trip-loaded".to_owned(),
+            Self::Connections => "connections".to_owned(),
+        }
+    }
+}
+
+fn build(context: &Context) -> anyhow::Result<Suite> {
+    let mut suite = Suite {
+        reference: Some(REFERENCE.to_owned()),
+        charts: charts(),
+        ..Suite::default()
+    };
+    suite.cases.push(Box::new(Ceiling {
+        id: CaseId::new(SUITE, "generator-ceiling", generator_itself()),
+        cores: context.cores.clone(),
+    }));
+    let client = programs::client();
+    let mut apart = Vec::new();
+    let mut free = Vec::new();
+    for Candidate {
+        implementation,
+        program,
+    } in programs::candidates(context)
+    {
+        let why = match (program, &client) {
+            (Ok(program), Ok(client)) if !context.cores.ends.contains(&context.cores.router) => {
+                let bed = |placement| {
+                    Rc::new(Lazy {
+                        program: program.clone(),
+                        client: client.clone(),
+                        placement,
+                        bed: RefCell::new(None),
+                    })
+                };
+                apart.push((
+                    implementation.clone(),
+                    bed(Placement::Apart(context.cores.clone())),
+                ));
+                free.push((implementation, bed(Placement::Free)));
+                continue;
+            }
+            (Ok(_), Ok(_)) => "the router needs a CPU to itself, and there is only one".to_owned(),
+            (Err(why), _) => why,
+            (_, Err(why)) => format!("the client: {why}"),
+        };
+        let id = CaseId::new(SUITE, "all", implementation);
+        suite.skipped.push(Skipped { id, why });
+    }
+    let mut add = |what: What, beds: &[(Implementation, Rc<Lazy>)], suffix: &str| {
+        for (implementation, bed) in beds {
+            let name = format!("{}{suffix}", what.name());
+            let id = CaseId::new(SUITE, name, implementation.clone());
+            let bed = Rc::clone(bed);
+            suite.cases.push(Box::new(BedCase { id, what, bed }));
+        }
+    };
+    for what in cases(context.effort) {
+        add(what, &apart, "");
+    }
+    for what in free_cases(context.effort) {
+        add(what, &free, "-free");
+    }
+    Ok(suite)
+}
+
+fn tcp(count: u8, way: Way) -> What {
+    What::Tcp(Streams { count, way })
+}
+
+fn udp(direction: Direction, payload: u16, flows: u32, peers: u8, rate: Rate) -> What {
+    let load = Load {
+        direction,
+        payload,
+        flows,
+        rate,
+    };
+    What::Udp(Datagrams { load, peers })
+}
+
+/// Cases in which the router has a CPU to itself.
+fn cases(effort: Effort) -> Vec<What> {
+    use Direction::{Down, Up};
+    let paced = Rate::Paced(PACED);
+    let mut cases = vec![
+        tcp(1, Way::Up),
+        tcp(1, Way::Down),
+        udp(Up, 64, 256, 1, paced),
+        udp(Up, 64, 256, 1, Rate::Flood),
+        udp(Down, 64, 256, 1, paced),
+        What::RoundTrips { loaded: false },
+        What::Connections,
+    ];
+    if effort != Effort::Full {
+        return cases;
+    }
+    cases.extend([
+        tcp(4, Way::Up),
+        tcp(4, Way::Down),
+        tcp(1, Way::Both),
+        tcp(4, Way::Both),
+        What::RoundTrips { loaded: true },
+    ]);
+    for payload in [64, 512, 1200] {
+        for (flows, peers) in [(1, 1), (256, 1), (1024, 1), (1024, 64)] {
+            for rate in [paced, Rate::Flood] {
+                if (payload, flows, peers) != (64, 256, 1) {
+                    cases.push(udp(Up, payload, flows, peers, rate));
+                }
+                if flows == 1024 && peers == 64 {
+                    cases.push(udp(Down, payload, flows, peers, rate));
+                }
+            }
+        }
+    }
+    cases
+}
+
+/// Cases in which the scheduler places everything: on two CPUs, where a client on one of them limits
+/// any router on the other, only these tell what the machine can carry.
+fn free_cases(effort: Effort) -> Vec<What> {
+    match effort {
+        Effort::Smoke | Effort::Quick => vec![tcp(1, Way::Down)],
+        Effort::Full => vec![tcp(1, Way::Up), tcp(1, Way::Down), tcp(4, Way::Both)],
+    }
+}
+
+fn charts() -> Vec<Chart> {
+    let bars = |name: &str, title: &str, metric, cases: &[(What, &str, &str)]| Chart {
+        name: name.to_owned(),
+        title: title.to_owned(),
+        metric,
+        kind: ChartKind::Bars(
+            cases
+                .iter()
+                .map(|(what, suffix, label)| {
+                    (format!("{}{suffix}", what.name()), (*label).to_owned())
+                })
+                .collect(),
+        ),
+    };
+    let (up, down) = (tcp(1, Way::Up), tcp(1, Way::Down));
+    let paced = |direction| udp(direction, 64, 256, 1, Rate::Paced(PACED));
+    vec![
+        bars(
+            "wireguard-cpu",
+            "Router CPU-seconds per gigabyte of TCP (less is better)",
+            "router-cpu",
+            &[(up, "", "up"), (down, "", "down")],
+        ),
+        bars(
+            "wireguard-packet-cpu",
+            "Router CPU per 64-byte UDP packet, µs (less is better)",
+            "router-cpu",
+            &[
+                (paced(Direction::Up), "", "up"),
+                (paced(Direction::Down), "", "down"),
+            ],
+        ),
+        bars(
+            "wireguard-throughput",
+            "TCP through the whole machine, Gbit/s (more is better)",
+            "throughput",
+            &[(up, "-free", "up"), (down, "-free", "down")],
+        ),
+    ]
+}
+
+/// A bed that is built when it is first needed, and again after something broke.
+struct Lazy {
+    program: Program,
+    client: Vec<OsString>,
+    placement: Placement,
+    bed: RefCell<Option<Bed>>,
+}
+
+struct BedCase {
+    id: CaseId,
+    what: What,
+    bed: Rc<Lazy>,
+}
+
+impl Case for BedCase {
+    fn id(&self) -> &CaseId {
+        &self.id
+    }
+
+    fn run(&mut self, round: Round) -> Result<Outcome, Failure> {
+        let mut slot = self.bed.bed.borrow_mut();
+        let bed = match slot.take() {
+            Some(bed) => bed,
+            None => Bed::new(
+                &self.bed.program,
+                &self.bed.client,
+                self.bed.placement.clone(),
+            )?,
+        };
+        let outcome = self.measure(&bed, round);
+        if !matches!(outcome, Err(Failure::Broken(_))) {
+            *slot = Some(bed);
+        }
+        Ok(outcome?.into())
+    }
+}
+
+impl BedCase {
+    fn measure(&self, bed: &Bed, round: Round) -> Result<Vec<Measurement>, Failure> {
+        let _pinned = bed.at_the_ends()?;
+        let before = bed.router().paths()?;
+        let measured = match self.what {
+            What::Tcp(streams) => {
+                let apart = matches!(self.bed.placement, Placement::Apart(_));
+                tcp::run(bed, streams, round, apart)?
+            }
+            What::Udp(datagrams) => udp::run(bed, datagrams, round)?,
+            What::RoundTrips { loaded } => latency::round_trips(bed, round, loaded)?,
+            What::Connections => latency::connections(bed, round)?,
+        };
+        if let (Some(before), Some(after)) = (before, bed.router().paths()?) {
+            self.check_path(before, after)?;
+        }
+        Ok(measured)
+    }
+
+    /// A case of ours must have taken the path that it claims to measure.
+    fn check_path(&self, before: Paths, after: Paths) -> Result<(), Failure> {
+        let fast = after.fast - before.fast;
+        let slow = after.slow - before.slow;
+        let (wanted, other) = match self.bed.program {
+            Program::Sluice("kernel") => return Ok(()),
+            _ => (fast, slow),
+        };
+        if wanted == 0 || other > (wanted + other) / 20 {
+            return Err(Failure::Wrong(format!(
+                "the fast path carried {fast} packets and the slow path {slow}, by the router's \
+                 own counters"
+            )));
+        }
+        Ok(())
+    }
+}
+
+fn generator_itself() -> Implementation {
+    Implementation::peer("generator", env!("CARGO_PKG_VERSION"))
+}
+
+/// How fast the generator is into a socket that drops: what no router here can be measured above.
+struct Ceiling {
+    id: CaseId,
+    cores: Cores,
+}
+
+impl Case for Ceiling {
+    fn id(&self) -> &CaseId {
+        &self.id
+    }
+
+    fn run(&mut self, round: Round) -> Result<Outcome, Failure> {
+        const SINK: SocketAddr = SocketAddr::new(
+            std::net::IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2)),
+            router::PORT,
+        );
+        let lab = Lab::new()?;
+        let (client, sink) = (lab.host("client")?, lab.host("sink")?);
+        lab.link(
+            client.port("eth0").address("192.0.2.1/24"),
+            sink.port("eth0").address("192.0.2.2/24"),
+        )?;
+        bed::steer(&sink, &["eth0"], &[self.cores.router])?;
+        let _pinned = Pinned::to(&self.cores.ends)?;
+        let private = ::router::wireguard::keys::PrivateKey::generate()
+            .map_err(|error| anyhow!("generate a key: {error}"))?;
+        let peers = vec![Peer {
+            private,
+            address: Ipv4Addr::new(100, 64, 1, 1),
+        }];
+        let load = Load {
+            direction: Direction::Up,
+            payload: 64,
+            flows: 256,
+            rate: Rate::Flood,
+        };
+        let duration = Duration::from_millis(if round.effort == Effort::Full {
+            1000
+        } else {
+            200
+        });
+        let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        let rate = generator::ceiling(
+            load,
+            peers,
+            sink.udp_socket(SINK)?,
+            || client.udp_socket(any),
+            duration,
+        )?;
+        Ok(vec![Measurement::fact("offered", "packets/s", rate)].into())
+    }
+}

@@ -1,0 +1,192 @@
+//! A router under measurement, whichever program it is.
+
+use ::router::wireguard::keys::PrivateKey;
+use anyhow::Context as _;
+use lab::sluice::{self, Config, Sluice};
+use lab::{Host, Keypair, Tunnel, Wireguard};
+
+use super::programs::Program;
+use crate::cpu;
+
+/// The router's UDP port.
+pub(crate) const PORT: u16 = 51820;
+
+/// What the router is to do.
+#[derive(Clone, Debug)]
+pub(crate) struct Job<'a> {
+    /// Where it runs; forwarding and, if wanted, clamping are set up there for plain programs.
+    pub(crate) host: &'a Host,
+    /// Its key.
+    pub(crate) key: &'a Keypair,
+    /// Its overlay address with the prefix length.
+    pub(crate) address: &'a str,
+    /// Tunnel MTU in bytes.
+    pub(crate) mtu: u16,
+    /// Public key and allowed IP of each peer.
+    pub(crate) peers: &'a [(String, String)],
+    /// The network behind it.
+    pub(crate) network: &'a str,
+    /// The NIC toward that network.
+    pub(crate) lan: &'a str,
+    /// Whether a plain program gets the MSS clamp rule that its users have to know of.
+    pub(crate) clamp: bool,
+    /// The CPUs it may use; `None` for all.
+    pub(crate) cpus: Option<&'a [usize]>,
+}
+
+/// A running router.
+#[derive(Debug)]
+pub(crate) enum Router {
+    Sluice(Sluice),
+    Plain(Wireguard),
+}
+
+/// Clear packets that Sluice has carried, super-packets once each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Paths {
+    /// By our programs alone.
+    pub(crate) fast: u64,
+    /// Handed to the kernel.
+    pub(crate) slow: u64,
+}
+
+/// A fresh key pair. A lab's keys protect nothing.
+pub(crate) fn key_pair() -> anyhow::Result<Keypair> {
+    let private = PrivateKey::generate().context("generate a key")?;
+    Ok(Keypair {
+        private: private.expose_base64(),
+        public: private.public().to_string(),
+    })
+}
+
+impl Router {
+    /// Starts `program` and gives it its job.
+    pub(crate) fn start(program: &Program, job: &Job<'_>) -> anyhow::Result<Self> {
+        let Some(cpus) = job.cpus else {
+            return Self::start_here(program, job);
+        };
+        // What is started from a pinned thread is pinned from its first instruction, so that it
+        // makes as many threads as it has CPUs.
+        let before = cpu::affinity()?;
+        cpu::pin_thread(cpus)?;
+        let router = Self::start_here(program, job);
+        cpu::pin_thread(&before)?;
+        router
+    }
+
+    fn start_here(program: &Program, job: &Job<'_>) -> anyhow::Result<Self> {
+        match program {
+            Program::Sluice(mode) => Ok(Self::Sluice(job.host.sluice(&job.config(mode)?)?)),
+            Program::Daemon(argv) => {
+                job.forward()?;
+                Ok(Self::Plain(
+                    job.host.wireguard_program(argv, &job.tunnel())?,
+                ))
+            }
+            Program::Kernel => {
+                job.forward()?;
+                Ok(Self::Plain(job.host.wireguard_kernel(&job.tunnel())?))
+            }
+        }
+    }
+
+    /// Its process; `None` for the kernel's own.
+    pub(crate) fn process_id(&self) -> Option<u32> {
+        match self {
+            Self::Sluice(router) => Some(router.id()),
+            Self::Plain(wireguard) => wireguard.process_id(),
+        }
+    }
+
+    /// Memory that its process holds, in bytes (`VmRSS`); `None` for the kernel's own.
+    pub(crate) fn resident(&self) -> Option<u64> {
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.process_id()?)).ok()?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))?;
+        let kibibytes: u64 = line.split_whitespace().next()?.parse().ok()?;
+        Some(kibibytes * 1024)
+    }
+
+    /// Which paths packets took so far; `None` for other programs than Sluice.
+    pub(crate) fn paths(&self) -> anyhow::Result<Option<Paths>> {
+        let Self::Sluice(sluice) = self else {
+            return Ok(None);
+        };
+        let status = sluice.status()?;
+        let rows = status["packets"]
+            .as_array()
+            .context("no packet counters in the status")?;
+        let mut paths = Paths::default();
+        for row in rows {
+            let packets = row["packets"].as_u64().context("a counter is no number")?;
+            match row["verdict"].as_str() {
+                Some("forwarded") => paths.fast += packets,
+                Some(verdict) if verdict.starts_with("slow") => paths.slow += packets,
+                _ => {}
+            }
+        }
+        Ok(Some(paths))
+    }
+}
+
+impl Job<'_> {
+    fn config(&self, mode: &'static str) -> anyhow::Result<Config> {
+        let mut config = Config::new()?;
+        config.key = self.key.clone();
+        config.listen_port = PORT;
+        config.addresses = vec![self.address.to_owned()];
+        config.mtu = self.mtu;
+        config.datapath = mode;
+        config.workers = self.cpus.map(<[usize]>::len);
+        config.log = "warn";
+        config.peers = (0..)
+            .zip(self.peers)
+            .map(|(n, (public, allowed))| sluice::Peer {
+                name: format!("peer{n}"),
+                public_key: public.clone(),
+                allowed_ips: vec![allowed.clone()],
+            })
+            .collect();
+        config.routes = vec![sluice::Route {
+            cidr: self.network.to_owned(),
+            snat: true,
+            mode: "fast",
+        }];
+        Ok(config)
+    }
+
+    fn tunnel(&self) -> Tunnel {
+        let tunnel = Tunnel::new(self.key)
+            .address(self.address)
+            .mtu(u32::from(self.mtu));
+        self.peers.iter().fold(tunnel, |tunnel, (public, allowed)| {
+            tunnel.peer(public, None, [allowed.as_str()])
+        })
+    }
+
+    /// What the users of a plain WireGuard program set up beside it: forwarding, masquerade, clamp.
+    fn forward(&self) -> anyhow::Result<()> {
+        self.host.sysctl("net/ipv4/ip_forward", "1")?;
+        let lan = self.lan;
+        let clamp = if self.clamp {
+            "chain clamp { type filter hook forward priority mangle; policy accept;
+                tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu; }"
+        } else {
+            ""
+        };
+        let rules = format!(
+            "table ip plain {{
+                chain nat {{ type nat hook postrouting priority srcnat; policy accept;
+                    oifname {lan} masquerade; }}
+                {clamp}
+            }}"
+        );
+        self.host
+            .command(["nft", "-f", "-"])
+            .stdin(rules)
+            .run()
+            .map(drop)
+    }
+}
