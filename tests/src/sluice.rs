@@ -39,8 +39,12 @@ pub struct Config {
     pub rules: Vec<Rule>,
     /// `auto`, `ebpf` or `kernel`.
     pub datapath: &'static str,
+    /// Number of worker threads; `None` lets the engine choose.
+    pub workers: Option<usize>,
     /// Where metrics are served over TCP.
     pub metrics: Option<SocketAddr>,
+    /// What it logs, as `RUST_LOG` says it.
+    pub log: &'static str,
 }
 
 /// A peer of the router.
@@ -88,7 +92,9 @@ impl Config {
             routes: Vec::new(),
             rules: Vec::new(),
             datapath: "auto",
+            workers: None,
             metrics: None,
+            log: "info,router=debug",
         })
     }
 
@@ -141,7 +147,9 @@ impl Config {
             }
             section("[[rule]]", &lines)?;
         }
-        section("[datapath]", &[("mode", text(self.datapath))])?;
+        let mut datapath = vec![("mode", text(self.datapath))];
+        datapath.extend(self.workers.map(|n| ("workers", n.to_string())));
+        section("[datapath]", &datapath)?;
         section("[api]", &[("socket", text(&socket.to_string_lossy()))])?;
         if let Some(address) = self.metrics {
             section("[metrics]", &[("listen", text(&address.to_string()))])?;
@@ -190,7 +198,7 @@ impl Host {
         let files = Files::of(self);
         files.write(self, config)?;
         let command = self.sluice_command(&["run"])?;
-        let command = command.env("RUST_LOG", "info,router=debug");
+        let command = command.env("RUST_LOG", config.log);
         let mut sluice = Sluice {
             host: self.clone(),
             process: self.spawn("sluice", command)?,
@@ -375,7 +383,9 @@ mod tests {
                 protocols: vec!["tcp".to_owned()],
             }],
             datapath: "ebpf",
+            workers: Some(2),
             metrics: Some("127.0.0.1:9577".parse().unwrap()),
+            log: "info",
         };
         let toml = config
             .to_toml("r1", Path::new("/k"), Path::new("/s"))
@@ -401,6 +411,7 @@ to = ["10.0.0.0/16:443"]
 protocols = ["tcp"]
 [datapath]
 mode = "ebpf"
+workers = 2
 [api]
 socket = "/s"
 [metrics]
