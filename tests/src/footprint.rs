@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use crate::command::Cmd;
 use crate::requirements;
 use crate::topology::Host;
 
@@ -23,19 +24,22 @@ const QUERIES: &[&str] = &[
     "tc qdisc show",
 ];
 
+/// The part of it that does not change by itself on a machine in use.
+const QUIET_QUERIES: &[&str] = &[
+    "ip -4 rule",
+    "ip -6 rule",
+    "nft --stateless list ruleset",
+    "bpftool net list",
+    "ls /sys/class/net",
+    "ls /sys/fs/bpf",
+];
+
 const SYSCTLS: &[&str] = &["net/ipv4", "net/ipv6", "net/netfilter"];
 
 impl Host {
     /// Takes the host's footprint.
     pub fn footprint(&self) -> anyhow::Result<Footprint> {
-        let mut all = BTreeMap::new();
-        for query in QUERIES {
-            let words: Vec<&str> = query.split(' ').collect();
-            // bpftool is in no package of some Ubuntu releases.
-            if words[0] != "bpftool" || requirements::find("bpftool").is_some() {
-                all.insert((*query).to_owned(), self.run(words)?);
-            }
-        }
+        let mut all = ask(QUERIES, |words| self.command(words))?;
         self.enter(|| {
             for folder in SYSCTLS {
                 collect(&Path::new("/proc/sys").join(folder), &mut all);
@@ -43,6 +47,21 @@ impl Host {
         })?;
         Ok(Footprint(all))
     }
+}
+
+fn ask<'q>(
+    queries: &[&'q str],
+    command: impl Fn(&[&'q str]) -> Cmd,
+) -> anyhow::Result<BTreeMap<String, String>> {
+    let mut answers = BTreeMap::new();
+    for query in queries {
+        let words: Vec<&str> = query.split(' ').collect();
+        // bpftool is in no package of some Ubuntu releases.
+        if words[0] != "bpftool" || requirements::find("bpftool").is_some() {
+            answers.insert((*query).to_owned(), command(&words).run()?);
+        }
+    }
+    Ok(answers)
 }
 
 /// Reads a tree of sysctls.
@@ -65,6 +84,11 @@ fn counts(path: &Path) -> bool {
 }
 
 impl Footprint {
+    /// The footprint of the machine itself, outside every lab, as far as nobody else changes it.
+    pub fn of_machine() -> anyhow::Result<Self> {
+        ask(QUIET_QUERIES, |words| Cmd::new(words)).map(Self)
+    }
+
     /// What differs in `after`, a line each; empty when nothing does.
     pub fn difference(&self, after: &Self) -> Vec<String> {
         let keys = self.0.keys().chain(after.0.keys());

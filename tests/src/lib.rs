@@ -38,7 +38,7 @@ pub use capture::Capture;
 pub use command::{Cmd, Output, Process};
 pub use footprint::Footprint;
 pub use server::Server;
-pub use sweep::{remove_kept, remove_own, sweep, traces};
+pub use sweep::{remove_kept, sweep, sweep_after, traces};
 pub use topology::{Host, Lab, Port, has_netem};
 pub use wait::{poll, wait_until};
 pub use wireguard::{Keypair, Tunnel, Wireguard};

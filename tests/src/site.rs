@@ -20,6 +20,14 @@ pub const ENDPOINT_V6: SocketAddr = SocketAddr::new(
 );
 /// The VPC's CIDRs.
 pub const VPC: [&str; 2] = ["10.20.0.0/16", "2001:db8:20::/56"];
+/// The networks between a two-armed router and the VPC's own router. Laptops send them into the
+/// tunnel, but they are not advertised.
+pub const TRANSIT: [&str; 2] = ["10.30.0.0/24", "2001:db8:30::/64"];
+/// The addresses of the VPC's own router there.
+pub const CORE: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(10, 30, 0, 1)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0x30, 0, 0, 0, 0, 1)),
+];
 /// The server in the VPC.
 pub const SERVER: [IpAddr; 2] = [
     IpAddr::V4(Ipv4Addr::new(10, 20, 0, 20)),
@@ -248,11 +256,17 @@ impl Client {
 
     /// Its end of the tunnel.
     pub fn tunnel(&self, router: &Keypair) -> Tunnel {
+        self.tunnel_to(router, ENDPOINT)
+    }
+
+    /// Its end of a tunnel to another endpoint.
+    pub fn tunnel_to(&self, router: &Keypair, endpoint: SocketAddr) -> Tunnel {
         let [v4, v6] = self.addresses;
+        let inside = OVERLAY.into_iter().chain(VPC).chain(TRANSIT);
         Tunnel::new(&self.key)
             .address(&format!("{v4}/32"))
             .address(&format!("{v6}/128"))
-            .peer(&router.public, ENDPOINT, OVERLAY.into_iter().chain(VPC))
+            .peer(&router.public, endpoint, inside)
     }
 
     /// Brings the tunnel up.

@@ -188,7 +188,10 @@ impl Files {
         fs::write(&self.key, &config.key.private)?;
         fs::set_permissions(&self.key, Permissions::from_mode(0o600))?;
         let toml = config.to_toml(host.name(), &self.key, &self.socket)?;
-        Ok(fs::write(&self.config, toml)?)
+        // In one step: the router reads the file when it changes.
+        let draft = self.config.with_extension("draft");
+        fs::write(&draft, toml)?;
+        Ok(fs::rename(&draft, &self.config)?)
     }
 }
 
@@ -275,8 +278,13 @@ impl Sluice {
     }
 
     /// Ends it by SIGTERM, which must succeed.
-    pub fn stop(mut self) -> anyhow::Result<()> {
-        self.process.signal(libc::SIGTERM)?;
+    pub fn stop(self) -> anyhow::Result<()> {
+        self.stop_by(libc::SIGTERM)
+    }
+
+    /// Ends it by another signal that asks for an end, which must succeed.
+    pub fn stop_by(mut self, signal: libc::c_int) -> anyhow::Result<()> {
+        self.process.signal(signal)?;
         let status = self.process.wait(STOP)?;
         ensure!(status.success(), "{status}\n{}", self.log());
         ensure!(!self.files.socket.exists(), "its socket is still there");
@@ -320,7 +328,8 @@ fn status(socket: &Path) -> anyhow::Result<Value> {
 pub fn binary() -> anyhow::Result<&'static Path> {
     static BINARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     let made = BINARY.get_or_init(|| match std::env::var_os("SLUICE_BIN") {
-        Some(path) => Ok(path.into()),
+        Some(path) => fs::canonicalize(&path)
+            .map_err(|error| format!("SLUICE_BIN={}: {error}", path.display())),
         None => build().map_err(|error| format!("{error:#}")),
     });
     match made {

@@ -10,6 +10,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -57,13 +58,15 @@ pub fn remove_kept() -> anyhow::Result<Vec<String>> {
     Ok(kept)
 }
 
-/// Removes every lab of this process; for a signal handler's thread, just before it exits.
-pub fn remove_own() -> anyhow::Result<()> {
-    let own = format!("{}-", std::process::id());
-    all()
-        .iter()
-        .filter(|id| id.starts_with(&own))
-        .try_for_each(|id| remove(id))
+/// Waits until a process has ended, however it did, and then does as [`sweep`]. For a guard that
+/// outlives a run that may be killed.
+pub fn sweep_after(pid: u32) -> anyhow::Result<Vec<String>> {
+    if let Some(start) = start_time(pid) {
+        while start_time(pid).as_ref() == Some(&start) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    sweep()
 }
 
 /// Removes a lab: its processes, namespaces (and with them every link), sockets and folder.

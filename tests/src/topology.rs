@@ -141,8 +141,8 @@ impl Lab {
         Ok(switch)
     }
 
-    /// The end of every log, for the report of a failure.
-    fn print_logs(&self) {
+    /// Prints the end of every log, for the report of a failure.
+    pub fn print_logs(&self) {
         const LINES: usize = 60;
         let Ok(entries) = std::fs::read_dir(self.folder()) else {
             return;
