@@ -1,0 +1,143 @@
+//! Start, stop, crash, and what is left.
+
+use std::net::SocketAddr;
+
+use lab::site::{Arms, Client, Running, SERVER, Site, config};
+use lab::{Footprint, Host, http};
+
+use super::{HTTP, Path, on_every_path, serve};
+
+on_every_path!(
+    a_stop_leaves_nothing_one_armed,
+    a_stop_leaves_nothing_two_armed,
+    after_a_crash_the_next_start_works_and_cleans_up,
+);
+
+fn assert_unchanged(host: &Host, before: &Footprint, when: &str) -> anyhow::Result<()> {
+    let left = before.difference(&host.footprint()?);
+    assert!(left.is_empty(), "left {when}:\n{}", left.join("\n"));
+    Ok(())
+}
+
+/// Traffic goes, for a client that has just come.
+fn works(site: &Site, client: &Client, config: &lab::sluice::Config) -> anyhow::Result<()> {
+    let _tunnel = client.connect(&site.laptop, &config.key)?;
+    let _servers = serve(&site.server)?;
+    for server in SERVER {
+        http::download(&site.laptop, SocketAddr::new(server, HTTP), 1 << 20)?;
+    }
+    Ok(())
+}
+
+fn a_stop_leaves_nothing(arms: Arms, path: Path) {
+    lab::test(|lab| {
+        let site = Site::new(lab, arms)?;
+        if !path.snat() {
+            site.route_overlay()?;
+        }
+        let before = site.router.footprint()?;
+        let client = Client::new("laptop", 2)?;
+        let config = config(&[&client], path.datapath(), path.snat())?;
+        // Twice: what the first run may have spoilt shows in the second.
+        for signal in [libc::SIGTERM, libc::SIGINT] {
+            let sluice = site.router.sluice(&config)?;
+            works(&site, &client, &config)?;
+            let during = before.difference(&site.router.footprint()?);
+            assert!(!during.is_empty(), "the comparison sees nothing");
+            sluice.stop_by(signal)?;
+            assert_unchanged(&site.router, &before, &format!("by {path:?}"))?;
+        }
+        Ok(())
+    });
+}
+
+fn a_stop_leaves_nothing_one_armed(path: Path) {
+    a_stop_leaves_nothing(Arms::One, path);
+}
+
+fn a_stop_leaves_nothing_two_armed(path: Path) {
+    a_stop_leaves_nothing(Arms::Two, path);
+}
+
+fn after_a_crash_the_next_start_works_and_cleans_up(path: Path) {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        if !path.snat() {
+            site.route_overlay()?;
+        }
+        let before = site.router.footprint()?;
+        let client = Client::new("laptop", 2)?;
+        let config = config(&[&client], path.datapath(), path.snat())?;
+        for _ in 0..2 {
+            let sluice = site.router.sluice(&config)?;
+            works(&site, &client, &config)?;
+            sluice.kill()?;
+        }
+        let sluice = site.router.sluice(&config)?;
+        works(&site, &client, &config)?;
+        sluice.stop()?;
+        assert_unchanged(&site.router, &before, &format!("by {path:?}"))
+    });
+}
+
+#[test]
+fn after_a_crash_another_datapath_can_follow() {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        site.route_overlay()?;
+        let before = site.router.footprint()?;
+        let client = Client::new("laptop", 2)?;
+        let mut config = config(&[&client], "ebpf", false)?;
+        let sluice = site.router.sluice(&config)?;
+        works(&site, &client, &config)?;
+        sluice.kill()?;
+        config.datapath = "kernel";
+        let sluice = site.router.sluice(&config)?;
+        works(&site, &client, &config)?;
+        sluice.stop()?;
+        assert_unchanged(&site.router, &before, "by either")
+    });
+}
+
+#[test]
+fn a_second_instance_is_refused_and_the_first_goes_on() {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, "ebpf", false)?;
+        let before = run.site.router.footprint()?;
+        let second = run.site.router.sluice_output(&["run"])?;
+        assert!(!second.status.success(), "{second:?}");
+        let last = second.stderr.lines().last().unwrap_or_default();
+        assert!(last.contains("sluice0"), "names the device: {last}");
+        let first = run.sluice.id().to_string();
+        assert!(last.contains(&first), "names the first, {first}: {last}");
+        assert_unchanged(&run.site.router, &before, "by the second")?;
+        let _servers = serve(&run.site.server)?;
+        for server in SERVER {
+            http::get(&run.site.laptop, SocketAddr::new(server, HTTP), "/")?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_broken_file_is_told_and_changes_nothing() {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, "ebpf", false)?;
+        let before = run.site.router.footprint()?;
+        let mut broken = run.config.clone();
+        broken.routes[0].cidr = "10.20.0.0/99".to_owned();
+        let mut sluice = run.sluice;
+        sluice.reload(&broken)?;
+        lab::wait_until(super::SOON, "the problem in the status", || {
+            let status = sluice.status().unwrap_or_default();
+            status["problems"].to_string().contains("10.20.0.0/99")
+        })?;
+        assert_unchanged(&run.site.router, &before, "by the broken file")?;
+        assert!(run.site.laptop.pings(&SERVER[0].to_string(), &[])?);
+        sluice.reload(&run.config)?;
+        lab::wait_until(super::SOON, "health", || {
+            let status = sluice.status().unwrap_or_default();
+            status["problems"].as_array().is_some_and(Vec::is_empty)
+        })
+    });
+}

@@ -1,0 +1,196 @@
+//! Who may send what where.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use lab::site::{self, Arms, CORE, Client, Running, SERVER, Site, VPC};
+use lab::sluice::{Rule, Sluice};
+use lab::{Host, Wireguard, http, wait_until};
+
+use super::{HTTP, Path, SOON, echoes, on_every_path, serve};
+
+on_every_path!(
+    spoofed_sources_are_dropped_and_counted,
+    what_is_not_advertised_cannot_be_reached,
+    a_peer_removed_from_the_file_stops_working_and_others_go_on,
+    rules_allow_what_they_name_and_nothing_else,
+);
+
+/// Long enough for an answer, short enough to wait for none.
+const BRIEFLY: Duration = Duration::from_millis(500);
+
+fn gets(host: &Host, server: IpAddr) -> bool {
+    let stream = host.tcp_connect(SocketAddr::new(server, HTTP), BRIEFLY);
+    stream.is_ok()
+}
+
+fn spoofed_sources_are_dropped_and_counted(path: Path) {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+        let laptop = &run.site.laptop;
+        let at_server = run.site.server.capture("eth0")?;
+        let device = run.tunnel.device();
+        for (server, strange) in SERVER.into_iter().zip(["100.64.0.77", "fd64::77"]) {
+            let length = if server.is_ipv4() { 32 } else { 128 };
+            laptop.ip(&format!("address add {strange}/{length} dev {device}"))?;
+            let before = run.sluice.engine_counter("drop_source")?;
+            assert!(!laptop.pings(&server.to_string(), &["-I", strange])?);
+            wait_until(SOON, "three drops to be counted", || {
+                let now = run.sluice.engine_counter("drop_source");
+                now.is_ok_and(|now| now >= before + 3)
+            })?;
+            laptop.ip(&format!("address delete {strange}/{length} dev {device}"))?;
+            assert!(laptop.pings(&server.to_string(), &[])?, "with its own");
+        }
+        let sources = at_server.drain(|p| p.icmp().map(|_| p.source));
+        let strange: IpAddr = "100.64.0.77".parse()?;
+        let strange_v6: IpAddr = "fd64::77".parse()?;
+        assert!(!sources.contains(&strange) && !sources.contains(&strange_v6));
+        Ok(())
+    });
+}
+
+fn what_is_not_advertised_cannot_be_reached(path: Path) {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        site.route_overlay()?;
+        let client = Client::new("laptop", 2)?;
+        let mut config = site::config(&[&client], path.datapath(), path.snat())?;
+        config.routes.retain(|route| route.cidr != VPC[1]);
+        let _sluice = site.router.sluice(&config)?;
+        let _tunnel = client.connect(&site.laptop, &config.key)?;
+        assert!(site.laptop.pings(&SERVER[0].to_string(), &[])?);
+        let at_server = site.server.capture("eth0")?;
+        let at_core = site.core.as_ref().expect("two-armed").capture("router")?;
+        for target in [CORE[0], SERVER[1]] {
+            let reached = site.laptop.pings(&target.to_string(), &[])?;
+            assert!(!reached, "{path:?} {target}");
+        }
+        let echo_request = |p: &lab::packet::Packet<'_>| match p.icmp() {
+            Some((8 | 128, 0)) => Some(p.destination),
+            _ => None,
+        };
+        for capture in [at_server, at_core] {
+            let arrived = capture.drain(echo_request);
+            assert!(arrived.is_empty(), "{path:?} {arrived:?}");
+        }
+        Ok(())
+    });
+}
+
+/// Two clients, so that one can be shut out and the other not.
+struct Pair {
+    site: Site,
+    config: lab::sluice::Config,
+    sluice: Sluice,
+    tunnels: Vec<Wireguard>,
+    clients: [Client; 2],
+}
+
+impl Pair {
+    fn new(lab: &lab::Lab, path: Path, rules: Vec<Rule>) -> anyhow::Result<Self> {
+        let site = Site::new(lab, Arms::Two)?;
+        if !path.snat() {
+            site.route_overlay()?;
+        }
+        let clients = [Client::new("laptop", 2)?, Client::new("phone", 3)?];
+        let [laptop, phone] = &clients;
+        let mut config = site::config(&[laptop, phone], path.datapath(), path.snat())?;
+        config.rules = rules;
+        let sluice = site.router.sluice(&config)?;
+        let tunnels = vec![
+            laptop.connect(&site.laptop, &config.key)?,
+            phone.connect(&site.phone, &config.key)?,
+        ];
+        Ok(Self {
+            site,
+            config,
+            sluice,
+            tunnels,
+            clients,
+        })
+    }
+}
+
+fn a_peer_removed_from_the_file_stops_working_and_others_go_on(path: Path) {
+    lab::test(|lab| {
+        let mut pair = Pair::new(lab, path, Vec::new())?;
+        let _servers = serve(&pair.site.server)?;
+        for server in SERVER {
+            http::get(&pair.site.phone, SocketAddr::new(server, HTTP), "/")?;
+        }
+        let (laptop, phone) = (pair.site.laptop.clone(), pair.site.phone.clone());
+        pair.config.peers.retain(|peer| peer.name != "phone");
+        pair.sluice.reload(&pair.config)?;
+        wait_until(SOON, "the peer to be gone", || {
+            let status = pair.sluice.status().unwrap_or_default();
+            status["peers"].as_array().is_some_and(|all| all.len() == 1)
+        })?;
+        for server in SERVER {
+            assert!(!phone.pings(&server.to_string(), &[])?, "{path:?}");
+            assert!(!gets(&phone, server), "{path:?}");
+            http::get(&laptop, SocketAddr::new(server, HTTP), "/")?;
+        }
+        // And it may come back. A new tunnel, for the old one would wait before it tries again.
+        pair.config.peers.push(pair.clients[1].peer());
+        pair.sluice.reload(&pair.config)?;
+        drop(pair.tunnels.pop());
+        let tunnel = pair.clients[1].connect(&phone, &pair.config.key)?;
+        pair.tunnels.push(tunnel);
+        wait_until(SOON, "the phone to be back", || gets(&phone, SERVER[0]))
+    });
+}
+
+fn to_vpc(from: &str, ports: &str, protocols: &[&str]) -> Rule {
+    Rule {
+        from: vec![from.to_owned()],
+        to: vec![
+            format!("{}{ports}", VPC[0]),
+            if ports.is_empty() {
+                VPC[1].to_owned()
+            } else {
+                format!("[{}]{ports}", VPC[1])
+            },
+        ],
+        protocols: protocols.iter().map(|&p| p.to_owned()).collect(),
+    }
+}
+
+fn rules_allow_what_they_name_and_nothing_else(path: Path) {
+    lab::test(|lab| {
+        let web_only = to_vpc("laptop", ":80", &["tcp"]);
+        let mut pair = Pair::new(lab, path, vec![web_only])?;
+        let _servers = serve(&pair.site.server)?;
+        let (laptop, phone) = (pair.site.laptop.clone(), pair.site.phone.clone());
+        for server in SERVER {
+            http::download(&laptop, SocketAddr::new(server, HTTP), 1 << 20)?;
+            let elsewhere = SocketAddr::new(server, 81);
+            let refused = laptop.tcp_connect(elsewhere, BRIEFLY).unwrap_err();
+            let refusal = refused
+                .downcast_ref::<std::io::Error>()
+                .expect("of connect");
+            assert_eq!(
+                refusal.kind(),
+                std::io::ErrorKind::TimedOut,
+                "{path:?}: the server itself would refuse"
+            );
+            assert!(echoes(&laptop, server, 100, BRIEFLY).is_err(), "{path:?}");
+            assert!(!laptop.pings(&server.to_string(), &[])?, "{path:?}");
+            assert!(!gets(&phone, server), "{path:?}");
+        }
+        pair.config.rules.push(to_vpc("phone", "", &[]));
+        pair.sluice.reload(&pair.config)?;
+        wait_until(SOON, "the new rule", || gets(&phone, SERVER[0]))?;
+        for server in SERVER {
+            echoes(&phone, server, 100, SOON)?;
+            assert!(phone.pings(&server.to_string(), &[])?, "{path:?}");
+            assert!(echoes(&laptop, server, 100, BRIEFLY).is_err(), "{path:?}");
+        }
+        // Without rules, peers may reach every route.
+        pair.config.rules.clear();
+        pair.sluice.reload(&pair.config)?;
+        wait_until(SOON, "no rules", || {
+            echoes(&laptop, SERVER[0], 100, BRIEFLY).is_ok()
+        })
+    });
+}

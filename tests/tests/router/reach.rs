@@ -1,0 +1,114 @@
+//! Does the traffic arrive, intact, and by the path that was asked for?
+
+use std::net::SocketAddr;
+
+use lab::http;
+use lab::site::{self, Arms, Client, ENDPOINT_V6, ROUTER, Running, SERVER, Site};
+
+use super::{HTTP, Path, SOON, carried_fast, echoes, handled, on_every_path, serve};
+
+on_every_path!(
+    a_laptop_reaches_a_vpc_one_armed,
+    a_laptop_reaches_a_vpc_two_armed,
+);
+
+const MIB: usize = 1 << 20;
+
+fn a_laptop_reaches_a_vpc(arms: Arms, path: Path) {
+    lab::test(|lab| {
+        let run = Running::new(lab, arms, path.datapath(), path.snat())?;
+        let status = run.sluice.status()?;
+        assert_eq!(status["datapath"]["active"], path.datapath(), "{status:#}");
+        let _servers = serve(&run.site.server)?;
+        let laptop = &run.site.laptop;
+        let arriving = run.site.server.capture("eth0")?;
+        for (family, server) in SERVER.into_iter().enumerate() {
+            let web = SocketAddr::new(server, HTTP);
+            assert!(laptop.pings(&server.to_string(), &[])?, "ping {server}");
+            assert_eq!(http::get(laptop, web, "/")?, http::GREETING.as_bytes());
+            http::download(laptop, web, 3 * MIB)?;
+            http::upload(laptop, web, 3 * MIB)?;
+            echoes(laptop, server, 1000, SOON)?;
+            let source = arriving.find(SOON, "a SYN", |p| p.syn_mss().map(|_| p.source))?;
+            let expected = if path.snat() {
+                run.site.router_inside()[family]
+            } else {
+                run.client.addresses[family]
+            };
+            assert_eq!(source, expected, "what the server sees");
+            arriving.drain(|_| None::<()>);
+        }
+        assert!(run.tunnel.has_handshake(&run.config.key.public)?);
+        let fast = carried_fast(&run.sluice)?;
+        if path == Path::Fast {
+            assert!(fast.iter().all(|packets| *packets > 100), "{fast:?}");
+            let slow = handled(&run.sluice, "from_overlay", |v| v.starts_with("slow"))?;
+            assert!(slow < 10, "{slow} packets took the slow path");
+        } else {
+            assert_eq!(fast, [0, 0]);
+        }
+        if path == Path::Slow {
+            let slow = handled(&run.sluice, "from_overlay", |v| v.starts_with("slow"))?;
+            assert!(slow > 100, "{slow}");
+        }
+        Ok(())
+    });
+}
+
+fn a_laptop_reaches_a_vpc_one_armed(path: Path) {
+    a_laptop_reaches_a_vpc(Arms::One, path);
+}
+
+fn a_laptop_reaches_a_vpc_two_armed(path: Path) {
+    a_laptop_reaches_a_vpc(Arms::Two, path);
+}
+
+#[test]
+fn the_router_itself_answers() {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, "ebpf", false)?;
+        for router in ROUTER {
+            assert!(run.site.laptop.pings(&router.to_string(), &[])?, "{router}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_stack_route_takes_the_slow_path() {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        site.route_overlay()?;
+        let client = Client::new("laptop", 2)?;
+        let mut config = site::config(&[&client], "ebpf", false)?;
+        for route in &mut config.routes {
+            route.mode = "stack";
+        }
+        let sluice = site.router.sluice(&config)?;
+        let _tunnel = client.connect(&site.laptop, &config.key)?;
+        let _servers = serve(&site.server)?;
+        for server in SERVER {
+            http::download(&site.laptop, SocketAddr::new(server, HTTP), MIB)?;
+        }
+        let [up, _] = carried_fast(&sluice)?;
+        assert_eq!(up, 0);
+        Ok(())
+    });
+}
+
+#[test]
+fn the_underlay_may_be_ipv6() {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        let client = Client::new("laptop", 2)?;
+        let config = site::config(&[&client], "ebpf", true)?;
+        let _sluice = site.router.sluice(&config)?;
+        let tunnel = client.tunnel_to(&config.key, ENDPOINT_V6).mtu(1400);
+        let _tunnel = site.laptop.wireguard_go(&tunnel)?;
+        let _servers = serve(&site.server)?;
+        for server in SERVER {
+            http::download(&site.laptop, SocketAddr::new(server, HTTP), MIB)?;
+        }
+        Ok(())
+    });
+}
