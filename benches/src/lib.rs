@@ -5,6 +5,7 @@
 //! and how, docs/bench-report.md documents `report.json`.
 
 pub mod case;
+mod clear;
 pub mod cpu;
 pub mod generator;
 pub mod host;
@@ -14,4 +15,4 @@ pub mod stats;
 pub mod wireguard;
 
 /// Every suite, in the order in which they run.
-pub const SUITES: &[case::SuiteEntry] = &[wireguard::ENTRY];
+pub const SUITES: &[case::SuiteEntry] = &[clear::ENTRY, wireguard::ENTRY];

@@ -3,9 +3,10 @@
 //! Exit status: 0 all is well; 1 a result was wrong or something of ours broke; 2 the command line
 //! was wrong; 3 `--compare` found something of ours worse beyond the noise.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::{IsTerminal as _, Read as _, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
@@ -43,6 +44,9 @@ struct Arguments {
     /// A report.json of an earlier run; prints what moved beyond the noise.
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
+    /// Clean up when this process has ended.
+    #[arg(long, value_name = "PID", hide = true)]
+    guard: Option<u32>,
 }
 
 impl Arguments {
@@ -89,6 +93,9 @@ fn main() -> ExitCode {
 }
 
 fn bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    if let Some(pid) = arguments.guard {
+        return guard(pid);
+    }
     let entries = arguments.entries()?;
     let context = Context {
         effort: arguments.effort(),
@@ -103,6 +110,7 @@ fn bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     std::fs::create_dir_all(&arguments.out)
         .with_context(|| format!("create {}", arguments.out.display()))?;
 
+    let _guard = start_guard()?;
     let started = Instant::now();
     let mut report = run::start(&context, arguments.rounds());
     let mut charts = Vec::new();
@@ -153,6 +161,25 @@ fn write(report: &Report, charts: &[Chart], out: &Path) -> anyhow::Result<usize>
     }
     write("report.md", &table::markdown(report, &drawn))?;
     Ok(drawn.len())
+}
+
+/// Starts the process that removes the labs should this one be killed. Its standard input ends with
+/// us.
+fn start_guard() -> anyhow::Result<Child> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .args(["--guard", &std::process::id().to_string()])
+        .stdin(Stdio::piped())
+        .process_group(0);
+    command.spawn().context("start the guard")
+}
+
+fn guard(pid: u32) -> anyhow::Result<ExitCode> {
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    if !lab::sweep_after(pid)?.is_empty() {
+        eprintln!("bench: it was interrupted; its namespaces are removed");
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The binary under test: `cargo xtask bench` builds it and says where it is.

@@ -9,7 +9,7 @@
 
 mod ceiling;
 mod pace;
-mod packet;
+pub(crate) mod packet;
 mod receive;
 mod send;
 mod tally;

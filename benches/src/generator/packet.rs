@@ -69,7 +69,7 @@ impl Stamp {
 }
 
 /// The ones' complement sum of `bytes` as 16-bit words, folded (RFC 1071), not complemented.
-fn sum(bytes: &[u8], start: u64) -> u16 {
+pub(crate) fn sum(bytes: &[u8], start: u64) -> u16 {
     let mut total = start;
     let mut words = bytes.chunks_exact(4);
     for word in &mut words {

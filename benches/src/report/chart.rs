@@ -59,11 +59,11 @@ pub fn svg(report: &Report, chart: &Chart) -> Option<String> {
     draw(&mut canvas, &groups);
     canvas.y += 22.0;
     let day = report.started.split('T').next().unwrap_or_default();
-    let foot = format!(
-        "Median of {} runs, whiskers from least to most. {}. {day}",
-        report.rounds,
-        report.host.line()
-    );
+    let foot = format!("{day}, {}", report.host.line());
+    canvas.text(MARGIN, canvas.y, "muted", "start", &foot);
+    canvas.y += 17.0;
+    let runs = report.rounds;
+    let foot = format!("Median of {runs} runs; whiskers from the least to the most.");
     canvas.text(MARGIN, canvas.y, "muted", "start", &foot);
     Some(canvas.finish(&title))
 }

@@ -175,19 +175,31 @@ fn suites(report: &Report) -> Vec<&str> {
     suites
 }
 
-/// One line per case that has no numbers.
+/// What has no numbers: a line per implementation and reason, with the cases that it holds for.
 fn missing(report: &Report, suite: &str) -> Vec<String> {
-    let line = |m: &super::Missing| {
+    let mut groups: Vec<(&super::Missing, Vec<String>)> = Vec::new();
+    for one in report.missing.iter().filter(|m| m.id.suite == suite) {
+        let alike = |(other, _): &&mut (&super::Missing, Vec<String>)| {
+            let same = |m: &super::Missing| (m.kind, m.id.implementation.clone(), m.why.clone());
+            same(other) == same(one)
+        };
+        match groups.iter_mut().find(alike) {
+            Some((_, cases)) => cases.push(one.id.label()),
+            None => groups.push((one, vec![one.id.label()])),
+        }
+    }
+    let line = |(m, cases): (&super::Missing, Vec<String>)| {
         let kind = match m.kind {
             MissingKind::Skipped | MissingKind::Unmeasured => "not measured",
             MissingKind::Broken => "BROKEN",
             MissingKind::Wrong => "WRONG",
         };
-        let what = format!("{}, {}", m.id.label(), m.id.implementation.name);
-        format!("{what}: {kind}: {}", m.why)
+        // What a program said may have many lines.
+        let why: Vec<&str> = m.why.split_whitespace().collect();
+        let (name, cases) = (&m.id.implementation.name, cases.join(", "));
+        format!("{name}: {kind}: {} ({cases})", why.join(" "))
     };
-    let of_suite = report.missing.iter().filter(|m| m.id.suite == suite);
-    of_suite.map(line).collect()
+    groups.into_iter().map(line).collect()
 }
 
 /// What the cells mean, and what casts doubt on them.
@@ -304,7 +316,7 @@ mod tests {
         let text = text(&sample());
         assert!(text.contains("other load, CPUs"), "{text}");
         assert!(
-            text.contains("large-up, kernel: not measured: no room"),
+            text.contains("kernel: not measured: no room (large-up)"),
             "{text}"
         );
         assert!(text.contains("measure again when it is quiet"), "{text}");
@@ -329,6 +341,6 @@ mod tests {
         let text = markdown(&report, &[("clear.svg".to_owned(), "Rate".to_owned())]);
         assert!(text.contains("![Rate](clear.svg)"));
         assert!(text.contains("| mtu-1420 | verdict | stall |"), "{text}");
-        assert!(text.contains("- large-up, kernel: not measured: no room"));
+        assert!(text.contains("- kernel: not measured: no room (large-up)"));
     }
 }

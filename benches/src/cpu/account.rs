@@ -1,172 +1,27 @@
-//! CPU pinning and accounting.
+//! Whose CPU time it was: two looks at `/proc`, and what lies between them.
 //!
-//! Times come from three places: `/proc/stat` per CPU (busy is what is neither idle nor stolen, so
-//! interrupts and softirqs are in it, whoever they interrupted), the kernel's per-process clock
-//! (all threads, nanoseconds), and `/proc/<pid>/stat` for children that were reaped and for
-//! everybody else on the machine.
+//! Times come from `/proc/stat` per CPU (busy is what is neither idle nor stolen, so interrupts and
+//! softirqs are in it, whoever they interrupted) and from `/proc/<pid>/stat` for every process.
 
 use std::collections::HashMap;
-use std::io;
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow};
-use serde::{Deserialize, Serialize};
-
-/// Which CPUs do what.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Cores {
-    /// The one CPU of a router whose cost is measured.
-    pub router: usize,
-    /// The CPUs of generators, clients and servers. Without the router's, and without its SMT
-    /// sibling, unless the machine has no others.
-    pub ends: Vec<usize>,
-}
-
-impl Cores {
-    /// Chooses among the CPUs this process may use: the last for the router (interrupts tend to
-    /// the first), the others for the ends.
-    pub fn choose() -> anyhow::Result<Self> {
-        let allowed = affinity()?;
-        let router = *allowed.last().context("no CPU to run on")?;
-        let siblings = std::fs::read_to_string(format!(
-            "/sys/devices/system/cpu/cpu{router}/topology/thread_siblings_list"
-        ))
-        .map(|list| cpu_list(&list))
-        .unwrap_or_default();
-        let others = || allowed.iter().copied().filter(|&cpu| cpu != router);
-        let mut ends: Vec<usize> = others().filter(|cpu| !siblings.contains(cpu)).collect();
-        if ends.is_empty() {
-            ends = others().collect();
-        }
-        if ends.is_empty() {
-            ends = vec![router];
-        }
-        Ok(Self { router, ends })
-    }
-}
-
-/// A kernel CPU list such as `0-3,8`. What cannot be read is left out.
-fn cpu_list(text: &str) -> Vec<usize> {
-    let mut cpus = Vec::new();
-    for part in text.trim().split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        if let (Ok(first), Ok(last)) = (first.parse(), last.parse::<usize>()) {
-            cpus.extend(first..=last);
-        }
-    }
-    cpus
-}
-
-/// The CPUs that this thread may use, in order.
-pub fn affinity() -> io::Result<Vec<usize>> {
-    // SAFETY: cpu_set_t is plain bits; all zero is the empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: `set` is writable and its size is given.
-    if unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok((0..libc::CPU_SETSIZE as usize)
-        // SAFETY: the index is below CPU_SETSIZE.
-        .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
-        .collect())
-}
-
-/// Pins a thread, or this one if `tid` is 0.
-fn pin_tid(tid: libc::pid_t, cpus: &[usize]) -> io::Result<()> {
-    // SAFETY: cpu_set_t is plain bits; all zero is the empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    for &cpu in cpus.iter().filter(|&&cpu| cpu < libc::CPU_SETSIZE as usize) {
-        // SAFETY: the index is below CPU_SETSIZE.
-        unsafe { libc::CPU_SET(cpu, &mut set) };
-    }
-    // SAFETY: `set` is readable and its size is given.
-    if unsafe { libc::sched_setaffinity(tid, size_of_val(&set), &raw const set) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
-/// Pins the calling thread; threads and processes that it starts inherit it.
-pub fn pin_thread(cpus: &[usize]) -> io::Result<()> {
-    pin_tid(0, cpus)
-}
-
-/// Pins a process, every thread that it has now; later ones inherit it.
-pub fn pin_process(pid: u32, cpus: &[usize]) -> anyhow::Result<()> {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))
-        .with_context(|| format!("list the threads of process {pid}"))?;
-    for task in tasks {
-        let name = task?.file_name();
-        let tid = name.to_str().and_then(|n| n.parse().ok());
-        match pin_tid(tid.context("a thread id is a number")?, cpus) {
-            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
-            other => other.with_context(|| format!("pin process {pid} to CPUs {cpus:?}"))?,
-        }
-    }
-    Ok(())
-}
-
-/// Makes `command` start pinned.
-pub fn pin_command<'a>(command: &'a mut Command, cpus: &[usize]) -> &'a mut Command {
-    let cpus = cpus.to_vec();
-    // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
-    unsafe { command.pre_exec(move || pin_tid(0, &cpus)) }
-}
-
-/// Makes daemons that detach themselves from us children of ours again, so that their CPU time is
-/// found in our tree of processes.
-pub fn adopt_orphans() -> io::Result<()> {
-    // SAFETY: the option takes one integer.
-    if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
-
-/// CPU time that a process has used so far, all threads, dead ones too.
-pub fn process_time(pid: u32) -> io::Result<Duration> {
-    let mut clock: libc::clockid_t = 0;
-    // SAFETY: `clock` is writable.
-    let rc = unsafe { libc::clock_getcpuclockid(pid as libc::pid_t, &raw mut clock) };
-    if rc != 0 {
-        return Err(io::Error::from_raw_os_error(rc));
-    }
-    clock_time(clock)
-}
-
-/// CPU time that the calling thread has used so far.
-pub fn thread_time() -> io::Result<Duration> {
-    clock_time(libc::CLOCK_THREAD_CPUTIME_ID)
-}
-
-fn clock_time(clock: libc::clockid_t) -> io::Result<Duration> {
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: `time` is writable.
-    if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
-}
+use anyhow::Context as _;
 
 /// One CPU's line of `/proc/stat`, summed as far as we tell its columns apart.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct CpuTicks {
+pub(super) struct CpuTicks {
     /// user, nice and system.
     process: u64,
     /// irq and softirq.
-    interrupt: u64,
+    pub(super) interrupt: u64,
     /// idle and iowait.
     idle: u64,
     /// Taken by the hypervisor.
     steal: u64,
 }
 
-fn parse_stat(text: &str) -> HashMap<usize, CpuTicks> {
+pub(super) fn parse_stat(text: &str) -> HashMap<usize, CpuTicks> {
     let mut cpus = HashMap::new();
     for line in text.lines() {
         let mut words = line.split_ascii_whitespace();
@@ -228,11 +83,6 @@ pub struct Snapshot {
 impl Snapshot {
     /// Reads `/proc`. Takes a few milliseconds, so keep it outside of what is timed.
     pub fn take() -> anyhow::Result<Self> {
-        // SAFETY: sysconf has no preconditions.
-        let hertz = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-        let tick = Duration::from_secs(1)
-            .checked_div(u32::try_from(hertz).unwrap_or(0))
-            .ok_or_else(|| anyhow!("the kernel gives no clock tick"))?;
         let stat = std::fs::read_to_string("/proc/stat").context("read /proc/stat")?;
         let at = Instant::now();
         let mut processes = HashMap::new();
@@ -250,7 +100,7 @@ impl Snapshot {
         }
         Ok(Self {
             at,
-            tick,
+            tick: super::tick()?,
             cpus: parse_stat(&stat),
             processes,
         })
@@ -365,6 +215,7 @@ impl<'a> Usage<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::process_time;
 
     const STAT: &str = "cpu  11 2 3 4 5 6 7 8 0 0\n\
         cpu0 1 2 3 40 5 6 7 8 0 0\ncpu12 10 0 0 50 0 0 1 0 0 0\nintr 1 2 3\nctxt 5\n";
@@ -391,13 +242,6 @@ mod tests {
         assert_eq!((process.own, process.reaped), (30, 70));
         assert!(process.kernel);
         assert_eq!(parse_pid_stat("42 (x) S 7"), None);
-    }
-
-    #[test]
-    fn reads_cpu_lists() {
-        assert_eq!(cpu_list("0-2,8\n"), [0, 1, 2, 8]);
-        assert_eq!(cpu_list("5"), [5]);
-        assert!(cpu_list("").is_empty());
     }
 
     fn snapshot(processes: &[(u32, u32, bool, u64, u64)], process_ticks: u64) -> Snapshot {
@@ -474,19 +318,5 @@ mod tests {
         let usage = Usage::between(&before, &after);
         assert!(usage.tree(std::process::id()) >= Duration::from_millis(150));
         assert!(usage.machine_busy() >= Duration::from_millis(150));
-    }
-
-    #[test]
-    fn pinning_is_inherited_by_a_command() {
-        let cores = Cores::choose().unwrap();
-        assert!(!cores.ends.is_empty());
-        let mut command = Command::new("sh");
-        command.args(["-c", "grep Cpus_allowed_list /proc/self/status"]);
-        let output = pin_command(&mut command, &[cores.router]).output().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        assert_eq!(
-            text.split_whitespace().last(),
-            Some(cores.router.to_string().as_str())
-        );
     }
 }

@@ -1,0 +1,140 @@
+//! What forwards the packets of a bed.
+
+use anyhow::Context as _;
+use lab::Host;
+use router::control::{Policy, Route, RouteMode};
+use router::datapath::{Link, Spec, slow_reason};
+
+use super::bed::{Direction, NIC, TUN};
+use super::frame::MTU;
+use crate::case::Implementation;
+
+/// A way of forwarding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Nothing is forwarded: the first device drops what the generator sends.
+    Drop,
+    /// The kernel's forwarding alone, without translation.
+    Kernel,
+    /// The kernel with masquerade and MSS clamp by nf_tables.
+    KernelNft,
+    /// Sluice's kernel datapath, with masquerade and MSS clamp.
+    SluiceKernel,
+    /// Sluice's fast path, without translation.
+    SluiceFast,
+    /// Sluice's fast path with source NAT.
+    SluiceFastNat,
+}
+
+impl Kind {
+    pub(super) const ALL: [Self; 6] = [
+        Self::Drop,
+        Self::Kernel,
+        Self::KernelNft,
+        Self::SluiceKernel,
+        Self::SluiceFast,
+        Self::SluiceFastNat,
+    ];
+
+    pub(super) fn implementation(self, kernel: &str) -> Implementation {
+        match self {
+            Self::Drop => Implementation::peer("generator alone", kernel),
+            Self::Kernel => Implementation::peer("kernel", kernel),
+            Self::KernelNft => Implementation::peer(super::REFERENCE, kernel),
+            Self::SluiceKernel => Implementation::sluice("kernel path, NAT"),
+            Self::SluiceFast => Implementation::sluice("fast path"),
+            Self::SluiceFastNat => Implementation::sluice("fast path, NAT"),
+        }
+    }
+
+    /// Why this version cannot do it.
+    pub(super) fn missing(self) -> Option<String> {
+        if !matches!(self, Self::Drop | Self::Kernel | Self::KernelNft) {
+            return Some("not in this version: no datapath".to_owned());
+        }
+        let spec = self.spec(0, 0)?;
+        let fast = matches!(self, Self::SluiceFast | Self::SluiceFastNat);
+        let slow = |route| slow_reason(route, &spec.policy);
+        let reason = fast.then(|| spec.routes.iter().find_map(slow)).flatten();
+        reason.map(|reason| format!("not in this version: {reason}"))
+    }
+
+    fn spec(self, tun: u32, nic: u32) -> Option<Spec> {
+        let snat = match self {
+            Self::SluiceKernel | Self::SluiceFastNat => true,
+            Self::SluiceFast => false,
+            Self::Drop | Self::Kernel | Self::KernelNft => return None,
+        };
+        let link = |index, name: &str| Link {
+            index,
+            name: name.to_owned(),
+        };
+        Some(Spec {
+            tun: link(tun, TUN),
+            mtu: MTU as u16,
+            subnet: vec![link(nic, NIC)],
+            overlay: vec![super::OVERLAY],
+            routes: vec![Route {
+                cidr: super::SUBNET,
+                snat,
+                mode: RouteMode::Fast,
+            }],
+            policy: Policy::default(),
+        })
+    }
+
+    /// MSS that a SYN with 1460 must leave with.
+    pub(super) fn mss(self) -> u16 {
+        match self {
+            Self::Drop | Self::Kernel => 1460,
+            Self::KernelNft | Self::SluiceKernel | Self::SluiceFast | Self::SluiceFastNat => {
+                MTU as u16 - 40
+            }
+        }
+    }
+}
+
+/// What was installed in a router, to forward and to count.
+pub(super) struct Forwarder {
+    kind: Kind,
+}
+
+impl Forwarder {
+    /// Makes `router` forward between the devices `tun` and `nic`.
+    pub(super) fn install(kind: Kind, router: &Host) -> anyhow::Result<Self> {
+        match kind {
+            Kind::Kernel => {}
+            Kind::Drop => {
+                for device in [TUN, NIC] {
+                    super::bed::drop_and_count(router, device)?;
+                }
+            }
+            Kind::KernelNft => {
+                let rules = format!(
+                    "table ip bench {{
+                        chain nat {{ type nat hook postrouting priority srcnat;
+                            iifname {TUN} oifname {NIC} masquerade; }}
+                        chain clamp {{ type filter hook forward priority mangle;
+                            tcp flags syn tcp option maxseg size set rt mtu; }}
+                    }}"
+                );
+                let nft = router.command(["nft", "-f", "-"]).stdin(rules);
+                nft.run().context("install masquerade and MSS clamp")?;
+            }
+            Kind::SluiceKernel | Kind::SluiceFast | Kind::SluiceFastNat => {
+                anyhow::bail!("this version has no such datapath")
+            }
+        }
+        Ok(Self { kind })
+    }
+
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Frames that the fast path has forwarded so far, by its own counters; `None` for what has no
+    /// fast path.
+    pub(super) fn fast(&self, _direction: Direction) -> anyhow::Result<Option<u64>> {
+        Ok(None)
+    }
+}
