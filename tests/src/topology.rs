@@ -275,6 +275,21 @@ impl Host {
         socket.with_context(|| format!("{}: bind {address}", self.name))
     }
 
+    /// Loses this percentage of the packets that arrive at a device from now on.
+    pub fn lose(&self, device: &str, percent: f64) -> anyhow::Result<()> {
+        // Not netem: many kernels come without it, and it drops only what leaves.
+        let chance = match (percent * 1000.0).round() as u32 {
+            100_000.. => String::new(),
+            threshold => format!("numgen random mod 100000 < {threshold}"),
+        };
+        let rules = format!(
+            "table netdev lab-{device} {{ chain loss {{ type filter hook ingress device {device} \
+             priority 0; {chance} drop; }}; }}"
+        );
+        let nft = self.command(["nft", "-f", "-"]).stdin(rules);
+        nft.run().map(drop)
+    }
+
     /// Whether one of three echo requests is answered within a second. `extra` are options of
     /// ping(8), e.g. `["-I", "10.0.0.1"]`.
     pub fn pings(&self, to: &str, extra: &[&str]) -> anyhow::Result<bool> {
@@ -362,16 +377,7 @@ impl Port {
             ])?;
         }
         if let Some(percent) = self.loss {
-            // Not netem: many kernels come without it, and it drops only what leaves.
-            let chance = match (percent * 1000.0).round() as u32 {
-                100_000.. => String::new(),
-                threshold => format!("numgen random mod 100000 < {threshold}"),
-            };
-            let rules = format!(
-                "table netdev lab-{name} {{ chain loss {{ type filter hook ingress device {name} \
-                 priority 0; {chance} drop; }}; }}"
-            );
-            host.command(["nft", "-f", "-"]).stdin(rules).run()?;
+            host.lose(name, percent)?;
         }
         let qdisc = match (self.delay, self.rate) {
             (None, None) => return Ok(()),

@@ -131,7 +131,11 @@ impl Host {
         let device = self.tunnel_name();
         let name = OsStr::new(&device);
         let argv = argv.iter().map(AsRef::as_ref).chain([name]);
-        let command = self.command(argv).env("LOG_LEVEL", "error");
+        let command = self
+            .command(argv)
+            .env("LOG_LEVEL", "error")
+            // Or wireguard-go fills its log with advice.
+            .env("WG_PROCESS_FOREGROUND", "1");
         let mut process = self.spawn("wireguard", command)?;
         // It answers `wg` some time after it has started, and only then is its device there.
         process.ready(Duration::from_secs(10), "the device to answer `wg`", || {

@@ -112,3 +112,19 @@ fn the_underlay_may_be_ipv6() {
         Ok(())
     });
 }
+
+#[test]
+fn a_lossy_underlay_loses_no_data() {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, "ebpf", false)?;
+        run.site.laptop.lose("eth0", 1.0)?;
+        run.site.router.lose("wan", 1.0)?;
+        let _servers = serve(&run.site.server)?;
+        for server in SERVER {
+            let web = SocketAddr::new(server, HTTP);
+            http::download(&run.site.laptop, web, MIB)?;
+            http::upload(&run.site.laptop, web, MIB)?;
+        }
+        Ok(())
+    });
+}

@@ -106,3 +106,45 @@ fn grouped(number: u64) -> String {
     }
     out
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_groups_by_path_and_leaves_out_what_never_happened() {
+        let row = |program: &str, verdict: &str, packets| {
+            let count = Count {
+                packets,
+                bytes: packets * 100,
+            };
+            ((program.to_owned(), verdict.to_owned()), count)
+        };
+        let packets = Packets(BTreeMap::from([
+            row("from_subnet", "forwarded", 12_345_678),
+            row("from_overlay", "forwarded", 999),
+            row("from_overlay", "slow_snat", 1000),
+            row("from_overlay", "drop_policy", 0),
+        ]));
+        let table: Vec<Vec<String>> = packets
+            .table()
+            .iter()
+            .map(|line| line.split_whitespace().map(str::to_owned).collect())
+            .collect();
+        assert_eq!(
+            table,
+            [
+                ["path", "program", "verdict", "packets", "bytes"],
+                ["fast", "from_overlay", "forwarded", "999", "99,900"],
+                [
+                    "fast",
+                    "from_subnet",
+                    "forwarded",
+                    "12,345,678",
+                    "1,234,567,800"
+                ],
+                ["slow", "from_overlay", "slow_snat", "1,000", "100,000"],
+            ]
+        );
+    }
+}
