@@ -8,11 +8,15 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use tokio::sync::watch;
+use tracing::{debug, info};
 
 use super::counters::{Counter, Counters};
-use super::forward::{Change, Directory, Forwarder};
+use super::directory::{Change, Directory};
+use super::exchange;
+use super::forward::{Forwarder, Place};
 use super::peer::{Setup, Shared};
 use super::routes::{PeerId, Routes};
+use super::steer::{self, TunSteering};
 use super::tun::Device;
 use super::udp::{Bind, Underlay};
 use super::worker::{Command, Waker, Worker};
@@ -52,6 +56,14 @@ impl Handle {
     }
 }
 
+/// More workers than this serve no one: each has its own buffers and its own queue in the kernel.
+const WORKERS: usize = 64;
+
+/// One for each core, as far as memory for buffers is worth it.
+fn default_workers() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(16))
+}
+
 /// What is in force.
 #[derive(Debug)]
 struct State {
@@ -61,6 +73,8 @@ struct State {
     free: Vec<PeerId>,
     /// Receiver indices in use (their upper 24 bits).
     indices: HashSet<u32>,
+    /// The kernel's copy of who owns which address.
+    steering: Option<TunSteering>,
 }
 
 #[derive(Debug)]
@@ -97,7 +111,8 @@ impl Engine {
     /// Creates the TUN device, binds the sockets and starts the workers, all in the network
     /// namespace of the calling thread. The device is down and has no address yet.
     pub fn start(options: Options, private_key: &PrivateKey) -> Result<Self, Error> {
-        let workers = options.workers.unwrap_or(1).clamp(1, 1);
+        let workers = options.workers.unwrap_or_else(default_workers);
+        let workers = workers.clamp(1, WORKERS);
         let device = Device::create(&options.device, options.mtu, workers, options.offload)?;
         let underlay = Underlay::bind(Bind {
             port: options.listen_port,
@@ -105,6 +120,15 @@ impl Engine {
             workers,
             offload: options.offload,
         })?;
+        let (mut udp_steering, mut tun_steering) = (false, None);
+        if workers > 1 {
+            udp_steering = steer::udp(&underlay.sockets)
+                .inspect_err(|error| info!(%error, "no steering of datagrams to workers"))
+                .is_ok();
+            tun_steering = TunSteering::attach(&device.queues[0])
+                .inspect_err(|error| info!(%error, "no steering of packets to workers"))
+                .ok();
+        }
         let local = Arc::new(LocalKey::new(private_key));
         let (sender, failure) = watch::channel(None);
         let sender = Arc::new(sender);
@@ -119,6 +143,8 @@ impl Engine {
                 uso: device.offload.udp,
                 udp_gro: underlay.gro,
                 udp_gso: underlay.gso,
+                udp_steering,
+                tun_steering: tun_steering.is_some(),
                 receive_buffer: underlay.receive_buffer,
                 send_buffer: underlay.send_buffer,
             },
@@ -128,15 +154,28 @@ impl Engine {
                 peers: HashMap::new(),
                 free: Vec::new(),
                 indices: HashSet::new(),
+                steering: tun_steering,
             }),
             failure,
         };
-        for (queue, sockets) in device.queues.into_iter().zip(underlay.sockets) {
+        let wakers = (0..workers).map(|_| Waker::new().map(Arc::new));
+        let wakers = wakers
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(Error::Start)?;
+        let exchanges = exchange::connect(&wakers);
+        let parts = device
+            .queues
+            .into_iter()
+            .zip(underlay.sockets)
+            .zip(exchanges)
+            .zip(wakers);
+        for (worker, (((queue, sockets), exchange), waker)) in parts.enumerate() {
             let counters = Arc::new(Counters::new());
-            let waker = Arc::new(Waker::new().map_err(Error::Start)?);
             let (commands, inbox) = mpsc::channel();
+            let place = Place { worker, workers };
             let worker = Worker {
                 forwarder: Forwarder::new(
+                    place,
                     options.mtu,
                     local.clone(),
                     device.offload,
@@ -147,12 +186,13 @@ impl Engine {
                 sockets,
                 waker: waker.clone(),
                 inbox,
+                exchange,
                 counters: counters.clone(),
                 vnet: device.offload.vnet,
             };
             let failure = sender.clone();
             let thread = std::thread::Builder::new()
-                .name(format!("worker-{}", engine.workers.len()))
+                .name(format!("worker-{}", place.worker))
                 .spawn(move || {
                     let mut obituary = Obituary {
                         failure,
@@ -195,6 +235,7 @@ impl Engine {
         let mut changes: Vec<Change> = self.workers.iter().map(|_| Change::default()).collect();
         state.diff(specs, &mut changes)?;
         let directory = Arc::new(state.directory());
+        state.steer();
         for change in &mut changes {
             change.directory = Some(directory.clone());
         }
@@ -404,22 +445,46 @@ impl State {
         }
     }
 
+    /// Each allowed IP with its owner.
+    fn allowed_ips(&self) -> impl Iterator<Item = (IpNet, &Known)> {
+        self.peers.values().flat_map(|known| {
+            let cidrs = known.spec.allowed_ips.iter();
+            cidrs.map(move |cidr| (cidr.trunc(), known))
+        })
+    }
+
     fn directory(&self) -> Directory {
-        let entries = self.peers.values().flat_map(|known| {
-            known
-                .spec
-                .allowed_ips
-                .iter()
-                .map(|cidr| (cidr.trunc(), known.id))
-        });
-        let unique: HashMap<IpNet, PeerId> = entries.collect();
+        // A peer may name one CIDR twice.
+        let routes: HashMap<IpNet, PeerId> = self
+            .allowed_ips()
+            .map(|(cidr, known)| (cidr, known.id))
+            .collect();
+        let mut owners = vec![0; self.peers.len() + self.free.len()];
+        for known in self.peers.values() {
+            owners[known.id as usize] = known.worker;
+        }
         Directory {
-            routes: Routes::new(unique),
+            routes: Routes::new(routes),
             keys: self
                 .peers
                 .iter()
                 .map(|(key, known)| (*key, known.id))
                 .collect(),
+            owners,
+        }
+    }
+
+    /// Brings the kernel's steering in line. Wrong or missing entries cost a hand-over, no more.
+    fn steer(&mut self) {
+        if let Some(mut steering) = self.steering.take() {
+            let wanted = self
+                .allowed_ips()
+                .map(|(cidr, known)| (cidr, known.worker as u32))
+                .collect();
+            if let Err(error) = steering.set(wanted) {
+                debug!(%error, "steering of packets to workers is incomplete");
+            }
+            self.steering = Some(steering);
         }
     }
 }

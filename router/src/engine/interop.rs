@@ -198,18 +198,21 @@ impl Pair {
         laptop.run("ip", &format!("addr add fd09::2/64 dev {name} nodad"));
         laptop.run("ip", &format!("link set {name} up mtu 1420"));
 
-        engine
-            .set_peers(&[PeerSpec {
-                public_key: theirs.public(),
-                preshared_key: Some(preshared),
-                allowed_ips: vec![
-                    "10.9.0.2/32".parse().unwrap(),
-                    "fd09::2/128".parse().unwrap(),
-                ],
-                endpoint: None,
-                keepalive: None,
-            }])
-            .unwrap();
+        // Others come first, so that the laptop belongs to the last worker.
+        let mut peers: Vec<_> = (1..workers as u8)
+            .map(|seed| spec(seed, &format!("10.9.{seed}.0/24")))
+            .collect();
+        peers.push(PeerSpec {
+            public_key: theirs.public(),
+            preshared_key: Some(preshared),
+            allowed_ips: vec![
+                "10.9.0.2/32".parse().unwrap(),
+                "fd09::2/128".parse().unwrap(),
+            ],
+            endpoint: None,
+            keepalive: None,
+        });
+        engine.set_peers(&peers).unwrap();
         Self {
             router,
             laptop,
@@ -314,6 +317,29 @@ fn speaks_with_wireguard_go() {
             "{label} {value}"
         );
     }
+}
+
+#[test]
+fn several_workers_share_the_device_and_the_port() {
+    if !rooted() {
+        return;
+    }
+    // One peer, so one of the workers owns all; whatever the kernel brings to others is handed over.
+    let pair = Pair::new(true, 3);
+    let features = pair.engine.features();
+    assert_eq!(features.workers, 3);
+    assert!(
+        features.udp_steering && features.tun_steering,
+        "{features:?}"
+    );
+    ping(&pair);
+    transfer(&pair);
+    // Only the first initiation came to a worker by chance.
+    assert!(
+        pair.counter("handed_over") <= 2,
+        "{}",
+        pair.counter("handed_over")
+    );
 }
 
 #[test]

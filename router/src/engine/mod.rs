@@ -9,11 +9,14 @@ mod checksum;
 mod coalesce;
 mod control;
 mod counters;
+mod directory;
+mod exchange;
 mod forward;
 mod ip;
 mod peer;
 mod routes;
 mod segment;
+mod steer;
 mod tun;
 mod udp;
 mod udp_io;
@@ -98,6 +101,10 @@ pub struct Features {
     pub udp_gro: bool,
     /// Datagrams are sent in batches.
     pub udp_gso: bool,
+    /// With several workers: the kernel brings each datagram to the worker that owns its session.
+    pub udp_steering: bool,
+    /// With several workers: the kernel brings each packet to the worker that owns its peer.
+    pub tun_steering: bool,
     /// Receive buffer of each socket in bytes, as the kernel counts it.
     pub receive_buffer: usize,
     /// Send buffer of each socket in bytes, as the kernel counts it.

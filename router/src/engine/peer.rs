@@ -213,6 +213,41 @@ impl Peer {
     }
 }
 
+/// Peers by [`PeerId`].
+#[derive(Default)]
+pub(super) struct Peers(Vec<Option<Box<Peer>>>);
+
+impl Peers {
+    /// The peer of a number.
+    pub(super) fn get(&self, id: PeerId) -> Option<&Peer> {
+        self.0.get(id as usize)?.as_deref()
+    }
+
+    /// The peer of a number.
+    pub(super) fn get_mut(&mut self, id: PeerId) -> Option<&mut Peer> {
+        self.0.get_mut(id as usize)?.as_deref_mut()
+    }
+
+    /// Adds a peer.
+    pub(super) fn insert(&mut self, id: PeerId, peer: Peer) {
+        let at = id as usize;
+        if self.0.len() <= at {
+            self.0.resize_with(at + 1, || None);
+        }
+        self.0[at] = Some(Box::new(peer));
+    }
+
+    /// Takes a peer away.
+    pub(super) fn remove(&mut self, id: PeerId) -> Option<Box<Peer>> {
+        self.0.get_mut(id as usize)?.take()
+    }
+
+    /// All peers.
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Peer> {
+        self.0.iter_mut().flatten().map(Box::as_mut)
+    }
+}
+
 /// The packets that waited for a handshake, to be sealed.
 pub(super) struct Staged<'a> {
     queue: &'a mut VecDeque<Box<[u8]>>,

@@ -12,7 +12,9 @@ use super::Failure;
 use super::batch::{Message, UdpSink};
 use super::coalesce::TunSink;
 use super::counters::{Counter, Counters};
-use super::forward::{Change, Forwarder, TICK};
+use super::directory::Change;
+use super::exchange::Exchange;
+use super::forward::{self, Content, Forwarder, TICK};
 use super::routes::PeerId;
 use super::segment;
 use super::tun::Queue;
@@ -80,6 +82,7 @@ pub(super) struct Worker {
     pub(super) sockets: Sockets,
     pub(super) waker: Arc<Waker>,
     pub(super) inbox: Inbox<Command>,
+    pub(super) exchange: Exchange,
     pub(super) counters: Arc<Counters>,
     /// Packets carry a virtio header.
     pub(super) vnet: bool,
@@ -101,6 +104,7 @@ impl Worker {
             queue: &self.queue,
             sockets: &self.sockets,
             sender: Sender::new(),
+            exchange: self.exchange,
             counters: &self.counters,
             stale: Vec::new(),
             no_gso: false,
@@ -134,6 +138,7 @@ impl Worker {
                         if !obey(&mut self.forwarder, &mut port, &self.inbox, now) {
                             return Ok(());
                         }
+                        accept(&mut self.forwarder, &mut port, now);
                         continue;
                     }
                 };
@@ -145,6 +150,7 @@ impl Worker {
                 next_tick = now + TICK;
                 self.forwarder.tick(now, &mut port);
             }
+            port.exchange.wake();
             for id in port.stale.drain(..) {
                 self.forwarder.forget_source(id);
             }
@@ -174,6 +180,16 @@ fn obey(
             Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
         }
     }
+}
+
+/// Takes what other workers handed over. What comes later wakes this one again.
+fn accept(forwarder: &mut Forwarder, port: &mut Port<'_>, now: Duration) {
+    while let Some(mut parcel) = port.exchange.receive() {
+        let (content, length) = (parcel.content, parcel.length);
+        forwarder.accept(content, &mut parcel.buffer, length, now, port);
+        port.exchange.give_back(parcel);
+    }
+    forwarder.flush(port);
 }
 
 /// Takes datagrams from a socket until it is empty or others must have their turn.
@@ -244,6 +260,7 @@ struct Port<'a> {
     queue: &'a Queue,
     sockets: &'a Sockets,
     sender: Sender,
+    exchange: Exchange,
     counters: &'a Counters,
     /// Peers whose sticky source the kernel refused.
     stale: Vec<PeerId>,
@@ -277,6 +294,12 @@ impl UdpSink for Port<'_> {
                 None => self.dropped(Counter::DropSendError, run),
             }
         }
+    }
+}
+
+impl forward::Port for Port<'_> {
+    fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8]) -> bool {
+        self.exchange.send(worker, content, bytes)
     }
 }
 

@@ -10,7 +10,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::engine::batch::Message;
 use crate::engine::packets::Flow;
+use crate::engine::peer::Setup;
 use crate::engine::peer::Shared;
+use crate::engine::routes::Routes;
 use crate::engine::segment::SLACK;
 use crate::wireguard::keys::{PresharedKey, PrivateKey};
 
@@ -33,6 +35,18 @@ struct Datagram {
 struct Wire {
     packets: Vec<Vec<u8>>,
     datagrams: Vec<Datagram>,
+    handed: Vec<(usize, Content, Vec<u8>)>,
+    /// Other workers take nothing.
+    stuffed: bool,
+}
+
+impl Port for Wire {
+    fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8]) -> bool {
+        if !self.stuffed {
+            self.handed.push((worker, content, bytes.to_vec()));
+        }
+        !self.stuffed
+    }
 }
 
 impl TunSink for Wire {
@@ -77,12 +91,22 @@ const THEM: PeerId = 0;
 
 impl End {
     fn new(seed: u8) -> Self {
+        Self::placed(
+            seed,
+            Place {
+                worker: 0,
+                workers: 1,
+            },
+        )
+    }
+
+    fn placed(seed: u8, place: Place) -> Self {
         let key = PrivateKey::from_bytes([seed; 32]);
         let counters = Arc::new(Counters::new());
         let local = Arc::new(LocalKey::new(&key));
         let shared = Arc::new(Shared::new(key.public()));
         Self {
-            forwarder: Forwarder::new(1420, local, OFFLOAD, true, counters.clone()),
+            forwarder: Forwarder::new(place, 1420, local, OFFLOAD, true, counters.clone()),
             wire: Wire::default(),
             counters,
             shared,
@@ -98,12 +122,14 @@ impl End {
         let directory = Directory {
             routes: Routes::new(allowed.iter().map(|cidr| (cidr.parse().unwrap(), THEM))),
             keys: HashMap::from([(public, THEM)]),
+            owners: vec![0],
         };
         let setup = Setup {
             id: THEM,
             public_key: public,
             preshared_key: Some(PresharedKey::from_bytes([9; 32])),
-            index: u32::from(self.address.port()) + u32::from(self.key.public().0[0]),
+            // Even: it belongs to the first worker of one and of two.
+            index: 0x0012_3400 + 2 * u32::from(self.key.public().0[0]),
             endpoint: endpoint.then_some(them.address),
             keepalive: keepalive.map(Duration::from_secs),
             shared: self.shared.clone(),
@@ -336,6 +362,7 @@ fn removed_peers_end_at_once() {
         directory: Some(Arc::new(Directory {
             routes: Routes::new([]),
             keys: HashMap::new(),
+            owners: vec![],
         })),
         ..Change::default()
     });
@@ -409,6 +436,57 @@ fn congestion_marks_cross_the_tunnel_and_dscp_does_not() {
     assert_eq!(datagram.ecn, 2);
     router.receive(client.address, &datagram.bytes, 3);
     assert_eq!(router.wire.packets, [packet(0xbb)]);
+}
+
+#[test]
+fn what_belongs_to_another_worker_is_handed_over() {
+    let place = |worker| Place { worker, workers: 2 };
+    let mut client = End::new(1);
+    let (mut owner, mut other) = (End::placed(2, place(0)), End::placed(2, place(1)));
+    client.meet(&owner, &["10.0.0.0/24", "fd00::/64"], true, None);
+    owner.meet(&client, &["10.0.0.2/32", "fd00::2/128"], false, None);
+    other.change(Change {
+        directory: Some(owner.forwarder.directory.clone()),
+        ..Change::default()
+    });
+    let carry = |owner: &mut End, other: &mut End| {
+        for (worker, content, mut bytes) in std::mem::take(&mut other.wire.handed) {
+            assert_eq!(worker, 0);
+            let length = bytes.len();
+            bytes.resize(length + SLACK, 0);
+            let wire = &mut owner.wire;
+            owner
+                .forwarder
+                .accept(content, &mut bytes, length, owner.now, wire);
+            owner.forwarder.flush(wire);
+        }
+    };
+
+    // The initiation arrives at the wrong worker, and everything after it.
+    for serial in 0..3 {
+        client.transmit(&up(serial));
+        for _ in 0..2 {
+            for datagram in std::mem::take(&mut client.wire.datagrams) {
+                other.receive(client.address, &datagram.bytes, 0);
+            }
+            carry(&mut owner, &mut other);
+            for datagram in std::mem::take(&mut owner.wire.datagrams) {
+                client.receive(owner.address, &datagram.bytes, 0);
+            }
+        }
+    }
+    assert_eq!(owner.wire.packets, (0..3).map(up).collect::<Vec<_>>());
+    other.transmit(&down(1));
+    carry(&mut owner, &mut other);
+    settle(&mut client, &mut owner);
+    assert_eq!(client.wire.packets, [down(1)]);
+    for end in [&owner, &other, &client] {
+        assert_eq!(end.drops(), []);
+    }
+
+    other.wire.stuffed = true;
+    other.transmit(&down(1));
+    assert_eq!(other.drops(), [(Counter::DropHandOver.label(), 1)]);
 }
 
 #[test]

@@ -1,0 +1,76 @@
+//! Who is whose: what every worker knows of the peers, and how it changes.
+
+use std::collections::HashMap;
+use std::hash::Hasher;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::peer::Setup;
+use super::routes::{PeerId, Routes};
+use crate::wireguard::LocalKey;
+use crate::wireguard::keys::PublicKey;
+
+/// What all workers know: who owns which address and key. Replaced whole, never changed.
+#[derive(Debug)]
+pub(super) struct Directory {
+    /// Allowed IPs.
+    pub(super) routes: Routes,
+    /// Peers by static public key.
+    pub(super) keys: HashMap<PublicKey, PeerId>,
+    /// Workers by [`PeerId`].
+    pub(super) owners: Vec<usize>,
+}
+
+impl Directory {
+    /// Nobody.
+    pub(super) fn empty() -> Self {
+        Self {
+            routes: Routes::new([]),
+            keys: HashMap::new(),
+            owners: Vec::new(),
+        }
+    }
+
+    /// Which worker a peer belongs to.
+    pub(super) fn owner(&self, id: PeerId) -> Option<usize> {
+        self.owners.get(id as usize).copied()
+    }
+}
+
+/// A change of the peers, applied by a worker in one go.
+#[derive(Default)]
+pub(super) struct Change {
+    /// Peers to end at once.
+    pub(super) remove: Vec<PeerId>,
+    /// New peers.
+    pub(super) add: Vec<Setup>,
+    /// New endpoints.
+    pub(super) endpoints: Vec<(PeerId, SocketAddr)>,
+    /// New keepalive intervals.
+    pub(super) keepalives: Vec<(PeerId, Option<Duration>)>,
+    /// The directory from now on.
+    pub(super) directory: Option<Arc<Directory>>,
+    /// Our key from now on.
+    pub(super) local: Option<Arc<LocalKey>>,
+}
+
+/// Hashes receiver indices, which we drew at random ourselves.
+#[derive(Default)]
+pub(super) struct IndexHasher(u64);
+
+impl Hasher for IndexHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32(u32::from(*byte));
+        }
+    }
+
+    fn write_u32(&mut self, index: u32) {
+        self.0 = (self.0 ^ u64::from(index)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}

@@ -1,0 +1,254 @@
+//! Sessions: handshakes, timers, and packets that wait for them.
+
+use std::time::Duration;
+
+use super::{Content, Forwarder, Origin, Port, REST_AFTER};
+use crate::engine::counters::Counter;
+use crate::engine::peer::Staged;
+use crate::engine::routes::PeerId;
+use crate::wireguard::keys::PublicKey;
+use crate::wireguard::message::{COOKIE, INITIATION};
+use crate::wireguard::{Completed, Packets, Verdict};
+
+impl Forwarder {
+    /// A peer has proved itself.
+    pub(super) fn heard(
+        &mut self,
+        id: PeerId,
+        origin: &Origin,
+        bytes: u64,
+        completed: Completed,
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        let Some(peer) = self.peers.get_mut(id) else {
+            return;
+        };
+        peer.received(bytes, now);
+        if peer.set_endpoint(origin.endpoint()) {
+            self.counters.add(Counter::Roamed, 1);
+        }
+        if completed {
+            peer.completed();
+            self.counters.add(Counter::HandshakesCompleted, 1);
+        }
+        if peer.staged.is_empty() || !peer.tunnel(&self.local).ready() {
+            return;
+        }
+        let mut queue = std::mem::take(&mut peer.staged);
+        self.staged -= queue.len();
+        let mut lane = self.batch.lane(io, origin.endpoint(), Some(id), 0);
+        let mut staged = Staged::new(&mut queue);
+        let bytes = peer.tunnel(&self.local).seal(&mut staged, &mut lane);
+        peer.sent(bytes, now);
+    }
+
+    /// Takes an initiation: judges it, finds out whose it is, and responds or hands it to the
+    /// worker that owns the peer.
+    pub(super) fn initiation(
+        &mut self,
+        origin: &Origin,
+        message: &[u8],
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        if !self.admit(origin, message, now, io) {
+            return;
+        }
+        let Some(key) = self.local.initiator(message) else {
+            self.counters.add(Counter::DropHandshake, 1);
+            return;
+        };
+        let id = self.directory.keys.get(&key);
+        match id.and_then(|id| self.directory.owner(*id)) {
+            Some(owner) if owner != self.place.worker => {
+                self.hand_over(owner, Content::Initiation(*origin, key), message, io);
+            }
+            _ => self.respond(&key, origin, message, now, io),
+        }
+    }
+
+    /// Takes an initiation of a known sender.
+    pub(super) fn respond(
+        &mut self,
+        key: &PublicKey,
+        origin: &Origin,
+        message: &[u8],
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        match self.directory.keys.get(key).copied() {
+            Some(id) => self.answer(id, origin, message, now, io),
+            None => self.counters.add(Counter::DropUnknownPeer, 1),
+        }
+    }
+
+    /// Takes a response or a cookie reply to one of our initiations.
+    pub(super) fn handshake(
+        &mut self,
+        index: u32,
+        origin: &Origin,
+        message: &[u8],
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        let Some(id) = self.by_index(index) else {
+            self.counters.add(Counter::DropIndex, 1);
+            return;
+        };
+        // A cookie reply has no mac1; its own encryption protects it.
+        if message.len() == COOKIE || self.admit(origin, message, now, io) {
+            self.answer(id, origin, message, now, io);
+        }
+    }
+
+    fn answer(
+        &mut self,
+        id: PeerId,
+        origin: &Origin,
+        message: &[u8],
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        self.wake(id, now, io);
+        let Some(peer) = self.peers.get_mut(id) else {
+            return;
+        };
+        let mut answer = [0; INITIATION];
+        match peer.tunnel(&self.local).handshake(message, &mut answer) {
+            Ok((Some(length), completed)) => {
+                let bytes = message.len() as u64;
+                self.heard(id, origin, bytes, completed, now, io);
+                self.send(id, &answer[..length], now, io);
+            }
+            // A cookie, for the next initiation.
+            Ok((None, _)) => {}
+            Err(_) => self.counters.add(Counter::DropHandshake, 1),
+        }
+    }
+
+    /// Asks the limiter. Sends the cookie reply that it may want.
+    fn admit(
+        &mut self,
+        origin: &Origin,
+        message: &[u8],
+        now: Duration,
+        io: &mut impl Port,
+    ) -> bool {
+        let mut reply = [0; COOKIE];
+        let from = origin.remote.ip();
+        let counter = match self
+            .limiter
+            .check(&self.local, from, message, now, &mut reply)
+        {
+            Verdict::Pass => Counter::HandshakesReceived,
+            Verdict::Cookie(length) => {
+                let mut lane = self.batch.lane(io, origin.endpoint(), None, 0);
+                lane.push(&reply[..length]);
+                Counter::CookiesSent
+            }
+            Verdict::WrongMac => Counter::DropMac,
+            Verdict::OverRate => Counter::DropLimited,
+        };
+        self.counters.add(counter, 1);
+        counter == Counter::HandshakesReceived
+    }
+
+    /// Starts a peer's timers if they rest. boringtun tells time by them, so this comes before any
+    /// other call for the peer.
+    pub(super) fn wake(&mut self, id: PeerId, now: Duration, io: &mut impl Port) {
+        if let Some(peer) = self.peers.get_mut(id)
+            && !peer.active
+        {
+            peer.active = true;
+            peer.used = now;
+            self.active.push(id);
+            self.tick_peer(id, now, io);
+        }
+    }
+
+    /// Moves a peer's timers. False when they may rest.
+    pub(super) fn tick_peer(&mut self, id: PeerId, now: Duration, io: &mut impl Port) -> bool {
+        let Some(peer) = self.peers.get_mut(id) else {
+            return false;
+        };
+        let mut out = [0; INITIATION];
+        let mut ready = false;
+        let mut due = None;
+        if let Some(tunnel) = peer.existing_tunnel() {
+            let tick = tunnel.tick(&mut out);
+            ready = tunnel.ready();
+            due = tick.message;
+            if tick.gave_up {
+                self.staged -= peer.staged.len();
+                peer.staged.clear();
+            }
+        }
+        if let Some(length) = due {
+            self.send(id, &out[..length], now, io);
+        } else if peer.keepalive_due(now) {
+            peer.touched(now);
+            if ready {
+                self.seal_keepalive(id, now, io);
+            } else {
+                self.initiate(id, now, io);
+            }
+            return true;
+        }
+        let Some(peer) = self.peers.get_mut(id) else {
+            return false;
+        };
+        peer.active =
+            ready || peer.keepalive.is_some() || now.saturating_sub(peer.used) < REST_AFTER;
+        peer.active
+    }
+
+    fn seal_keepalive(&mut self, id: PeerId, now: Duration, io: &mut impl Port) {
+        let Some(peer) = self.peers.get_mut(id) else {
+            return;
+        };
+        let Some(endpoint) = peer.endpoint() else {
+            return;
+        };
+        let mut lane = self.batch.lane(io, endpoint, Some(id), 0);
+        let mut keepalive = Keepalive(false);
+        let bytes = peer.tunnel(&self.local).seal(&mut keepalive, &mut lane);
+        peer.sent(bytes, now);
+    }
+
+    /// Sends an initiation, unless one is under way.
+    pub(super) fn initiate(&mut self, id: PeerId, now: Duration, io: &mut impl Port) {
+        let Some(peer) = self.peers.get_mut(id) else {
+            return;
+        };
+        let mut out = [0; INITIATION];
+        if peer.endpoint().is_some()
+            && let Some(length) = peer.tunnel(&self.local).initiate(&mut out)
+        {
+            self.send(id, &out[..length], now, io);
+        }
+    }
+
+    /// Sends a message that is ready to where the peer is.
+    fn send(&mut self, id: PeerId, message: &[u8], now: Duration, io: &mut impl Port) {
+        let Some(peer) = self.peers.get_mut(id) else {
+            return;
+        };
+        let Some(endpoint) = peer.endpoint() else {
+            return;
+        };
+        peer.sent(message.len() as u64, now);
+        self.batch.lane(io, endpoint, Some(id), 0).push(message);
+    }
+}
+
+/// One packet without content.
+struct Keepalive(bool);
+
+impl Packets for Keepalive {
+    fn next(&mut self) -> Option<&[u8]> {
+        let first = !self.0;
+        self.0 = true;
+        first.then_some(&[])
+    }
+}
