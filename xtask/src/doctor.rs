@@ -13,14 +13,18 @@ pub(crate) fn main() -> Result<ExitCode> {
     let mut report = Report::default();
     let toolchain = Toolchain::read()?;
     let pinned = rust::pinned()?;
-    if toolchain.version == pinned {
-        report.fine("Rust", &format!("{pinned}, LLVM {}", toolchain.llvm));
-    } else {
+    let (version, llvm) = (&toolchain.version, toolchain.llvm);
+    if machine::release(version) < machine::release(&pinned) {
         report.lack(
             "Rust",
-            &format!("{} runs, {pinned} is pinned", toolchain.version),
+            &format!("{version} is older than {pinned}"),
             &format!("rustup toolchain install {pinned}"),
-            false,
+            true,
+        );
+    } else {
+        report.fine(
+            "Rust",
+            &format!("{version} ({pinned} is pinned), LLVM {llvm}"),
         );
     }
     for need in machine::survey(&toolchain, setup::CI) {

@@ -69,11 +69,22 @@ pub(crate) fn survey(toolchain: &Toolchain, purposes: &[Purpose]) -> Vec<Need> {
     let mut needs = vec![
         component(
             "rust-src",
+            Purpose::Build,
             "core for the eBPF target",
             toolchain.has_sources(),
         ),
-        component("rustfmt", "formatting", toolchain.has_program("rustfmt")),
-        component("clippy", "lints", toolchain.has_program("cargo-clippy")),
+        component(
+            "rustfmt",
+            Purpose::Ci,
+            "formatting",
+            toolchain.has_program("rustfmt"),
+        ),
+        component(
+            "clippy",
+            Purpose::Ci,
+            "lints",
+            toolchain.has_program("cargo-clippy"),
+        ),
         Need {
             what: "bpf-linker".to_owned(),
             why: "links the eBPF object",
@@ -133,11 +144,11 @@ pub(crate) fn need_root(task: &str) -> Result<()> {
     )
 }
 
-fn component(name: &'static str, why: &'static str, present: bool) -> Need {
+fn component(name: &'static str, purpose: Purpose, why: &'static str, present: bool) -> Need {
     Need {
         what: name.to_owned(),
         why,
-        purpose: Purpose::Build,
+        purpose,
         lack: absent(present),
         mend: Mend::Component(name),
     }
@@ -194,7 +205,7 @@ fn bpf_linker_lack(toolchain: &Toolchain) -> Option<String> {
 }
 
 /// The numbers of a version, to compare.
-fn release(version: &str) -> Vec<u32> {
+pub(crate) fn release(version: &str) -> Vec<u32> {
     version
         .split('.')
         .map_while(|number| number.parse().ok())

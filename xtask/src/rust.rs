@@ -65,22 +65,21 @@ impl Toolchain {
         self.sysroot.join("bin").join(program).is_file()
     }
 
-    /// The toolchain's own libLLVM.
+    /// The libLLVM that the compiler itself loads.
     fn llvm_library(&self) -> Result<PathBuf> {
-        let folder = self.sysroot.join("lib");
-        let prefix = format!("libLLVM.so.{}", self.llvm);
-        fs::read_dir(&folder)
-            .with_context(|| folder.display().to_string())?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .find(|path| {
-                path.file_name()
-                    .is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
-            })
+        let compiler = self.sysroot.join("bin/rustc");
+        let linked = run::read(run::command("ldd").arg(&compiler))?;
+        linked
+            .lines()
+            .filter_map(|line| line.trim().split_once(" => "))
+            .find(|(name, _)| name.starts_with("libLLVM"))
+            .and_then(|(_, path)| path.split_whitespace().next())
+            .map(PathBuf::from)
             .with_context(|| {
                 format!(
-                    "{} has no shared libLLVM to build bpf-linker with: install a ready \
-                     bpf-linker {BPF_LINKER} instead (`cargo binstall bpf-linker@{BPF_LINKER}`)",
-                    folder.display()
+                    "{} loads no libLLVM to build bpf-linker with: install a ready bpf-linker \
+                     {BPF_LINKER} instead (`cargo binstall bpf-linker@{BPF_LINKER}`)",
+                    compiler.display()
                 )
             })
     }
@@ -125,8 +124,8 @@ pub(crate) fn linker_llvm() -> Option<u32> {
     major(linked.split("libLLVM.so.").nth(1)?)
 }
 
-/// Builds bpf-linker against the LLVM inside the Rust toolchain: it is of the right version by
-/// nature, and no distribution's LLVM is needed.
+/// Builds bpf-linker against the LLVM of the Rust toolchain: it is of the right version by nature,
+/// and nothing of LLVM has to be installed.
 pub(crate) fn install_bpf_linker(toolchain: &Toolchain) -> Result<()> {
     let library = toolchain.llvm_library()?;
     // bpf-linker asks for `-lLLVM`, a name that the toolchain's library does not have. Its build
