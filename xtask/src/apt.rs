@@ -15,8 +15,8 @@ use crate::run;
 pub(crate) struct Package {
     /// Its name.
     pub(crate) name: &'static str,
-    /// Programs or absolute paths any of which tells that it, or a stand-in, is there.
-    pub(crate) signs: &'static [&'static str],
+    /// A program, or the absolute path of a file, that tells that it, or a stand-in, is there.
+    pub(crate) sign: &'static str,
     /// What it does for Sluice.
     pub(crate) why: &'static str,
     /// What it is needed for.
@@ -26,111 +26,65 @@ pub(crate) struct Package {
 const fn package(
     purpose: Purpose,
     name: &'static str,
-    signs: &'static [&'static str],
+    sign: &'static str,
     why: &'static str,
 ) -> Package {
     Package {
         name,
-        signs,
+        sign,
         why,
         purpose,
     }
 }
 
-/// Every package that Sluice's build, lab or CI uses.
+const CRYPTOGRAPHY: &str = "compiles the cryptography";
+const OTHER_TARGET: &str = "compiles the cryptography for another target";
+
+/// The packages beside those of the lab's own list.
 pub(crate) const PACKAGES: &[Package] = &[
-    package(Purpose::Build, "gcc", &["cc"], "compiles the cryptography"),
+    package(Purpose::Build, "gcc", "cc", CRYPTOGRAPHY),
     package(
         Purpose::Build,
         "libc6-dev",
-        &["/usr/include/stdio.h"],
-        "compiles the cryptography",
+        "/usr/include/stdio.h",
+        CRYPTOGRAPHY,
     ),
-    package(Purpose::Lab, "iproute2", &["ip"], "builds the namespaces"),
-    package(Purpose::Lab, "iputils-ping", &["ping"], "pings in the lab"),
-    package(
-        Purpose::Lab,
-        "ethtool",
-        &["ethtool"],
-        "sets offloads in the lab",
-    ),
-    package(
-        Purpose::Lab,
-        "nftables",
-        &["nft"],
-        "shows that nothing is left behind",
-    ),
-    package(
-        Purpose::Lab,
-        "wireguard-tools",
-        &["wg"],
-        "sets up the lab's laptops",
-    ),
-    package(
-        Purpose::Lab,
-        "wireguard-go",
-        &["wireguard-go"],
-        "the laptops' WireGuard",
-    ),
-    package(Purpose::Lab, "iperf3", &["iperf3"], "measures throughput"),
-    package(
-        Purpose::Lab,
-        "curl",
-        &["curl"],
-        "downloads through the tunnel",
-    ),
-    package(
-        Purpose::Lab,
-        "tcpdump",
-        &["tcpdump"],
-        "shows packets of a failed test",
-    ),
-    package(
-        Purpose::Lab,
-        "postgresql",
-        &["/usr/lib/postgresql/*/bin/initdb"],
-        "the database behind the router",
-    ),
-    package(
-        Purpose::Ci,
-        "musl-tools",
-        &["musl-gcc"],
-        "compiles for the static binary",
-    ),
+    package(Purpose::Ci, "musl-tools", "musl-gcc", OTHER_TARGET),
     #[cfg(target_arch = "x86_64")]
     package(
         Purpose::Ci,
         "gcc-aarch64-linux-gnu",
-        &["aarch64-linux-gnu-gcc"],
-        "compiles for aarch64",
+        "aarch64-linux-gnu-gcc",
+        OTHER_TARGET,
     ),
     #[cfg(target_arch = "x86_64")]
     package(
         Purpose::Ci,
         "libc6-dev-arm64-cross",
-        &["/usr/aarch64-linux-gnu/include/stdio.h"],
-        "compiles for aarch64",
+        "/usr/aarch64-linux-gnu/include/stdio.h",
+        OTHER_TARGET,
     ),
     #[cfg(target_arch = "aarch64")]
     package(
         Purpose::Ci,
         "gcc-x86-64-linux-gnu",
-        &["x86_64-linux-gnu-gcc"],
-        "compiles for x86-64",
+        "x86_64-linux-gnu-gcc",
+        OTHER_TARGET,
     ),
     #[cfg(target_arch = "aarch64")]
     package(
         Purpose::Ci,
         "libc6-dev-amd64-cross",
-        &["/usr/x86_64-linux-gnu/include/stdio.h"],
-        "compiles for x86-64",
+        "/usr/x86_64-linux-gnu/include/stdio.h",
+        OTHER_TARGET,
     ),
     package(
         Purpose::Comfort,
         "bpftool",
-        &["bpftool"],
-        "lists loaded programs",
+        "bpftool",
+        "lists programs and maps",
     ),
+    package(Purpose::Comfort, "tcpdump", "tcpdump", "shows packets"),
 ];
 
 /// Whether this is Debian or one of its children.
@@ -138,21 +92,27 @@ pub(crate) fn is_here() -> bool {
     run::which("apt-get").is_some()
 }
 
-/// Installs `needed`, and of `wanted` what the distribution has. Starts no service and leaves no
-/// database cluster behind that was not there before.
+/// Services that these packages would start with the machine. The lab starts its own.
+const SERVICES: [&str; 2] = ["nginx.service", "postgresql.service"];
+
+/// Installs `needed`, and of `wanted` what the distribution has. Starts no service, and leaves no
+/// service enabled and no database cluster made that was not there before.
 pub(crate) fn install(needed: &[&str], wanted: &[&str]) -> Result<()> {
-    let _quiet = ServicesHeld::new()?;
-    let clusters = clusters();
+    let _held = ServicesHeld::new()?;
+    let (services, clusters) = (enabled(), clusters());
     // Stale lists name versions that the archive has no longer. An archive that does not answer
     // need not be one of those that hold our packages.
-    if let Err(error) = run::long("package lists", apt_get().arg("update")) {
+    if let Err(error) = run::long("package lists", &mut apt_get("update", &[])) {
         println!("  going on with the lists at hand: {error:#}");
     }
-    run::long("packages", apt_get().arg("install").args(needed))?;
+    run::long("packages", &mut apt_get("install", needed))?;
     for package in wanted {
-        if let Err(error) = run::long("package", apt_get().args(["install", package])) {
+        if let Err(error) = run::long("package", &mut apt_get("install", &[package])) {
             println!("  {package} is only for comfort; going on without it: {error:#}");
         }
+    }
+    for link in enabled().difference(&services) {
+        fs::remove_file(link).with_context(|| link.display().to_string())?;
     }
     for cluster in self::clusters().difference(&clusters) {
         drop_cluster(cluster)?;
@@ -160,15 +120,26 @@ pub(crate) fn install(needed: &[&str], wanted: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn apt_get() -> Command {
+fn apt_get(task: &str, packages: &[&str]) -> Command {
     let mut command = run::command("apt-get");
     command
         .env("DEBIAN_FRONTEND", "noninteractive")
         .env("NEEDRESTART_SUSPEND", "1")
+        .arg(task)
+        .args(packages)
         .args(["--yes", "--no-install-recommends"])
         .args(["-o", "DPkg::Lock::Timeout=300"])
         .args(["-o", "Dpkg::Options::=--force-confold"]);
     command
+}
+
+/// The links by which systemd starts `SERVICES` with the machine.
+fn enabled() -> BTreeSet<PathBuf> {
+    SERVICES
+        .iter()
+        .map(|service| Path::new("/etc/systemd/system/multi-user.target.wants").join(service))
+        .filter(|link| link.is_symlink())
+        .collect()
 }
 
 /// PostgreSQL's clusters: one folder per version and name.

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::apt::{self, Package};
+use crate::requirements::{self, REQUIREMENTS, Requirement};
 use crate::run;
 use crate::rust::{self, Toolchain};
 
@@ -107,6 +108,7 @@ pub(crate) fn survey(toolchain: &Toolchain, purposes: &[Purpose]) -> Vec<Need> {
         purpose: Purpose::Ci,
         mend: Mend::Target(target),
     }));
+    needs.extend(REQUIREMENTS.iter().map(requirement));
     needs.extend(apt::PACKAGES.iter().map(package));
     needs.retain(|need| purposes.contains(&need.purpose));
     needs
@@ -159,21 +161,26 @@ fn package(package: &Package) -> Need {
         what: package.name.to_owned(),
         why: package.why,
         purpose: package.purpose,
-        lack: absent(package.signs.iter().any(|sign| is_there(sign))),
+        lack: absent(is_there(package.sign)),
         mend: Mend::Package(package.name),
     }
 }
 
-/// Whether a program, or a file given by its absolute path, is there. One folder of the path may
-/// be `*`.
-fn is_there(sign: &str) -> bool {
-    if let Some((parent, rest)) = sign.split_once("/*/") {
-        return Path::new(parent).read_dir().is_ok_and(|entries| {
-            entries
-                .flatten()
-                .any(|entry| entry.path().join(rest).exists())
-        });
+fn requirement(requirement: &Requirement) -> Need {
+    Need {
+        what: requirement.program.to_owned(),
+        why: match requirement.need {
+            requirements::Need::Tests => "used by the tests in namespaces and the demo",
+            requirements::Need::Demo => "used by the demo",
+        },
+        purpose: Purpose::Lab,
+        lack: absent(run::which(requirement.program).is_some()),
+        mend: Mend::Package(requirement.package),
     }
+}
+
+/// Whether a program, or a file given by its absolute path, is there.
+fn is_there(sign: &str) -> bool {
     if sign.starts_with('/') {
         return Path::new(sign).exists();
     }
@@ -220,14 +227,5 @@ mod tests {
     fn releases_compare_by_number() {
         assert!(release("0.9.14") < release("0.13.0"));
         assert!(release("0.13.1") > release("0.13.0"));
-    }
-
-    #[test]
-    fn files_are_found_by_path_by_pattern_and_by_name() {
-        assert!(is_there("/proc/self/exe"));
-        assert!(is_there("/proc/*/exe"));
-        assert!(is_there("sh"));
-        assert!(!is_there("/proc/*/no-such-file"));
-        assert!(!is_there("sluice-no-such-program"));
     }
 }

@@ -10,6 +10,10 @@ mod doctor;
 mod machine;
 mod peers;
 mod probe;
+/// What the lab runs. Taken as a file, for the lab itself is much to compile before any task starts.
+#[path = "../../tests/src/requirements.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod requirements;
 mod run;
 mod rust;
 mod setup;

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::requirements;
+
 /// How often a long step tells that it is alive when its output goes to a file.
 const HEARTBEAT: Duration = Duration::from_secs(20);
 /// How often the moving line of a long step is drawn anew on a terminal.
@@ -34,29 +36,16 @@ pub(crate) fn cargo_home() -> PathBuf {
     )
 }
 
-/// Finds a program as the shell would. Also looks where `cargo install` puts programs and where
-/// Debian keeps those meant for root, for these folders are often not on a user's path.
+/// Finds a program, also where `cargo install` puts it, for that folder is not on every path.
 pub(crate) fn which(program: &str) -> Option<PathBuf> {
-    env::split_paths(&search_path())
-        .map(|folder| folder.join(program))
-        .find(|path| path.is_file())
+    let installed = cargo_home().join("bin").join(program);
+    requirements::find(program).or_else(|| installed.is_file().then_some(installed))
 }
 
 fn search_path() -> OsString {
     let own = env::var_os("PATH").unwrap_or_default();
-    let more = [
-        cargo_home().join("bin"),
-        "/usr/local/sbin".into(),
-        "/usr/sbin".into(),
-        "/sbin".into(),
-    ];
-    let mut folders: Vec<PathBuf> = env::split_paths(&own).collect();
-    for folder in more {
-        if !folders.contains(&folder) {
-            folders.push(folder);
-        }
-    }
-    env::join_paths(folders).unwrap_or(own)
+    let more = [cargo_home().join("bin"), "/usr/sbin".into(), "/sbin".into()];
+    env::join_paths(env::split_paths(&own).chain(more)).unwrap_or(own)
 }
 
 /// A command that runs in the repository with the search path of [`which`] and no standard input.
@@ -178,9 +167,9 @@ pub(crate) fn long(purpose: &str, command: &mut Command) -> Result<()> {
     check(command, status)
 }
 
-/// Runs a program, shows its output as it comes, and hands each line of its standard output to
-/// `each`.
-pub(crate) fn tee(command: &mut Command, mut each: impl FnMut(&str)) -> Result<ExitStatus> {
+/// Runs a program, and shows those lines of its standard output, as they come, for which `show` says
+/// so.
+pub(crate) fn tee(command: &mut Command, mut show: impl FnMut(&str) -> bool) -> Result<ExitStatus> {
     println!("> {}", line(command));
     let mut child = command
         .stdout(Stdio::piped())
@@ -198,10 +187,11 @@ pub(crate) fn tee(command: &mut Command, mut each: impl FnMut(&str)) -> Result<E
         {
             break;
         }
-        io::stdout()
-            .write_all(&bytes)
-            .context("cannot write the output")?;
-        each(String::from_utf8_lossy(&bytes).trim_end());
+        if show(String::from_utf8_lossy(&bytes).trim_end()) {
+            io::stdout()
+                .write_all(&bytes)
+                .context("cannot write the output")?;
+        }
     }
     child.wait().context("cannot wait for a child")
 }

@@ -118,14 +118,18 @@ fn lacking(toolchain: &Toolchain, purposes: &[Purpose]) -> Vec<Need> {
 
 fn packages(lacking: &[Need]) -> Result<()> {
     let names = |comfort: bool| -> Vec<&str> {
-        lacking
+        let mut names: Vec<&str> = lacking
             .iter()
             .filter(|need| (need.purpose == Purpose::Comfort) == comfort)
             .filter_map(|need| match need.mend {
                 Mend::Package(name) => Some(name),
                 _ => None,
             })
-            .collect()
+            .collect();
+        // One package may bring several programs.
+        names.sort_unstable();
+        names.dedup();
+        names
     };
     let (needed, wanted) = (names(false), names(true));
     if needed.is_empty() {

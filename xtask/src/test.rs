@@ -1,6 +1,7 @@
 //! `cargo xtask test`: all tests, and one line that sums them up.
 
 use std::env;
+use std::fmt;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
@@ -40,23 +41,22 @@ pub(crate) fn all(unit: bool, filter: Option<&str>) -> Result<ExitCode> {
     } else {
         tests.env("SLUICE_BIN", build::tests()?);
     }
-    if let Some(filter) = filter {
-        tests.args(["--", filter]);
-    }
+    // Tests that skip themselves say so in their output only.
+    tests.args(["--", "--show-output"]).args(filter);
     let status = run::tee(&mut tests, |line| tally.read(line))?;
     if skip_lab {
-        tally.skipped += lab_tests(filter)?;
+        tally.ignored += lab_tests(filter)?;
         println!("not root: the tests in network namespaces were skipped; to run them:");
         println!("  sudo env \"PATH=$PATH\" cargo xtask test");
+    }
+    for reason in &tally.reasons {
+        println!("skipped: {reason}");
     }
     for name in &tally.failures {
         println!("failed: {name}");
     }
-    println!(
-        "tests: {} passed, {} failed, {} skipped",
-        tally.passed, tally.failed, tally.skipped
-    );
-    if tally.passed + tally.failed + tally.skipped == 0 && status.success() {
+    println!("{tally}");
+    if tally.passed + tally.failed + tally.ignored == 0 && status.success() {
         bail!("no test has `{}` in its name", filter.unwrap_or_default());
     }
     Ok(if status.success() && tally.failed == 0 {
@@ -88,40 +88,79 @@ fn lab_tests(filter: Option<&str>) -> Result<usize> {
 /// What the test programs said.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Tally {
+    /// As libtest counts them: a test that skipped itself is among them.
     passed: usize,
     failed: usize,
-    skipped: usize,
+    ignored: usize,
+    /// Names of the tests that failed.
     failures: Vec<String>,
+    /// Tests that skipped themselves, with their reason.
+    reasons: Vec<String>,
+    /// The output of passed tests is being read, and here is whose.
+    passed_output: Option<String>,
 }
 
 impl Tally {
-    /// Takes in one line of libtest's output.
-    fn read(&mut self, line: &str) {
-        if let Some(name) = line
-            .strip_prefix("test ")
-            .and_then(|rest| rest.strip_suffix(" ... FAILED"))
-        {
+    /// Takes in one line of libtest's output and tells whether the reader should see it: all but
+    /// the output of passed tests, which is read for `skipped: ` alone.
+    fn read(&mut self, line: &str) -> bool {
+        if line == "successes:" {
+            self.passed_output = Some(String::new());
+        } else if line == "failures:" || line.starts_with("test result: ") {
+            self.passed_output = None;
+        }
+        if let Some(test) = &mut self.passed_output {
+            if let Some(name) = enclosed(line, "---- ", " stdout ----") {
+                name.clone_into(test);
+            } else if let Some(reason) = line.strip_prefix("skipped: ") {
+                self.reasons.push(format!("{test}: {reason}"));
+            }
+            return false;
+        }
+        if let Some(name) = enclosed(line, "test ", " ... FAILED") {
             self.failures.push(name.to_owned());
         }
-        let Some((_, counts)) = line
+        if let Some((_, counts)) = line
             .strip_prefix("test result: ")
             .and_then(|rest| rest.split_once(". "))
-        else {
-            return;
-        };
+        {
+            self.add(counts);
+        }
+        true
+    }
+
+    fn add(&mut self, counts: &str) {
         for count in counts.split("; ") {
             let Some((number, word)) = count.split_once(' ') else {
                 continue;
             };
-            let number = number.parse().unwrap_or(0);
+            let number: usize = number.parse().unwrap_or(0);
             match word {
                 "passed" => self.passed += number,
                 "failed" => self.failed += number,
-                "ignored" => self.skipped += number,
+                "ignored" => self.ignored += number,
                 _ => {}
             }
         }
     }
+}
+
+/// The line that sums up.
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let skipped = self.reasons.len();
+        write!(
+            f,
+            "tests: {} passed, {} failed, {} skipped",
+            self.passed.saturating_sub(skipped),
+            self.failed,
+            self.ignored + skipped
+        )
+    }
+}
+
+fn enclosed<'a>(line: &'a str, before: &str, after: &str) -> Option<&'a str> {
+    line.strip_prefix(before)?.strip_suffix(after)
 }
 
 #[cfg(test)]
@@ -131,21 +170,36 @@ mod tests {
     #[test]
     fn results_of_several_programs_add_up() {
         let mut tally = Tally::default();
-        for line in [
+        let lines = [
             "running 3 tests",
             "test a::b ... ok",
             "test a::c ... FAILED",
+            "",
+            "successes:",
+            "",
+            "---- a::b stdout ----",
+            "skipped: not root",
+            "",
+            "successes:",
+            "    a::b",
+            "",
+            "failures:",
+            "---- a::c stdout ----",
+            "skipped: is only a word here",
             "test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
             "test result: ok. 4 passed; 0 failed; 2 ignored; 0 measured; 7 filtered out; finished in 0.00s",
-        ] {
-            tally.read(line);
-        }
+        ];
+        let shown = lines.iter().filter(|line| tally.read(line)).count();
+        assert_eq!(shown, lines.len() - 8);
         let expected = Tally {
             passed: 6,
             failed: 1,
-            skipped: 2,
+            ignored: 2,
             failures: vec!["a::c".to_owned()],
+            reasons: vec!["a::b: not root".to_owned()],
+            passed_output: None,
         };
         assert_eq!(tally, expected);
+        assert_eq!(tally.to_string(), "tests: 5 passed, 1 failed, 3 skipped");
     }
 }
