@@ -9,10 +9,12 @@ mod clear;
 pub mod cpu;
 pub mod generator;
 pub mod host;
+pub mod mtu;
 pub mod report;
 pub mod run;
+mod sockopt;
 pub mod stats;
 pub mod wireguard;
 
 /// Every suite, in the order in which they run.
-pub const SUITES: &[case::SuiteEntry] = &[clear::ENTRY, wireguard::ENTRY];
+pub const SUITES: &[case::SuiteEntry] = &[clear::ENTRY, wireguard::ENTRY, mtu::ENTRY];

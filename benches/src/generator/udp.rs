@@ -5,6 +5,8 @@ use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 
+use crate::sockopt;
+
 /// Most bytes that one GSO send carries: what fits an IPv4 packet beside its UDP header.
 pub(crate) const GSO_BYTES: usize = 65_507;
 /// Most datagrams that one GSO send carries: UDP_MAX_SEGMENTS of include/linux/udp.h before 6.9.
@@ -256,35 +258,17 @@ impl Receiver {
     }
 }
 
-fn set<T>(socket: &UdpSocket, level: i32, name: i32, value: &T) -> io::Result<()> {
-    // SAFETY: `value` is readable for its size.
-    let rc = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            name,
-            std::ptr::from_ref(value).cast(),
-            size_of::<T>() as libc::socklen_t,
-        )
-    };
-    if rc == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 /// Asks for large buffers (past the system's limit where we have the right) and for GRO.
 pub(crate) fn prepare(socket: &UdpSocket, buffer: i32) -> io::Result<()> {
     for (force, plain) in [
         (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF),
         (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF),
     ] {
-        if set(socket, libc::SOL_SOCKET, force, &buffer).is_err() {
-            set(socket, libc::SOL_SOCKET, plain, &buffer)?;
+        if sockopt::set(socket, libc::SOL_SOCKET, force, buffer).is_err() {
+            sockopt::set(socket, libc::SOL_SOCKET, plain, buffer)?;
         }
     }
-    set(socket, libc::SOL_UDP, libc::UDP_GRO, &1i32)
+    sockopt::set(socket, libc::SOL_UDP, libc::UDP_GRO, 1i32)
 }
 
 /// Makes the socket drop everything that arrives from now on, at the cost of one BPF instruction.
@@ -299,27 +283,13 @@ pub(crate) fn drop_all(socket: &UdpSocket) -> io::Result<()> {
         len: code.len() as u16,
         filter: code.as_mut_ptr(),
     };
-    set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+    sockopt::set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, program)
 }
 
 /// Datagrams that the kernel dropped because this socket's receive buffer was full. A GRO
 /// super-packet counts once.
 pub(crate) fn overflow(socket: &UdpSocket) -> io::Result<u32> {
-    let mut info = [0u32; 16];
-    let mut length = size_of_val(&info) as libc::socklen_t;
-    // SAFETY: `info` is writable for `length` bytes.
-    let rc = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_MEMINFO,
-            info.as_mut_ptr().cast(),
-            &raw mut length,
-        )
-    };
-    if rc != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    let info = sockopt::get::<16>(socket, libc::SOL_SOCKET, libc::SO_MEMINFO)?;
     Ok(info[libc::SK_MEMINFO_DROPS as usize])
 }
 
@@ -384,7 +354,7 @@ mod tests {
     #[test]
     fn a_full_buffer_is_counted_and_a_dropping_socket_takes_nothing() {
         let (a, b) = pair();
-        set(&b, libc::SOL_SOCKET, libc::SO_RCVBUF, &4096i32).unwrap();
+        sockopt::set(&b, libc::SOL_SOCKET, libc::SO_RCVBUF, 4096i32).unwrap();
         for _ in 0..100 {
             a.send(&[0; 1000]).unwrap();
         }

@@ -2,7 +2,6 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -11,6 +10,7 @@ use anyhow::{Context as _, anyhow, bail};
 use super::bed::{Bed, ECHO, SERVER};
 use super::tcp;
 use crate::case::{Effort, Measurement, Round};
+use crate::sockopt;
 
 /// After this a packet counts as lost.
 const PATIENCE: Duration = Duration::from_millis(500);
@@ -187,15 +187,5 @@ fn open_one(to: SocketAddr) -> io::Result<()> {
         l_onoff: 1,
         l_linger: 0,
     };
-    // SAFETY: `linger` is readable for its size.
-    unsafe {
-        libc::setsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_LINGER,
-            (&raw const linger).cast(),
-            size_of::<libc::linger>() as libc::socklen_t,
-        )
-    };
-    Ok(())
+    sockopt::set(&stream, libc::SOL_SOCKET, libc::SO_LINGER, linger)
 }

@@ -3,8 +3,8 @@
 
 mod bed;
 mod latency;
-mod programs;
-mod router;
+pub(crate) mod programs;
+pub(crate) mod router;
 mod tcp;
 mod udp;
 
