@@ -1,2 +1,15 @@
 //! Packet logic and map ABI of Sluice's eBPF programs, compiled for BPF and for the host alike.
+//!
+//! A packet goes through [`packet::parse`], [`decide::decide`] and [`rewrite::apply`]. All three
+//! see the packet through [`packet::Frame`] and the maps through [`decide::Tables`]; the kernel's
+//! implementations of these two traits are in the binary, the tests have their own. Every outcome
+//! is a [`verdict::Verdict`].
 #![cfg_attr(target_arch = "bpf", no_std)]
+
+pub mod abi;
+pub mod csum;
+pub mod decide;
+pub mod mss;
+pub mod packet;
+pub mod rewrite;
+pub mod verdict;

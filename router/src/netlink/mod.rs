@@ -8,10 +8,10 @@ mod changes;
 mod routes;
 mod rules;
 #[allow(dead_code)] // the nf_tables part follows
-mod socket;
+pub(crate) mod socket;
 pub mod sysctl;
 #[allow(dead_code)] // the nf_tables part follows
-mod wire;
+pub(crate) mod wire;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex};

@@ -1,0 +1,254 @@
+//! What user space and the programs share: names, keys and values of the maps.
+//!
+//! Addresses are big-endian byte arrays. Interface indexes, MTUs and counters are in host byte
+//! order, since both sides run on one machine. Padding is explicit and zero. Bump [`ABI_VERSION`]
+//! with every change of a name, size or meaning: pinned maps outlive the daemon that made them.
+
+use core::mem::{align_of, offset_of, size_of};
+
+use crate::verdict::Verdict;
+
+/// Version of everything in this module.
+pub const ABI_VERSION: u32 = 1;
+
+/// Name of the program on the TUN device's ingress, also the name of its clsact filter.
+pub const FROM_OVERLAY: &str = "sluice_from_overlay";
+/// Name of the program on the subnet-side NICs' ingress, also the name of its clsact filter.
+pub const FROM_SUBNET: &str = "sluice_from_subnet";
+
+/// Map of one [`Settings`] (array).
+pub const SETTINGS: &str = "SETTINGS";
+/// Map of the overlay CIDRs (LPM trie from [`Prefix`] to [`Overlay`]).
+pub const OVERLAY: &str = "OVERLAY";
+/// Map of the advertised routes (LPM trie from [`Prefix`] to [`Route`]).
+pub const ROUTES: &str = "ROUTES";
+/// Map of the subnet-side NICs (hash from interface index, `u32`, to [`Link`]).
+pub const LINKS: &str = "LINKS";
+/// Map of the counters (per-CPU array of [`Counter`], see [`Side::counter`]).
+pub const COUNTERS: &str = "COUNTERS";
+
+/// Most overlay CIDRs.
+pub const MAX_OVERLAY: usize = 1 << 18;
+/// Most advertised routes, both families.
+pub const MAX_ROUTES: usize = 1 << 14;
+/// Most subnet-side NICs.
+pub const MAX_LINKS: usize = 256;
+/// Slots of [`COUNTERS`]: one for each program and verdict.
+pub const MAX_COUNTERS: usize = Side::ALL.len() * Verdict::ALL.len();
+
+/// Which program a packet is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// [`FROM_OVERLAY`]: from the TUN device toward the subnet.
+    Overlay,
+    /// [`FROM_SUBNET`]: from a subnet-side NIC toward the TUN device.
+    Subnet,
+}
+
+impl Side {
+    /// Both programs.
+    pub const ALL: [Self; 2] = [Self::Overlay, Self::Subnet];
+
+    /// The program's label in metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Overlay => "from_overlay",
+            Self::Subnet => "from_subnet",
+        }
+    }
+
+    /// The program's name in the object.
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::Overlay => FROM_OVERLAY,
+            Self::Subnet => FROM_SUBNET,
+        }
+    }
+
+    /// Bytes in front of the IP header where the program runs.
+    pub const fn header_offset(self) -> u32 {
+        match self {
+            Self::Overlay => 0,
+            Self::Subnet => 14,
+        }
+    }
+
+    /// Slot of [`COUNTERS`] for this program and `verdict`.
+    #[inline(always)]
+    pub const fn counter(self, verdict: Verdict) -> u32 {
+        self as u32 * Verdict::ALL.len() as u32 + verdict as u32
+    }
+}
+
+/// The data of an LPM key; family and IPv4 address share the first eight bytes, which the kernel
+/// compares in one step.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address {
+    /// 4 or 6, then zeros.
+    pub family: [u8; 4],
+    /// The address, big-endian; an IPv4 address is in the first four bytes, the rest is zero.
+    pub octets: [u8; 16],
+}
+
+impl Address {
+    /// An IPv4 address.
+    #[inline(always)]
+    pub const fn v4([a, b, c, d]: [u8; 4]) -> Self {
+        Self {
+            family: [4, 0, 0, 0],
+            octets: [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        }
+    }
+
+    /// An IPv6 address.
+    #[inline(always)]
+    pub const fn v6(octets: [u8; 16]) -> Self {
+        Self {
+            family: [6, 0, 0, 0],
+            octets,
+        }
+    }
+
+    /// Whether this is an IPv4 address.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.family[0] == 4
+    }
+
+    /// The IPv4 address; meaningless for IPv6.
+    #[inline(always)]
+    pub const fn v4_octets(&self) -> [u8; 4] {
+        let [a, b, c, d, ..] = self.octets;
+        [a, b, c, d]
+    }
+}
+
+/// A key of [`OVERLAY`] and [`ROUTES`]. Aligned, so that programs fill it word by word.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Prefix {
+    /// Bits of `address` that count; the family's bits come first.
+    pub len: u32,
+    /// Family and address; the bits beyond `len` are zero.
+    pub address: Address,
+}
+
+impl Prefix {
+    /// The longest `len`.
+    pub const BITS: u32 = 8 * size_of::<Address>() as u32;
+
+    /// The key that looks up `address`.
+    #[inline(always)]
+    pub const fn host(address: Address) -> Self {
+        Self {
+            len: Self::BITS,
+            address,
+        }
+    }
+
+    /// The key of a CIDR with `len` bits.
+    pub const fn cidr(address: Address, len: u8) -> Self {
+        Self {
+            len: 8 * size_of::<[u8; 4]>() as u32 + len as u32,
+            address,
+        }
+    }
+}
+
+/// What both programs must know.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// [`ABI_VERSION`] of the writer.
+    pub abi_version: u32,
+    /// [`Settings::POLICY`] and [`Settings::FIB_MTU`].
+    pub flags: u32,
+    /// Interface index of the TUN device.
+    pub tun: u32,
+    /// Tunnel MTU in bytes.
+    pub mtu: u32,
+}
+
+impl Settings {
+    /// Flag: policy rules exist, which only the kernel datapath applies.
+    pub const POLICY: u32 = 1 << 0;
+    /// Flag: the kernel's FIB lookup answers with the MTU of the path (Linux 5.12).
+    pub const FIB_MTU: u32 = 1 << 1;
+}
+
+/// Value of [`OVERLAY`]. Only the key matters yet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Overlay {
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Value of [`ROUTES`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Route {
+    /// [`Route::STACK`] and [`Route::SNAT`].
+    pub flags: u32,
+}
+
+impl Route {
+    /// Flag: the kernel stack must see the packets.
+    pub const STACK: u32 = 1 << 0;
+    /// Flag: the kernel translates the sources.
+    pub const SNAT: u32 = 1 << 1;
+}
+
+/// Value of [`LINKS`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    /// MTU in bytes.
+    pub mtu: u32,
+}
+
+/// Value of [`COUNTERS`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counter {
+    /// Packets; a super-packet counts once.
+    pub packets: u64,
+    /// Bytes at the IP layer.
+    pub bytes: u64,
+}
+
+macro_rules! layout {
+    ($($type:ty: $size:literal, align $align:literal { $($field:ident: $offset:literal),* })*) => {
+        $(const _: () = {
+            assert!(size_of::<$type>() == $size);
+            assert!(align_of::<$type>() == $align);
+            $(assert!(offset_of!($type, $field) == $offset);)*
+        };)*
+    };
+}
+
+layout! {
+    Address: 20, align 1 { family: 0, octets: 4 }
+    Prefix: 24, align 8 { len: 0, address: 4 }
+    Settings: 16, align 4 { abi_version: 0, flags: 4, tun: 8, mtu: 12 }
+    Overlay: 4, align 4 { reserved: 0 }
+    Route: 4, align 4 { flags: 0 }
+    Link: 4, align 4 { mtu: 0 }
+    Counter: 16, align 8 { packets: 0, bytes: 8 }
+}
+
+#[cfg(all(feature = "user", not(target_arch = "bpf")))]
+mod pod {
+    macro_rules! pod {
+        ($($type:ident),*) => {
+            $(
+                // SAFETY: `repr(C)`, integers and byte arrays only, and the sum of the fields is
+                // the size (asserted above), so there is no padding.
+                unsafe impl aya::Pod for super::$type {}
+            )*
+        };
+    }
+
+    pod!(Address, Settings, Overlay, Route, Link, Counter);
+}

@@ -1,0 +1,93 @@
+//! The one list of what can become of a packet.
+
+/// What the outermost function of a program does with a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// The fast path carries it.
+    Forward,
+    /// The kernel stack carries it, on purpose.
+    Slow,
+    /// It is none of ours: the stack gets it untouched.
+    Pass,
+    /// It ends here.
+    Drop,
+}
+
+macro_rules! verdicts {
+    ($($name:ident $class:ident $label:literal $text:literal;)*) => {
+        /// What became of a packet. The order is part of the map ABI.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        pub enum Verdict {
+            $(#[doc = $text] $name,)*
+        }
+
+        impl Verdict {
+            /// Every verdict, in the order of the counters.
+            pub const ALL: &'static [Self] = &[$(Self::$name),*];
+
+            /// Metric label.
+            pub const fn label(self) -> &'static str {
+                match self { $(Self::$name => $label,)* }
+            }
+
+            /// One sentence for people.
+            pub const fn text(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+
+            /// What the program does.
+            #[inline(always)]
+            pub const fn class(self) -> Class {
+                match self { $(Self::$name => Class::$class,)* }
+            }
+        }
+    };
+}
+
+verdicts! {
+    Forwarded Forward "forwarded" "Carried by the fast path.";
+    PassUnrelated Pass "pass_unrelated" "Not a packet between subnet and overlay; the underlay is most of it.";
+    SlowNotRouted Slow "slow_not_routed" "The subnet side of the packet is in no advertised route.";
+    SlowStackRoute Slow "slow_stack_route" "The route is marked for the kernel stack.";
+    SlowSnat Slow "slow_snat" "The kernel translates the sources of this route.";
+    SlowPolicy Slow "slow_policy" "Policy rules exist, and the kernel applies them.";
+    SlowScope Slow "slow_scope" "Multicast, broadcast, loopback or link-local address.";
+    SlowFragment Slow "slow_fragment" "A fragment.";
+    SlowOptions Slow "slow_options" "IPv4 options or an IPv6 extension header.";
+    SlowProtocol Slow "slow_protocol" "Neither TCP, UDP nor ICMP.";
+    SlowTransport Slow "slow_transport" "The transport header is cut short or impossible.";
+    SlowTtl Slow "slow_ttl" "The TTL ends here, and the kernel sends the ICMP error.";
+    SlowMtu Slow "slow_mtu" "Too big for the way on; the kernel fragments it or sends the ICMP error.";
+    SlowToRouter Slow "slow_to_router" "The kernel would not forward it: an address of the router itself, or no route.";
+    SlowNoNeighbour Slow "slow_no_neighbour" "The next hop's hardware address is not known yet; the kernel resolves it.";
+    SlowOtherLink Slow "slow_other_link" "The kernel's route leads to an interface that the programs are not attached to.";
+    SlowFib Slow "slow_fib" "The kernel's routing refuses it or needs more than a header: forwarding off, blackhole, prohibit, encapsulation.";
+    DropSpoofed Drop "drop_spoofed" "From the tunnel, with a source that is no peer's.";
+    DropMalformed Drop "drop_malformed" "From the tunnel, and not a whole IP packet.";
+    DropInternal Drop "drop_internal" "The kernel could not change the packet (no memory).";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_unique_and_tell_the_class() {
+        for (index, verdict) in Verdict::ALL.iter().enumerate() {
+            assert_eq!(*verdict as usize, index);
+            let prefix = match verdict.class() {
+                Class::Forward => "forwarded",
+                Class::Slow => "slow_",
+                Class::Pass => "pass_",
+                Class::Drop => "drop_",
+            };
+            assert!(verdict.label().starts_with(prefix), "{verdict:?}");
+            let twins = Verdict::ALL
+                .iter()
+                .filter(|v| v.label() == verdict.label())
+                .count();
+            assert_eq!(twins, 1, "{verdict:?}");
+        }
+    }
+}

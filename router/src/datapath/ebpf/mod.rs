@@ -1,0 +1,271 @@
+//! The eBPF datapath: loads, attaches and feeds the programs of `router-ebpf`.
+//!
+//! Attachments and maps are held by file descriptors, or (clsact) found again by name, so that
+//! nothing of ours outlives the daemon unnoticed.
+
+mod attach;
+mod clsact;
+mod object;
+mod tables;
+
+use std::collections::BTreeMap;
+use std::error::Error as StdError;
+use std::io;
+
+use aya::EbpfLoader;
+use aya::maps::{MapType, PerCpuArray};
+use aya::programs::{ProgramError, ProgramType, SchedClassifier};
+use aya::sys::SyscallError;
+use aya::util::KernelVersion;
+use router_ebpf::abi::{self, Side};
+use router_ebpf::verdict::Verdict;
+
+pub use attach::AttachMode;
+pub use object::object;
+
+use super::{Counter, Datapath, Error, Link, Spec};
+use attach::Attachment;
+use tables::Tables;
+
+/// The oldest kernel that the programs are written for.
+const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
+
+/// The programs and maps of one TUN device.
+pub struct Ebpf {
+    programs: aya::Ebpf,
+    tables: Tables,
+    counters: PerCpuArray<aya::maps::MapData, abi::Counter>,
+    /// How programs are attached; `None` until the first one has shown what the kernel offers.
+    mode: Option<AttachMode>,
+    attached: BTreeMap<(u32, &'static str), Attachment>,
+    /// What is in force.
+    spec: Option<Spec>,
+}
+
+impl Ebpf {
+    /// Tells in one sentence why this kernel or these rights do not allow the eBPF datapath.
+    pub fn support() -> Result<(), Error> {
+        let context = "use eBPF";
+        let version = KernelVersion::current().map_err(|error| failed(context, error))?;
+        if version < OLDEST_KERNEL {
+            return Err(failed(context, "it needs Linux 5.10 or later"));
+        }
+        let program = aya::sys::is_program_supported(ProgramType::SchedClassifier);
+        if !program.map_err(|error| refused(context, error))? {
+            return Err(failed(
+                context,
+                "the kernel has no traffic control programs",
+            ));
+        }
+        let map = aya::sys::is_map_supported(MapType::LpmTrie);
+        if !map.map_err(|error| refused(context, error))? {
+            return Err(failed(context, "the kernel has no LPM maps"));
+        }
+        Ok(())
+    }
+
+    /// Loads the programs. They are attached by the first [`Datapath::apply`], by tcx where the
+    /// kernel has it (6.6), else by clsact.
+    pub fn load() -> Result<Self, Error> {
+        Self::load_for(None)
+    }
+
+    /// Loads the programs, to be attached in the given way only.
+    pub fn load_for(mode: Option<AttachMode>) -> Result<Self, Error> {
+        Self::support()?;
+        // Without relocations against kernel types the kernel's own BTF need not be read.
+        let mut programs = EbpfLoader::new()
+            .btf(None)
+            .load(object())
+            .map_err(|error| refused("load the eBPF maps", error))?;
+        for side in Side::ALL {
+            load_program(&mut programs, side)?;
+        }
+        let tables = Tables::take(&mut programs)?;
+        let counters = take_map(&mut programs, abi::COUNTERS)?;
+        Ok(Self {
+            programs,
+            tables,
+            counters,
+            mode,
+            attached: BTreeMap::new(),
+            spec: None,
+        })
+    }
+
+    /// How the programs are attached, `tcx` or `clsact`; `None` while they are not.
+    pub fn attach_mode(&self) -> Option<&'static str> {
+        if self.attached.is_empty() {
+            return None;
+        }
+        self.mode.map(AttachMode::label)
+    }
+
+    /// The loaded program of `side`.
+    pub fn program(&self, side: Side) -> Result<&SchedClassifier, Error> {
+        let context = format!("find {}", side.program());
+        let program = self.programs.program(side.program());
+        let program = program.ok_or_else(|| failed(&context, "the object does not have it"))?;
+        program.try_into().map_err(|error| failed(context, error))
+    }
+
+    /// Puts `spec` in force, from whatever is in force now.
+    fn install(&mut self, spec: &Spec) -> Result<(), Error> {
+        if self.attached.is_empty() {
+            clsact::remove_leftovers(spec.tun.index)
+                .map_err(|error| failed("remove what a dead daemon left attached", error))?;
+        }
+        // Maps first: a program must not judge by another network's tables.
+        self.tables.install(spec)?;
+        let wanted = wanted(spec);
+        for (key @ (_, program), link) in &wanted {
+            if self.attached.contains_key(key) {
+                continue;
+            }
+            let attachment = attach::attach(
+                &mut self.programs,
+                &mut self.mode,
+                program,
+                link,
+                spec.tun.index,
+            )?;
+            tracing::debug!(program, link = %link.name, "attached");
+            self.attached.insert(*key, attachment);
+        }
+        let stale: Vec<_> = self
+            .attached
+            .keys()
+            .filter(|key| !wanted.contains_key(*key))
+            .copied()
+            .collect();
+        for key in stale {
+            self.detach(key)?;
+        }
+        Ok(())
+    }
+
+    fn detach(&mut self, key: (u32, &'static str)) -> Result<(), Error> {
+        let Some(attachment) = self.attached.remove(&key) else {
+            return Ok(());
+        };
+        attachment.detach(&mut self.programs)
+    }
+}
+
+/// Which program belongs on which interface.
+fn wanted(spec: &Spec) -> BTreeMap<(u32, &'static str), &Link> {
+    let subnet = spec.subnet.iter().map(|link| (link, Side::Subnet));
+    std::iter::once((&spec.tun, Side::Overlay))
+        .chain(subnet)
+        .map(|(link, side)| ((link.index, side.program()), link))
+        .collect()
+}
+
+impl Datapath for Ebpf {
+    fn apply(&mut self, spec: &Spec) -> Result<(), Error> {
+        let Err(error) = self.install(spec) else {
+            self.spec = Some(spec.clone());
+            return Ok(());
+        };
+        let restored = match self.spec.clone() {
+            Some(before) => self.install(&before),
+            None => self.remove(),
+        };
+        if let Err(error) = restored {
+            tracing::warn!(%error, "the eBPF datapath could not go back to what was in force");
+        }
+        Err(error)
+    }
+
+    fn counters(&self) -> Result<Vec<Counter>, Error> {
+        let mut counters = Vec::with_capacity(abi::MAX_COUNTERS);
+        for side in Side::ALL {
+            for verdict in Verdict::ALL {
+                let slot = self
+                    .counters
+                    .get(&side.counter(*verdict), 0)
+                    .map_err(|error| failed("read the eBPF counters", error))?;
+                counters.push(Counter {
+                    program: side.label(),
+                    verdict: verdict.label(),
+                    packets: slot.iter().map(|cpu| cpu.packets).sum(),
+                    bytes: slot.iter().map(|cpu| cpu.bytes).sum(),
+                });
+            }
+        }
+        Ok(counters)
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        self.spec = None;
+        let mut outcome = Ok(());
+        for key in self.attached.keys().copied().collect::<Vec<_>>() {
+            outcome = outcome.and(self.detach(key));
+        }
+        outcome
+    }
+}
+
+fn load_program(programs: &mut aya::Ebpf, side: Side) -> Result<(), Error> {
+    let context = format!("load {}", side.program());
+    let program = programs.program_mut(side.program());
+    let program = program.ok_or_else(|| failed(&context, "the object does not have it"))?;
+    let program: &mut SchedClassifier = program
+        .try_into()
+        .map_err(|error| failed(&context, error))?;
+    program.load().map_err(|error| match error {
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => {
+            tracing::debug!(program = side.program(), %verifier_log, "refused by the verifier");
+            refused(context, io_error)
+        }
+        error => refused(context, error),
+    })
+}
+
+fn take_map<M>(programs: &mut aya::Ebpf, name: &str) -> Result<M, Error>
+where
+    M: TryFrom<aya::maps::Map, Error = aya::maps::MapError>,
+{
+    let context = format!("find the eBPF map {name}");
+    let map = programs.take_map(name);
+    let map = map.ok_or_else(|| failed(&context, "the object does not have it"))?;
+    M::try_from(map).map_err(|error| failed(context, error))
+}
+
+fn failed(context: impl Into<String>, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
+    Error {
+        context: context.into(),
+        source: source.into(),
+    }
+}
+
+/// As [`failed`], with the reason in plain words where the system has refused the call itself.
+fn refused(context: impl Into<String>, error: impl StdError + Send + Sync + 'static) -> Error {
+    match errno(&error) {
+        Some(libc::EPERM | libc::EACCES) => failed(
+            context,
+            "not permitted: it takes CAP_BPF and CAP_NET_ADMIN (before Linux 5.19, and where BPF \
+             is locked down, CAP_SYS_ADMIN); an unprivileged container has none of them",
+        ),
+        Some(libc::ENOSYS) => failed(context, "the kernel is built without the bpf system call"),
+        _ => failed(context, error),
+    }
+}
+
+/// The errno at the bottom of an error, if there is one.
+fn errno(error: &(dyn StdError + 'static)) -> Option<i32> {
+    let mut current = Some(error);
+    while let Some(error) = current {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return io.raw_os_error();
+        }
+        if let Some(syscall) = error.downcast_ref::<SyscallError>() {
+            return syscall.io_error.raw_os_error();
+        }
+        current = error.source();
+    }
+    None
+}

@@ -1,0 +1,228 @@
+//! The maps that user space fills, each changed only where it differs from what is wanted.
+
+use std::borrow::Borrow;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::IpAddr;
+
+use aya::Pod;
+use aya::maps::lpm_trie::Key;
+use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError};
+use aya::util::KernelVersion;
+use ipnet::IpNet;
+use router_ebpf::abi::{self, Address, Prefix, Settings};
+
+use super::{failed, take_map};
+use crate::control::{Route, RouteMode};
+use crate::datapath::{Error, Spec};
+
+/// Since this kernel a FIB lookup answers with the path's MTU.
+const FIB_MTU_KERNEL: KernelVersion = KernelVersion::new(5, 12, 0);
+
+/// The maps.
+pub(super) struct Tables {
+    settings: Array<MapData, Settings>,
+    overlay: Mirror<Prefix, abi::Overlay, LpmTrie<MapData, Address, abi::Overlay>>,
+    routes: Mirror<Prefix, abi::Route, LpmTrie<MapData, Address, abi::Route>>,
+    links: Mirror<u32, abi::Link, HashMap<MapData, u32, abi::Link>>,
+}
+
+impl Tables {
+    /// Takes the maps out of the loaded object.
+    pub(super) fn take(programs: &mut aya::Ebpf) -> Result<Self, Error> {
+        Ok(Self {
+            settings: take_map(programs, abi::SETTINGS)?,
+            overlay: Mirror::new(
+                take_map(programs, abi::OVERLAY)?,
+                "overlay CIDRs",
+                abi::MAX_OVERLAY,
+            ),
+            routes: Mirror::new(take_map(programs, abi::ROUTES)?, "routes", abi::MAX_ROUTES),
+            links: Mirror::new(
+                take_map(programs, abi::LINKS)?,
+                "subnet-side NICs",
+                abi::MAX_LINKS,
+            ),
+        })
+    }
+
+    /// Makes the maps say what `spec` says.
+    pub(super) fn install(&mut self, spec: &Spec) -> Result<(), Error> {
+        let overlay = spec
+            .overlay
+            .iter()
+            .map(|cidr| (prefix(cidr), abi::Overlay::default()))
+            .collect();
+        let routes = spec
+            .routes
+            .iter()
+            .map(|route| (prefix(&route.cidr), route_value(route)))
+            .collect();
+        let links = spec
+            .subnet
+            .iter()
+            .map(|link| {
+                let mtu = mtu(&link.name)
+                    .map_err(|error| failed(format!("read the MTU of {}", link.name), error))?;
+                Ok((link.index, abi::Link { mtu }))
+            })
+            .collect::<Result<_, Error>>()?;
+        self.settings
+            .set(0, settings(spec), 0)
+            .map_err(|error| failed("write the eBPF settings", error))?;
+        self.links.install(links)?;
+        self.routes.install(routes)?;
+        self.overlay.install(overlay)
+    }
+}
+
+fn settings(spec: &Spec) -> Settings {
+    let mut flags = 0;
+    if !spec.policy.rules.is_empty() {
+        flags |= Settings::POLICY;
+    }
+    if KernelVersion::current().is_ok_and(|version| version >= FIB_MTU_KERNEL) {
+        flags |= Settings::FIB_MTU;
+    }
+    Settings {
+        abi_version: abi::ABI_VERSION,
+        flags,
+        tun: spec.tun.index,
+        mtu: u32::from(spec.mtu),
+    }
+}
+
+fn route_value(route: &Route) -> abi::Route {
+    let mut flags = 0;
+    if route.mode == RouteMode::Stack {
+        flags |= abi::Route::STACK;
+    }
+    if route.snat {
+        flags |= abi::Route::SNAT;
+    }
+    abi::Route { flags }
+}
+
+fn prefix(cidr: &IpNet) -> Prefix {
+    let address = match cidr.network() {
+        IpAddr::V4(address) => Address::v4(address.octets()),
+        IpAddr::V6(address) => Address::v6(address.octets()),
+    };
+    Prefix::cidr(address, cidr.prefix_len())
+}
+
+/// MTU in bytes of the interface `name` in this thread's network namespace.
+fn mtu(name: &str) -> io::Result<u32> {
+    // SAFETY: `ifreq` consists of integers and arrays, for which zero is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays zero.
+    let room = request.ifr_name.len() - 1;
+    if name.len() > room {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (slot, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *slot = byte as libc::c_char;
+    }
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    // SAFETY: the descriptor is open, and the kernel reads and writes one `ifreq`.
+    let code = unsafe {
+        libc::ioctl(
+            std::os::fd::AsRawFd::as_raw_fd(&socket),
+            libc::SIOCGIFMTU as _,
+            &raw mut request,
+        )
+    };
+    if code < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: SIOCGIFMTU has filled this member of the union.
+    let mtu = unsafe { request.ifr_ifru.ifru_mtu };
+    u32::try_from(mtu).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// A map of keys and values as [`Mirror`] needs it.
+trait Store<K, V> {
+    fn put(&mut self, key: &K, value: &V) -> Result<(), MapError>;
+    fn delete(&mut self, key: &K) -> Result<(), MapError>;
+}
+
+impl<T, V> Store<Prefix, V> for LpmTrie<T, Address, V>
+where
+    T: Borrow<MapData> + std::borrow::BorrowMut<MapData>,
+    V: Pod,
+{
+    fn put(&mut self, key: &Prefix, value: &V) -> Result<(), MapError> {
+        self.insert(&Key::new(key.len, key.address), value, 0)
+    }
+
+    fn delete(&mut self, key: &Prefix) -> Result<(), MapError> {
+        self.remove(&Key::new(key.len, key.address))
+    }
+}
+
+impl<T, V> Store<u32, V> for HashMap<T, u32, V>
+where
+    T: Borrow<MapData> + std::borrow::BorrowMut<MapData>,
+    V: Pod,
+{
+    fn put(&mut self, key: &u32, value: &V) -> Result<(), MapError> {
+        self.insert(key, value, 0)
+    }
+
+    fn delete(&mut self, key: &u32) -> Result<(), MapError> {
+        self.remove(key)
+    }
+}
+
+/// A map, and what is in it.
+struct Mirror<K, V, M> {
+    map: M,
+    content: BTreeMap<K, V>,
+    what: &'static str,
+    max: usize,
+}
+
+impl<K: Ord + Copy, V: PartialEq + Copy, M: Store<K, V>> Mirror<K, V, M> {
+    fn new(map: M, what: &'static str, max: usize) -> Self {
+        Self {
+            map,
+            content: BTreeMap::new(),
+            what,
+            max,
+        }
+    }
+
+    /// Makes the map hold `wanted`: what is new or changed first, so that no lookup of an entry
+    /// that stays ever misses it.
+    fn install(&mut self, wanted: BTreeMap<K, V>) -> Result<(), Error> {
+        let context = format!("write the eBPF map of {}", self.what);
+        if wanted.len() > self.max {
+            let (count, max) = (wanted.len(), self.max);
+            return Err(failed(
+                context,
+                format!("{count} are more than its {max} places"),
+            ));
+        }
+        for (key, value) in &wanted {
+            if self.content.get(key) != Some(value) {
+                self.map
+                    .put(key, value)
+                    .map_err(|error| failed(&*context, error))?;
+                self.content.insert(*key, *value);
+            }
+        }
+        let stale: Vec<K> = self
+            .content
+            .keys()
+            .filter(|key| !wanted.contains_key(key))
+            .copied()
+            .collect();
+        for key in stale {
+            self.map
+                .delete(&key)
+                .map_err(|error| failed(&*context, error))?;
+            self.content.remove(&key);
+        }
+        Ok(())
+    }
+}
