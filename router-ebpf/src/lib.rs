@@ -9,6 +9,8 @@
 pub mod abi;
 pub mod csum;
 pub mod decide;
+#[cfg(not(target_arch = "bpf"))]
+pub mod memory;
 pub mod mss;
 pub mod packet;
 pub mod rewrite;

@@ -1,5 +1,6 @@
 //! Integration tests, in one binary. Most need root: see `lab::test`.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod ebpf;
 mod lab_itself;
 mod netlink;

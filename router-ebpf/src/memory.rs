@@ -1,0 +1,73 @@
+//! A packet in memory: the host's [`Frame`], for tests and measurements.
+
+use crate::abi::Side;
+use crate::csum;
+use crate::packet::{Bytes, Frame, Sum};
+use crate::verdict::Verdict;
+
+/// A packet as a program of one side sees it, with complete checksums.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// All bytes, with the link-layer header if there is one.
+    pub bytes: Vec<u8>,
+    /// Bytes in front of the IP header.
+    pub offset: usize,
+    /// Payload bytes of each segment of a super-packet; zero for a plain packet.
+    pub gso_size: u32,
+}
+
+impl Memory {
+    /// `bytes` as the program of `side` finds them.
+    pub fn new(side: Side, bytes: Vec<u8>, gso_size: u32) -> Self {
+        Self {
+            bytes,
+            offset: side.header_offset() as usize,
+            gso_size,
+        }
+    }
+
+    fn slice(&mut self, at: u32, len: usize) -> Result<&mut [u8], Verdict> {
+        let start = self.offset + at as usize;
+        self.bytes
+            .get_mut(start..start + len)
+            .ok_or(Verdict::DropInternal)
+    }
+}
+
+impl Frame for Memory {
+    fn len(&self) -> u32 {
+        self.bytes.len().saturating_sub(self.offset) as u32
+    }
+
+    fn gso_size(&self) -> u32 {
+        self.gso_size
+    }
+
+    fn read<const N: usize>(&self, at: u32) -> Option<Bytes<N>> {
+        let bytes = self.bytes.get(self.offset + at as usize..)?;
+        bytes.first_chunk().copied().map(Bytes)
+    }
+
+    fn write<const N: usize>(&mut self, at: u32, bytes: &Bytes<N>, _: Sum) -> Result<(), Verdict> {
+        self.slice(at, N)?.copy_from_slice(&bytes.0);
+        Ok(())
+    }
+
+    fn replace_checksum(&mut self, at: u32, from: [u8; 2], to: [u8; 2]) -> Result<(), Verdict> {
+        let field = self.slice(at, 2)?;
+        let new = csum::update([field[0], field[1]], from, to);
+        field.copy_from_slice(&new);
+        Ok(())
+    }
+
+    fn trim(&mut self, len: u32) -> Result<(), Verdict> {
+        self.bytes.truncate(self.offset + len as usize);
+        Ok(())
+    }
+
+    fn push_ethernet(&mut self, header: &Bytes<14>) -> Result<(), Verdict> {
+        self.bytes.splice(..0, header.0);
+        self.offset += header.0.len();
+        Ok(())
+    }
+}
