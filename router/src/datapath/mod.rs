@@ -6,10 +6,22 @@
 
 pub mod ebpf;
 pub mod kernel;
+pub mod policy;
+
+use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
 use crate::control::{Policy, Route, RouteMode};
+
+/// Ports (and ICMP ids) that the kernel gives to flows which it masquerades. It is Linux's default
+/// range for the router's own sockets, with which connection tracking keeps these flows apart.
+pub const KERNEL_NAT_PORTS: RangeInclusive<u16> = 32_768..=60_999;
+
+/// Ports (and ICMP ids) that the eBPF programs give to flows which they translate. Connection
+/// tracking does not know those flows, so the range touches neither [`KERNEL_NAT_PORTS`] nor the
+/// router's own sockets, and leaves well-known ports alone.
+pub const FAST_NAT_PORTS: RangeInclusive<u16> = 1_024..=32_767;
 
 /// One way of carrying clear packets.
 pub trait Datapath: Send {

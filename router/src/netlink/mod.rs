@@ -5,12 +5,11 @@
 //! a blocking socket instead.
 
 mod changes;
+pub(crate) mod nft;
 mod routes;
 mod rules;
-#[allow(dead_code)] // the nf_tables part follows
 pub(crate) mod socket;
 pub mod sysctl;
-#[allow(dead_code)] // the nf_tables part follows
 pub(crate) mod wire;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -1,6 +1,7 @@
 //! The daemon's netlink code against the kernel.
 
 mod configuration;
+mod datapath;
 
 use lab::Host;
 use router::netlink::{Changes, Netlink};

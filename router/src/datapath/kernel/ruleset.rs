@@ -1,0 +1,443 @@
+//! The nf_tables ruleset of a [`Spec`].
+//!
+//! | chain | on | does |
+//! |---|---|---|
+//! | `spoofed` | all that comes from the TUN device | drops sources that are no peer's |
+//! | `forward` | all that passes through | sends to `from_overlay` or `to_overlay`; leaves the rest alone |
+//! | `from_overlay` | from a peer | clamps the MSS; known flows pass; new ones to routed CIDRs, or to a peer if the policy has let them |
+//! | `to_overlay` | to a peer | clamps the MSS; known flows pass; new ones from routed CIDRs, if the policy lets them |
+//! | `permit` | all that comes from the TUN device, once there are rules | drops new flows that no rule allows, also those to the router itself |
+//! | `translate` | the first packet of a flow from a peer | masquerades where the route says so |
+//!
+//! What a peer asks for is judged before kube-proxy or Docker may translate it: the policy looks at
+//! packets before destination NAT, and the routes at connection tracking's view of the flow's first
+//! packet.
+//!
+//! The expressions are such that `nft list ruleset` can show them: nft 1.0.6 crashes on some keys
+//! that the kernel takes, such as a concatenation with `ct original proto-dst`.
+
+use ipnet::IpNet;
+
+use super::policy::compile;
+use super::span::{Family, Span, merge, partition, span, union};
+use crate::datapath::{KERNEL_NAT_PORTS, Spec};
+use crate::netlink::nft::{
+    Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Count, Ct, Hook, Meta, REG, REG_2, Rule,
+    Transaction, Verdict, WORD,
+};
+
+/// IP and TCP header without options, in bytes: what an MSS leaves out of an MTU (RFC 6691).
+const HEADERS_V4: u16 = 20 + 20;
+const HEADERS_V6: u16 = 40 + 20;
+
+/// A counter: its name in the table, and program and verdict as the daemon reports them.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Named {
+    pub(super) name: &'static str,
+    pub(super) program: &'static str,
+    pub(super) verdict: &'static str,
+}
+
+const fn named(name: &'static str, program: &'static str, verdict: &'static str) -> Named {
+    Named {
+        name,
+        program,
+        verdict,
+    }
+}
+
+/// Every counter. The programs' names differ from those of the eBPF programs, because both
+/// datapaths may be at work.
+pub(super) const COUNTERS: &[Named] = &[
+    FROM.forwarded,
+    FROM.clamped,
+    FROM.drop_policy,
+    FROM.drop_not_routed,
+    FROM.drop_invalid,
+    DROP_SPOOFED,
+    MASQUERADED,
+    TO.forwarded,
+    TO.clamped,
+    TO.drop_policy,
+    TO.drop_not_routed,
+    TO.drop_invalid,
+];
+
+/// Counters of one direction.
+struct Direction {
+    forwarded: Named,
+    clamped: Named,
+    drop_policy: Named,
+    drop_not_routed: Named,
+    drop_invalid: Named,
+}
+
+const FROM: Direction = Direction {
+    forwarded: named("from_forwarded", "kernel_from_overlay", "forwarded"),
+    clamped: named("from_clamped", "kernel_from_overlay", "clamped"),
+    drop_policy: named("from_policy", "kernel_from_overlay", "drop_policy"),
+    drop_not_routed: named("from_not_routed", "kernel_from_overlay", "drop_not_routed"),
+    drop_invalid: named("from_invalid", "kernel_from_overlay", "drop_invalid"),
+};
+const DROP_SPOOFED: Named = named("from_spoofed", "kernel_from_overlay", "drop_spoofed");
+/// Counts flows, not packets: only the first packet of a flow is asked about.
+const MASQUERADED: Named = named(
+    "from_masqueraded",
+    "kernel_from_overlay",
+    "masqueraded_flow",
+);
+const TO: Direction = Direction {
+    forwarded: named("to_forwarded", "kernel_to_overlay", "forwarded"),
+    clamped: named("to_clamped", "kernel_to_overlay", "clamped"),
+    drop_policy: named("to_policy", "kernel_to_overlay", "drop_policy"),
+    drop_not_routed: named("to_not_routed", "kernel_to_overlay", "drop_not_routed"),
+    drop_invalid: named("to_invalid", "kernel_to_overlay", "drop_invalid"),
+};
+
+/// The sets that a packet's source, destination and flow are looked up in, by family.
+struct Sets {
+    family: Family,
+    /// Sources that are peers'.
+    overlay: String,
+    /// Destinations that are routed.
+    routes: String,
+    /// Routed destinations toward which sources are translated.
+    snat: String,
+    /// What the policy lets peers do.
+    from: PolicySets,
+    /// What the policy lets the subnet side do.
+    to: PolicySets,
+}
+
+/// The policy of one family and one side: see [`compile`].
+struct PolicySets {
+    /// Flows that are open to every source.
+    any: String,
+    /// Map from sources to the chain of their class.
+    classes: String,
+}
+
+impl Sets {
+    fn of(family: Family) -> Self {
+        let name = |base: &str| match family {
+            Family::V4 => format!("{base}4"),
+            Family::V6 => format!("{base}6"),
+        };
+        Self {
+            family,
+            overlay: name("overlay"),
+            routes: name("routes"),
+            snat: name("snat"),
+            from: PolicySets {
+                any: name("from_any"),
+                classes: name("from_class"),
+            },
+            to: PolicySets {
+                any: name("to_any"),
+                classes: name("to_class"),
+            },
+        }
+    }
+
+    fn original_source(&self) -> Ct {
+        match self.family {
+            Family::V4 => Ct::OriginalSource4,
+            Family::V6 => Ct::OriginalSource6,
+        }
+    }
+
+    fn original_destination(&self) -> Ct {
+        match self.family {
+            Family::V4 => Ct::OriginalDestination4,
+            Family::V6 => Ct::OriginalDestination6,
+        }
+    }
+}
+
+/// Writes the ruleset; each counter goes on from `before`.
+pub(super) fn write(tx: &mut Transaction<'_>, spec: &Spec, before: impl Fn(&str) -> Count) {
+    for counter in COUNTERS {
+        tx.counter(counter.name, before(counter.name));
+    }
+    let restricted = !spec.policy.rules.is_empty();
+    let families = Family::ALL.map(Sets::of);
+    for sets in &families {
+        write_sets(tx, spec, sets);
+    }
+    for chain in ["clamp_from", "clamp_to", "from_overlay", "to_overlay"] {
+        tx.chain(chain);
+    }
+    tx.base_chain("spoofed", Hook::Raw);
+    tx.base_chain("forward", Hook::Forward);
+    if restricted {
+        tx.chain("to_policy");
+        tx.base_chain("permit", Hook::BeforeTranslation);
+    }
+    tx.base_chain("translate", Hook::SourceNat);
+
+    let tun = spec.tun.index.to_ne_bytes();
+    for sets in &families {
+        tx.rule("spoofed", |r| {
+            r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
+            load_source(of_family(r, sets.family), sets.family, REG).lookup_not(&sets.overlay, REG);
+            decide(r, DROP_SPOOFED, Verdict::Drop);
+        });
+    }
+    tx.rule("forward", |r| {
+        r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
+        r.verdict(Verdict::Jump("from_overlay"));
+    });
+    tx.rule("forward", |r| {
+        r.meta(Meta::Oif, REG).cmp(Cmp::Eq, REG, &tun);
+        r.verdict(Verdict::Jump("to_overlay"));
+    });
+    write_clamp(tx, "clamp_from", spec.mtu, FROM.clamped);
+    write_clamp(tx, "clamp_to", spec.mtu, TO.clamped);
+    write_from_overlay(tx, &families, &tun, restricted);
+    write_to_overlay(tx, &families, restricted);
+    if restricted {
+        tx.rule("permit", |r| {
+            r.meta(Meta::Iif, REG).cmp(Cmp::Ne, REG, &tun);
+            r.verdict(Verdict::Accept);
+        });
+        tx.rule("permit", |r| {
+            known(r).verdict(Verdict::Accept);
+        });
+        for sets in &families {
+            ask_policy(tx, "permit", sets.family, &sets.from, None);
+        }
+        tx.rule("permit", |r| decide(r, FROM.drop_policy, Verdict::Drop));
+        for sets in &families {
+            ask_policy(tx, "to_policy", sets.family, &sets.to, Some(TO.forwarded));
+        }
+        tx.rule("to_policy", |r| decide(r, TO.drop_policy, Verdict::Drop));
+    }
+    write_translate(tx, &families, &tun);
+}
+
+fn write_sets(tx: &mut Transaction<'_>, spec: &Spec, sets: &Sets) {
+    let family = sets.family;
+    let overlay = union(&spec.overlay, family);
+    let cidrs: Vec<IpNet> = spec.routes.iter().map(|route| route.cidr).collect();
+    let routes = union(&cidrs, family);
+    tx.address_set(&sets.overlay, family, &overlay);
+    tx.address_set(&sets.routes, family, &routes);
+    tx.address_set(&sets.snat, family, &translated(spec, family));
+    if spec.policy.rules.is_empty() {
+        return;
+    }
+    write_policy(tx, spec, family, &overlay, &sets.from, None);
+    write_policy(tx, spec, family, &routes, &sets.to, Some(TO.forwarded));
+}
+
+/// Writes what the policy lets the sources of one side do, for [`ask_policy`].
+fn write_policy(
+    tx: &mut Transaction<'_>,
+    spec: &Spec,
+    family: Family,
+    side: &[Span],
+    sets: &PolicySets,
+    counter: Option<Named>,
+) {
+    let compiled = compile(&spec.policy, family, side);
+    tx.flow_set(&sets.any, family, &compiled.any);
+    let name = |class: usize| format!("{}_{class}", sets.classes);
+    for (class, flows) in compiled.classes.iter().enumerate() {
+        let name = name(class);
+        tx.flow_set(&name, family, flows);
+        tx.chain(&name);
+        tx.rule(&name, |r| accept_flow(r, family, &name, counter));
+    }
+    let sources = compiled.sources.into_iter();
+    let sources: Vec<_> = sources.map(|(span, class)| (span, name(class))).collect();
+    tx.chain_map(&sets.classes, family, &sources);
+}
+
+/// Accepts what the policy of one family lets through.
+fn ask_policy(
+    tx: &mut Transaction<'_>,
+    chain: &str,
+    family: Family,
+    sets: &PolicySets,
+    counter: Option<Named>,
+) {
+    tx.rule(chain, |r| accept_flow(r, family, &sets.any, counter));
+    tx.rule(chain, |r| {
+        load_source(of_family(r, family), family, REG).dispatch(&sets.classes, REG);
+    });
+}
+
+/// Accepts the packet when a set holds its protocol, destination and port.
+fn accept_flow(rule: &mut Rule<'_, '_>, family: Family, set: &str, counter: Option<Named>) {
+    let (offset, len) = match family {
+        Family::V4 => (16, 4),
+        Family::V6 => (24, 16),
+    };
+    // In protocols without ports the last two bytes are something else, and the set takes any.
+    of_family(rule, family)
+        .meta(Meta::L4Proto, WORD)
+        .payload(Base::Network, offset, len, WORD + 1)
+        .payload(Base::Transport, 2, 2, WORD + 1 + len / 4)
+        .lookup(set, WORD);
+    if let Some(counter) = counter {
+        rule.count(counter.name);
+    }
+    rule.verdict(Verdict::Accept);
+}
+
+fn load_source<'r, 'a, 'b>(
+    rule: &'r mut Rule<'a, 'b>,
+    family: Family,
+    register: u32,
+) -> &'r mut Rule<'a, 'b> {
+    let (offset, len) = match family {
+        Family::V4 => (12, 4),
+        Family::V6 => (8, 16),
+    };
+    rule.payload(Base::Network, offset, len, register)
+}
+
+/// Where sources are translated: of several routes that hold an address, the most specific counts.
+fn translated(spec: &Spec, family: Family) -> Vec<Span> {
+    let labelled: Vec<(Span, u32)> = spec
+        .routes
+        .iter()
+        .zip(0..)
+        .filter_map(|(route, index)| Some((span(&route.cidr, family)?, index)))
+        .collect();
+    let pieces = partition(&labelled).into_iter().filter(|(_, routes)| {
+        routes
+            .iter()
+            .filter_map(|index| spec.routes.get(*index as usize))
+            .max_by_key(|route| route.cidr.prefix_len())
+            .is_some_and(|route| route.snat)
+    });
+    merge(pieces.map(|(span, _)| span).collect())
+}
+
+fn of_family<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>, family: Family) -> &'r mut Rule<'a, 'b> {
+    rule.meta(Meta::NfProto, REG)
+        .cmp(Cmp::Eq, REG, &[family.protocol()])
+}
+
+fn decide(rule: &mut Rule<'_, '_>, counter: Named, verdict: Verdict<'_>) {
+    rule.count(counter.name).verdict(verdict);
+}
+
+/// Lowers the MSS of a SYN to what the tunnel carries, and to what the routes to both ends do.
+fn write_clamp(tx: &mut Transaction<'_>, chain: &str, mtu: u16, clamped: Named) {
+    for (family, headers) in [(Family::V4, HEADERS_V4), (Family::V6, HEADERS_V6)] {
+        let largest = mtu.saturating_sub(headers).to_be_bytes();
+        tx.rule(chain, |r| {
+            of_family(r, family)
+                .mss(REG)
+                .cmp(Cmp::Gt, REG, &largest)
+                .count(clamped.name)
+                .load(REG, &largest)
+                .lower_mss(REG);
+        });
+    }
+    tx.rule(chain, |r| {
+        r.route_mss(REG).lower_mss(REG);
+    });
+}
+
+/// The rule that sends SYN and SYN-ACK through a clamp. It stands first: the SYN-ACK already
+/// belongs to a known flow.
+fn clamp_syn(tx: &mut Transaction<'_>, chain: &str, clamp: &str) {
+    const FLAGS: u32 = 13;
+    const SYN: u8 = 0x02;
+    const RST: u8 = 0x04;
+    tx.rule(chain, |r| {
+        r.meta(Meta::L4Proto, REG)
+            .cmp(Cmp::Eq, REG, &[libc::IPPROTO_TCP as u8])
+            .payload(Base::Transport, FLAGS, 1, REG)
+            .and(REG, &[SYN | RST])
+            .cmp(Cmp::Eq, REG, &[SYN])
+            .verdict(Verdict::Jump(clamp));
+    });
+}
+
+fn known<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
+    rule.ct(Ct::State, REG)
+        .any_bit(REG, &CT_ESTABLISHED_RELATED.to_ne_bytes())
+}
+
+fn known_flows(tx: &mut Transaction<'_>, chain: &str, counter: Named) {
+    tx.rule(chain, |r| decide(known(r), counter, Verdict::Accept));
+}
+
+/// Packets that belong to no flow and can begin none would leave untranslated.
+fn no_invalid(tx: &mut Transaction<'_>, chain: &str, counter: Named) {
+    tx.rule(chain, |r| {
+        r.ct(Ct::State, REG).any_bit(REG, &CT_INVALID.to_ne_bytes());
+        decide(r, counter, Verdict::Drop);
+    });
+}
+
+fn write_from_overlay(
+    tx: &mut Transaction<'_>,
+    families: &[Sets; 2],
+    tun: &[u8],
+    restricted: bool,
+) {
+    let chain = "from_overlay";
+    clamp_syn(tx, chain, "clamp_from");
+    known_flows(tx, chain, FROM.forwarded);
+    no_invalid(tx, chain, FROM.drop_invalid);
+    // From peer to peer: only where the policy is asked, and has let it through.
+    for sets in families.iter().filter(|_| restricted) {
+        tx.rule(chain, |r| {
+            r.meta(Meta::Oif, REG)
+                .cmp(Cmp::Eq, REG, tun)
+                .ct(sets.original_destination(), REG)
+                .lookup(&sets.overlay, REG);
+            decide(r, FROM.forwarded, Verdict::Accept);
+        });
+    }
+    for sets in families {
+        tx.rule(chain, |r| {
+            r.meta(Meta::Oif, REG)
+                .cmp(Cmp::Ne, REG, tun)
+                .ct(sets.original_destination(), REG)
+                .lookup(&sets.routes, REG);
+            decide(r, FROM.forwarded, Verdict::Accept);
+        });
+    }
+    tx.rule(chain, |r| decide(r, FROM.drop_not_routed, Verdict::Drop));
+}
+
+fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: bool) {
+    let chain = "to_overlay";
+    clamp_syn(tx, chain, "clamp_to");
+    known_flows(tx, chain, TO.forwarded);
+    no_invalid(tx, chain, TO.drop_invalid);
+    for sets in families {
+        tx.rule(chain, |r| {
+            r.ct(sets.original_source(), REG).lookup(&sets.routes, REG);
+            if restricted {
+                r.verdict(Verdict::Goto("to_policy"));
+            } else {
+                decide(r, TO.forwarded, Verdict::Accept);
+            }
+        });
+    }
+    tx.rule(chain, |r| decide(r, TO.drop_not_routed, Verdict::Drop));
+}
+
+fn write_translate(tx: &mut Transaction<'_>, families: &[Sets; 2], tun: &[u8]) {
+    for sets in families {
+        tx.rule("translate", |r| {
+            r.meta(Meta::Iif, REG)
+                .cmp(Cmp::Eq, REG, tun)
+                .meta(Meta::Oif, REG)
+                .cmp(Cmp::Ne, REG, tun)
+                .ct(sets.original_destination(), REG)
+                .lookup(&sets.snat, REG)
+                .count(MASQUERADED.name)
+                .load(REG, &KERNEL_NAT_PORTS.start().to_be_bytes())
+                .load(REG_2, &KERNEL_NAT_PORTS.end().to_be_bytes())
+                .masquerade(REG, REG_2);
+        });
+    }
+}

@@ -1,0 +1,305 @@
+//! The expressions of an nf_tables rule, as far as Sluice needs them.
+//!
+//! Each method appends one expression; a rule matches when none of them breaks off. Numbers are
+//! those of `include/uapi/linux/netfilter/nf_tables.h`.
+
+use crate::netlink::wire::Payload;
+
+/// The register that a verdict is put in.
+const VERDICT: u32 = 0;
+/// A register of 16 bytes.
+pub(crate) const REG: u32 = 1;
+/// Another register of 16 bytes.
+pub(crate) const REG_2: u32 = 2;
+/// The first of sixteen registers of four bytes that lie behind each other: a key of several
+/// fields is put together there. The first four of them are [`REG`].
+pub(crate) const WORD: u32 = 8;
+
+/// What the packet itself tells.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Meta {
+    /// Index of the interface it came in by; host order.
+    Iif,
+    /// Index of the interface it leaves by; host order.
+    Oif,
+    /// 2 for IPv4, 10 for IPv6; one byte.
+    NfProto,
+    /// IP protocol behind all extension headers; one byte.
+    L4Proto,
+}
+
+/// What connection tracking tells.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Ct {
+    /// State bits ([`CT_INVALID`] and its like); host order.
+    State,
+    /// IPv4 source of the flow's first packet, before any translation.
+    OriginalSource4,
+    /// IPv4 destination of the flow's first packet, before any translation.
+    OriginalDestination4,
+    /// IPv6 source of the flow's first packet, before any translation.
+    OriginalSource6,
+    /// IPv6 destination of the flow's first packet, before any translation.
+    OriginalDestination6,
+}
+
+/// `ct state invalid`.
+pub(crate) const CT_INVALID: u32 = 1;
+/// `ct state established,related`.
+pub(crate) const CT_ESTABLISHED_RELATED: u32 = 2 | 4;
+
+/// Where in the packet to look.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Base {
+    /// IP header.
+    Network,
+    /// TCP, UDP or ICMP header.
+    Transport,
+}
+
+/// How to compare; the bytes are compared from the first one on, as numbers in network order.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Cmp {
+    /// Equal.
+    Eq,
+    /// Not equal.
+    Ne,
+    /// The register is greater than the value.
+    Gt,
+}
+
+/// Where a packet goes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Verdict<'a> {
+    /// Out of the table, unhindered by it.
+    Accept,
+    /// Away.
+    Drop,
+    /// Into a chain, and back to the next rule if that does not decide.
+    Jump(&'a str),
+    /// Into a chain for good.
+    Goto(&'a str),
+}
+
+/// The expressions of a rule under construction.
+pub(crate) struct Rule<'a, 'b>(&'a mut Payload<'b>);
+
+impl<'a, 'b> Rule<'a, 'b> {
+    pub(super) fn new(list: &'a mut Payload<'b>) -> Self {
+        Self(list)
+    }
+
+    fn expression(&mut self, name: &str, write: impl FnOnce(&mut Payload<'_>)) -> &mut Self {
+        const LIST_ELEMENT: u16 = 1;
+        const NAME: u16 = 1;
+        const DATA: u16 = 2;
+        self.0.nested(LIST_ELEMENT, |expression| {
+            expression.text(NAME, name);
+            expression.nested(DATA, write);
+        });
+        self
+    }
+
+    /// Loads what the packet tells.
+    pub(crate) fn meta(&mut self, key: Meta, register: u32) -> &mut Self {
+        let key = match key {
+            Meta::Iif => 4,
+            Meta::Oif => 5,
+            Meta::NfProto => 15,
+            Meta::L4Proto => 16,
+        };
+        self.expression("meta", |data| {
+            data.be32(1, register);
+            data.be32(2, key);
+        })
+    }
+
+    /// Loads what connection tracking tells; the rule does not match an untracked packet.
+    pub(crate) fn ct(&mut self, key: Ct, register: u32) -> &mut Self {
+        const ORIGINAL: u8 = 0;
+        let (key, directed) = match key {
+            Ct::State => (0, false),
+            Ct::OriginalSource4 => (19, true),
+            Ct::OriginalDestination4 => (20, true),
+            Ct::OriginalSource6 => (21, true),
+            Ct::OriginalDestination6 => (22, true),
+        };
+        self.expression("ct", |data| {
+            data.be32(1, register);
+            data.be32(2, key);
+            if directed {
+                data.attribute(3, &[ORIGINAL]);
+            }
+        })
+    }
+
+    /// Loads bytes of the packet.
+    pub(crate) fn payload(
+        &mut self,
+        base: Base,
+        offset: u32,
+        len: u32,
+        register: u32,
+    ) -> &mut Self {
+        let base = match base {
+            Base::Network => 1,
+            Base::Transport => 2,
+        };
+        self.expression("payload", |data| {
+            data.be32(1, register);
+            data.be32(2, base);
+            data.be32(3, offset);
+            data.be32(4, len);
+        })
+    }
+
+    /// Goes on only when the comparison holds.
+    pub(crate) fn cmp(&mut self, op: Cmp, register: u32, value: &[u8]) -> &mut Self {
+        let op = match op {
+            Cmp::Eq => 0,
+            Cmp::Ne => 1,
+            Cmp::Gt => 4,
+        };
+        self.expression("cmp", |data| {
+            data.be32(1, register);
+            data.be32(2, op);
+            data.nested(3, |value_of| value_of.attribute(1, value));
+        })
+    }
+
+    /// Goes on only when some bit of `mask` is set in the register.
+    pub(crate) fn any_bit(&mut self, register: u32, mask: &[u8]) -> &mut Self {
+        let zero = vec![0; mask.len()];
+        self.and(register, mask).cmp(Cmp::Ne, register, &zero)
+    }
+
+    /// Keeps only the bits of `mask` in the register.
+    pub(crate) fn and(&mut self, register: u32, mask: &[u8]) -> &mut Self {
+        self.expression("bitwise", |data| {
+            data.be32(1, register);
+            data.be32(2, register);
+            data.be32(3, mask.len() as u32);
+            data.nested(4, |value| value.attribute(1, mask));
+            data.nested(5, |value| value.attribute(1, &vec![0; mask.len()]));
+        })
+    }
+
+    /// Goes on only when the register is in a set.
+    pub(crate) fn lookup(&mut self, set: &str, register: u32) -> &mut Self {
+        self.lookup_into(set, register, None, false)
+    }
+
+    /// Goes on only when the register is not in a set.
+    pub(crate) fn lookup_not(&mut self, set: &str, register: u32) -> &mut Self {
+        self.lookup_into(set, register, None, true)
+    }
+
+    /// Sends the packet to the chain that the map has for the register, and goes on when it has
+    /// none, or that chain does not decide.
+    pub(crate) fn dispatch(&mut self, map: &str, register: u32) -> &mut Self {
+        self.lookup_into(map, register, Some(VERDICT), false)
+    }
+
+    fn lookup_into(&mut self, set: &str, source: u32, into: Option<u32>, not: bool) -> &mut Self {
+        self.expression("lookup", |data| {
+            data.text(1, set);
+            data.be32(2, source);
+            if let Some(into) = into {
+                data.be32(3, into);
+            }
+            if not {
+                data.be32(5, 1);
+            }
+        })
+    }
+
+    /// Counts the packet in a named counter.
+    pub(crate) fn count(&mut self, counter: &str) -> &mut Self {
+        self.expression("objref", |data| {
+            data.be32(1, super::COUNTER);
+            data.text(2, counter);
+        })
+    }
+
+    /// Loads the MSS option of a TCP header (RFC 9293 section 3.7.1); network order, two bytes.
+    pub(crate) fn mss(&mut self, register: u32) -> &mut Self {
+        self.mss_option(1, register)
+    }
+
+    /// Lowers the MSS option to the register's value; it is never raised (nft_exthdr.c).
+    pub(crate) fn lower_mss(&mut self, register: u32) -> &mut Self {
+        self.mss_option(7, register)
+    }
+
+    fn mss_option(&mut self, register_kind: u16, register: u32) -> &mut Self {
+        const TCP_OPTION: u32 = 1;
+        const OPTION_MSS: u8 = 2;
+        self.expression("exthdr", |data| {
+            data.be32(register_kind, register);
+            data.attribute(2, &[OPTION_MSS]);
+            data.be32(3, 2);
+            data.be32(4, 2);
+            data.be32(6, TCP_OPTION);
+        })
+    }
+
+    /// Loads the largest MSS that the routes to both ends allow; network order, two bytes.
+    pub(crate) fn route_mss(&mut self, register: u32) -> &mut Self {
+        const TCP_MSS: u32 = 3;
+        const HOST_TO_NETWORK: u32 = 1;
+        self.expression("rt", |data| {
+            data.be32(1, register);
+            data.be32(2, TCP_MSS);
+        });
+        self.expression("byteorder", |data| {
+            data.be32(1, register);
+            data.be32(2, register);
+            data.be32(3, HOST_TO_NETWORK);
+            data.be32(4, 2);
+            data.be32(5, 2);
+        })
+    }
+
+    /// Loads a value.
+    pub(crate) fn load(&mut self, register: u32, value: &[u8]) -> &mut Self {
+        self.expression("immediate", |data| {
+            data.be32(1, register);
+            data.nested(2, |value_of| value_of.attribute(1, value));
+        })
+    }
+
+    /// Translates the source to the address of the interface that the packet leaves by, with a
+    /// port (or ICMP id) between those in two registers, network order.
+    pub(crate) fn masquerade(&mut self, first_port: u32, last_port: u32) -> &mut Self {
+        const PROTO_SPECIFIED: u32 = 2;
+        self.expression("masq", |data| {
+            data.be32(1, PROTO_SPECIFIED);
+            data.be32(2, first_port);
+            data.be32(3, last_port);
+        })
+    }
+
+    /// Decides.
+    pub(crate) fn verdict(&mut self, verdict: Verdict<'_>) -> &mut Self {
+        self.expression("immediate", |data| {
+            data.be32(1, VERDICT);
+            data.nested(2, |value| write_verdict(value, verdict));
+        })
+    }
+}
+
+/// Writes a verdict as the data of an expression or of a map's element.
+pub(super) fn write_verdict(data: &mut Payload<'_>, verdict: Verdict<'_>) {
+    let (code, chain): (i32, _) = match verdict {
+        Verdict::Drop => (0, None),
+        Verdict::Accept => (1, None),
+        Verdict::Jump(chain) => (-3, Some(chain)),
+        Verdict::Goto(chain) => (-4, Some(chain)),
+    };
+    data.nested(2, |verdict| {
+        verdict.be32(1, code.cast_unsigned());
+        if let Some(chain) = chain {
+            verdict.text(2, chain);
+        }
+    });
+}
