@@ -86,7 +86,7 @@ impl Net {
                 ))?;
             }
         }
-        let kernel = router.enter(Kernel::new)??;
+        let kernel = Kernel::new("tun0");
         let spec = Spec {
             tun: link(&router, "tun0")?,
             mtu: 1420,
@@ -106,7 +106,13 @@ impl Net {
     }
 
     fn apply(&mut self) -> anyhow::Result<()> {
-        Ok(self.kernel.apply(&self.spec)?)
+        let Self {
+            router,
+            kernel,
+            spec,
+            ..
+        } = self;
+        Ok(router.enter(|| kernel.apply(spec))??)
     }
 
     fn count(&self, program: &str, verdict: &str) -> anyhow::Result<u64> {
@@ -404,7 +410,7 @@ fn with_rules_nothing_passes_but_what_a_rule_allows() {
             rule(&["10.0.0.0/24"], "100.64.0.2/32", 7..=7, &[17]),
             rule(&["100.64.0.2/32"], "100.64.0.0/24", 7..=7, &[17]),
         ]);
-        net.kernel.apply(&net.spec)?;
+        net.apply()?;
         assert!(echoed(
             &net.server,
             "10.0.0.2",
@@ -505,7 +511,7 @@ fn the_kernel_decides_as_the_policy_says() {
                 rule(&[&from, &more], &to, first..=first + round as u16 % 2, &[])
             });
             net.spec.policy.rules = rules.collect();
-            net.kernel.apply(&net.spec)?;
+            net.apply()?;
             let mut wanted = Vec::new();
             for sender in &senders {
                 for host in 16..32 {
@@ -572,15 +578,15 @@ fn a_new_ruleset_takes_over_without_a_gap_and_leaves_no_trace() {
                 0 => vec![rule(&["100.64.0.0/24"], "10.0.0.0/24", 80..=80, &[6])],
                 _ => vec![],
             };
-            net.kernel.apply(&net.spec)?;
+            net.apply()?;
             exchange(&stream).with_context(|| format!("round {round}"))?;
             ensure!(net.count("kernel_from_overlay", "forwarded")? > forwarded);
         }
         // What cannot be installed leaves in force what was.
         let ruleset = net.ruleset()?;
-        let mut broken = net.spec.clone();
-        broken.tun.name = "x".repeat(300);
-        let error = net.kernel.apply(&broken).unwrap_err().to_string();
+        let mut broken = Kernel::new(&"x".repeat(300));
+        let outcome = net.router.enter(|| broken.apply(&net.spec))?;
+        let error = outcome.unwrap_err().to_string();
         assert!(
             error.starts_with("kernel datapath: install nf_tables table"),
             "{error}"
@@ -593,8 +599,9 @@ fn a_new_ruleset_takes_over_without_a_gap_and_leaves_no_trace() {
         exchange(&stream)?;
 
         // Another instance for the same device is refused while this one lives.
-        let mut second = net.router.enter(Kernel::new)??;
-        let error = second.apply(&net.spec).unwrap_err().to_string();
+        let mut second = Kernel::new("tun0");
+        let outcome = net.router.enter(|| second.apply(&net.spec))?;
+        let error = outcome.unwrap_err().to_string();
         assert!(
             error.contains("another process may own the table"),
             "{error}"
@@ -693,7 +700,7 @@ fn the_ruleset_is_the_one_that_nft_would_make_of_its_text() {
             ),
         ] {
             net.spec.policy.rules = rules;
-            net.kernel.apply(&net.spec)?;
+            net.apply()?;
             let ours = net
                 .router
                 .run(["nft", "list", "table", "inet", "sluice_tun0"])?;

@@ -16,36 +16,35 @@ use crate::netlink;
 use crate::netlink::nft::{Count, Nft, TABLE_PREFIX};
 use ruleset::COUNTERS;
 
-/// The kernel datapath, in the network namespace of the thread that made it.
+/// The kernel datapath of one device. It belongs to the network namespace of the thread that first
+/// calls [`Datapath::apply`].
 #[derive(Debug)]
 pub struct Kernel {
-    nft: Mutex<Nft>,
-    /// Name of the table, once it is installed.
-    table: Option<String>,
+    table: String,
+    /// The way to nf_tables, once something is installed. The table may belong to this socket, so
+    /// it stays open as long as the table is to stay.
+    nft: Option<Mutex<Nft>>,
 }
 
 impl Kernel {
-    /// Opens the way to nf_tables; nothing is installed yet.
-    pub fn new() -> Result<Self, Error> {
-        let mut nft = Nft::open().map_err(error)?;
-        // Tells now, not at the first packet, when the kernel has no nf_tables or we no right to it.
-        nft.tables().map_err(error)?;
-        Ok(Self {
-            nft: Mutex::new(nft),
-            table: None,
-        })
+    /// The datapath of the TUN device `device`; nothing is installed yet.
+    pub fn new(device: &str) -> Self {
+        Self {
+            table: format!("{TABLE_PREFIX}{device}"),
+            nft: None,
+        }
     }
 
-    fn nft(&self) -> MutexGuard<'_, Nft> {
-        self.nft.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn counts(&self) -> Result<BTreeMap<String, Count>, Error> {
-        match &self.table {
-            Some(table) => self.nft().counters(table).map_err(error),
+    fn counts(&self) -> Result<BTreeMap<String, Count>, netlink::Error> {
+        match &self.nft {
+            Some(nft) => lock(nft).counters(&self.table),
             None => Ok(BTreeMap::new()),
         }
     }
+}
+
+fn lock(nft: &Mutex<Nft>) -> MutexGuard<'_, Nft> {
+    nft.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn error(source: netlink::Error) -> Error {
@@ -55,32 +54,25 @@ fn error(source: netlink::Error) -> Error {
     }
 }
 
-/// The name of a device's table.
-fn table_name(device: &str) -> String {
-    format!("{TABLE_PREFIX}{device}")
-}
-
 impl Datapath for Kernel {
     fn apply(&mut self, spec: &Spec) -> Result<(), Error> {
         // A table that somebody else removed has no counters any more; it is made anew.
         let before = self.counts().unwrap_or_default();
-        let table = table_name(&spec.tun.name);
-        self.nft()
-            .replace(&table, |transaction| {
-                ruleset::write(transaction, spec, |name| {
-                    before.get(name).copied().unwrap_or_default()
-                });
-            })
-            .map_err(error)?;
-        let old = self.table.replace(table);
-        match old.filter(|old| Some(old) != self.table.as_ref()) {
-            Some(old) => self.nft().remove(&old).map(drop).map_err(error),
-            None => Ok(()),
-        }
+        let mut nft = match self.nft.take() {
+            Some(nft) => nft.into_inner().unwrap_or_else(PoisonError::into_inner),
+            None => Nft::open().map_err(error)?,
+        };
+        let outcome = nft.replace(&self.table, |transaction| {
+            ruleset::write(transaction, spec, |name| {
+                before.get(name).copied().unwrap_or_default()
+            });
+        });
+        self.nft = Some(Mutex::new(nft));
+        outcome.map_err(error)
     }
 
     fn counters(&self) -> Result<Vec<Counter>, Error> {
-        let counts = self.counts()?;
+        let counts = self.counts().map_err(error)?;
         let counters = COUNTERS.iter().map(|named| {
             let count = counts.get(named.name).copied().unwrap_or_default();
             Counter {
@@ -94,8 +86,8 @@ impl Datapath for Kernel {
     }
 
     fn remove(&mut self) -> Result<(), Error> {
-        if let Some(table) = self.table.take() {
-            self.nft().remove(&table).map_err(error)?;
+        if let Some(nft) = self.nft.take() {
+            lock(&nft).remove(&self.table).map_err(error)?;
         }
         Ok(())
     }
