@@ -399,6 +399,10 @@ impl Daemon {
         check(&config, &facts)?;
         let mut needs_restart = Vec::new();
         if config.local.private_key != self.local.private_key {
+            // The new key may be a former peer's, and a new peer's the old one: with no peers left
+            // there is nothing to clash, and a new key ends every session anyway.
+            self.core.invalidate(Part::Peers);
+            self.engine.set_peers(&[])?;
             self.engine.set_private_key(&config.local.private_key)?;
             self.local.private_key = config.local.private_key.clone();
         }

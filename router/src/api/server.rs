@@ -20,10 +20,12 @@ use tokio::task::JoinSet;
 use super::Status;
 use crate::telemetry::Metrics;
 
-/// Connections served at once; more wait in the listen queue.
+/// Connections that each listener serves at once; more wait in the listen queue.
 const MAX_CONNECTIONS: usize = 64;
 /// How long a client may take to send a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection may last, so that clients which do not read cannot hold all places.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A question to the runtime.
 #[derive(Debug)]
@@ -84,11 +86,7 @@ impl Server {
             })
             .transpose()?;
         let unix = bind_socket(socket).map_err(socket_error)?;
-        let service = Arc::new(Service {
-            metrics,
-            requests,
-            slots: Semaphore::new(MAX_CONNECTIONS),
-        });
+        let service = Arc::new(Service { metrics, requests });
         let mut tasks = JoinSet::new();
         let for_unix = service.clone();
         tasks.spawn(async move {
@@ -143,7 +141,6 @@ fn bind_socket(path: &Path) -> io::Result<UnixListener> {
 struct Service {
     metrics: Metrics,
     requests: mpsc::Sender<Request>,
-    slots: Semaphore,
 }
 
 async fn accept<S, F>(service: Arc<Service>, mut next: impl FnMut() -> F)
@@ -151,17 +148,16 @@ where
     F: Future<Output = io::Result<S>>,
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
         // Never closed, so acquiring fails only at the end of the process.
-        let Ok(slot) = service.slots.acquire().await else {
+        let Ok(slot) = slots.clone().acquire_owned().await else {
             return;
         };
-        slot.forget();
         let stream = match next().await {
             Ok(stream) => stream,
             Err(error) => {
-                service.slots.add_permits(1);
                 tracing::warn!(%error, "api: accepting a connection failed; trying again in a second");
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 continue;
@@ -177,12 +173,13 @@ where
             let served = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEAD_TIMEOUT)
-                .serve_connection(TokioIo::new(stream), handler)
-                .await;
-            if let Err(error) = served {
-                tracing::debug!(%error, "api: connection ended early");
+                .serve_connection(TokioIo::new(stream), handler);
+            match tokio::time::timeout(CONNECTION_TIMEOUT, served).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "api: connection ended early"),
+                Err(_) => tracing::debug!("api: connection lasted too long"),
             }
-            service.slots.add_permits(1);
+            drop(slot);
         });
     }
 }

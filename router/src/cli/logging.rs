@@ -10,6 +10,10 @@ use tracing_subscriber::EnvFilter;
 /// Variables that choose what is logged, the first that is set wins.
 const VARIABLES: [&str; 2] = ["SLUICE_LOG", "RUST_LOG"];
 
+/// boringtun logs each retry of each peer, without its name, from the threads that carry packets.
+/// What an operator needs of it the engine counts; `boringtun=debug` brings the rest.
+const QUIET: &str = "boringtun=off";
+
 /// Starts logging at `level`, else as the environment says, else at `info`.
 pub(super) fn start(level: Option<&str>) -> anyhow::Result<()> {
     let from_environment = || {
@@ -20,7 +24,12 @@ pub(super) fn start(level: Option<&str>) -> anyhow::Result<()> {
         Some(level) => ("--log", level.to_owned()),
         None => from_environment().unwrap_or(("", "info".to_owned())),
     };
-    let filter = EnvFilter::try_new(&directives).with_context(|| {
+    let all = if directives.contains("boringtun") {
+        directives.clone()
+    } else {
+        format!("{directives},{QUIET}")
+    };
+    let filter = EnvFilter::try_new(all).with_context(|| {
         format!("{place}: {directives:?} is no log level; write error, warn, info, debug or trace")
     })?;
     let builder = tracing_subscriber::fmt()
