@@ -161,6 +161,14 @@ fn offloads(name: &str) -> BTreeMap<String, bool> {
     found
 }
 
+/// Memory that a process holds, in bytes (`VmRSS` of proc_pid_status(5)).
+pub fn resident(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"))?;
+    let kibibytes: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kibibytes * 1024)
+}
+
 /// The commit that the bench was built from, with `+` behind it if the tree had changes; empty
 /// outside of a git checkout.
 pub fn commit() -> String {

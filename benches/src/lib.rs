@@ -12,9 +12,10 @@ pub mod host;
 pub mod mtu;
 pub mod report;
 pub mod run;
+pub mod scale;
 mod sockopt;
 pub mod stats;
 pub mod wireguard;
 
 /// Every suite, in the order in which they run.
-pub const SUITES: &[case::SuiteEntry] = &[clear::ENTRY, wireguard::ENTRY, mtu::ENTRY];
+pub const SUITES: &[case::SuiteEntry] = &[clear::ENTRY, wireguard::ENTRY, mtu::ENTRY, scale::ENTRY];

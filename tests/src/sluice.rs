@@ -45,6 +45,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// What it logs, as `RUST_LOG` says it.
     pub log: &'static str,
+    /// The socket to which it says that it is ready (`NOTIFY_SOCKET` of sd_notify(3)).
+    pub notify: Option<PathBuf>,
 }
 
 /// A peer of the router.
@@ -95,10 +97,12 @@ impl Config {
             workers: None,
             metrics: None,
             log: "info,router=debug",
+            notify: None,
         })
     }
 
-    fn to_toml(&self, name: &str, key: &Path, socket: &Path) -> anyhow::Result<String> {
+    /// The configuration file of a router called `name`, with its key file and its local socket.
+    pub fn to_toml(&self, name: &str, key: &Path, socket: &Path) -> anyhow::Result<String> {
         let mut out = String::new();
         // JSON's strings and lists of strings are TOML's too.
         let list = |items: &[String]| Value::from(items).to_string();
@@ -202,6 +206,10 @@ impl Host {
         files.write(self, config)?;
         let command = self.sluice_command(&["run"])?;
         let command = command.env("RUST_LOG", config.log);
+        let command = match &config.notify {
+            Some(socket) => command.env("NOTIFY_SOCKET", socket),
+            None => command,
+        };
         let mut sluice = Sluice {
             host: self.clone(),
             process: self.spawn("sluice", command)?,
@@ -395,6 +403,7 @@ mod tests {
             workers: Some(2),
             metrics: Some("127.0.0.1:9577".parse().unwrap()),
             log: "info",
+            notify: None,
         };
         let toml = config
             .to_toml("r1", Path::new("/k"), Path::new("/s"))
