@@ -360,6 +360,13 @@ fn build() -> anyhow::Result<PathBuf> {
         .args(["build", "--quiet", "--package", "router", "--bin", "sluice"])
         .args((!cfg!(debug_assertions)).then_some("--release"))
         .current_dir(env!("CARGO_MANIFEST_DIR"));
+    // What cargo tells this program about its own package would have build scripts run again.
+    let ours = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(ours) {
+            build.env_remove(name);
+        }
+    }
     let output = build.output().context("cargo")?;
     ensure!(
         output.status.success(),
