@@ -5,7 +5,8 @@
 //! somebody else changed meanwhile is not restored.
 //!
 //! IPv6 forwards on all interfaces or on none, until `force_forwarding` (Linux 6.17), which is
-//! preferred. Where the switch for all must be thrown, the kernel would also drop the default
+//! preferred; beside it the interface's own `forwarding` must be set, which `bpf_fib_lookup` asks
+//! for (`bpf_ipv6_fib_lookup` in net/core/filter.c). Where the switch for all must be thrown, the kernel would also drop the default
 //! routes that it learned from router advertisements; `accept_ra = 2` keeps them
 //! (`ip-sysctl.rst`), on every interface, because the switch concerns every interface.
 
@@ -159,19 +160,26 @@ impl Sysctls {
             return;
         }
         if own_switch {
-            for link in links {
-                wanted.push(Wanted::needed(switch(&link.name), "1"));
+            for Link { name, .. } in links {
+                self.want_advertisements(name, wanted);
+                wanted.push(Wanted::needed(switch(name), "1"));
+                wanted.push(Wanted::wished(format!("{V6_CONF}/{name}/forwarding"), "1"));
             }
             return;
         }
         for name in self.v6_interfaces() {
-            let path = format!("{V6_CONF}/{name}/accept_ra");
-            if self.changed(&path) || self.value(&path).as_deref() == Some("1") {
-                wanted.push(Wanted::needed(path, "2"));
-            }
+            self.want_advertisements(&name, wanted);
         }
         if self.root.join(V6_ALL_FORWARDING).exists() {
             wanted.push(Wanted::needed(V6_ALL_FORWARDING.to_owned(), "1"));
+        }
+    }
+
+    /// Keeps an interface that is about to forward at taking router advertisements, if it does.
+    fn want_advertisements(&self, name: &str, wanted: &mut Vec<Wanted>) {
+        let path = format!("{V6_CONF}/{name}/accept_ra");
+        if self.changed(&path) || self.value(&path).as_deref() == Some("1") {
+            wanted.push(Wanted::needed(path, "2"));
         }
     }
 
@@ -538,15 +546,26 @@ mod tests {
     #[test]
     fn ipv6_forwarding_per_interface_is_preferred() {
         let force = |name: &str| format!("net/ipv6/conf/{name}/force_forwarding");
-        let proc = Proc::new(&[(ALL6, "0"), (RA_0, "1")]);
+        let own = |name: &str| format!("net/ipv6/conf/{name}/forwarding");
+        let proc = Proc::new(&[(RA_0, "1"), (RA_1, "1")]);
         for name in ["all", "eth0", "eth1"] {
             proc.set(&force(name), "0");
+            proc.set(&own(name), "0");
         }
         let mut sysctls = proc.open();
         sysctls.apply(&[link("eth0")], false, true).unwrap();
-        let values = ["all", "eth0", "eth1"].map(|name| proc.get(&force(name)));
-        assert_eq!(values, ["0", "1", "0"]);
-        assert_eq!([ALL6, RA_0].map(|path| proc.get(path)), ["0", "1"]);
+        for path in [force, own] {
+            let values = ["all", "eth0", "eth1"].map(|name| proc.get(&path(name)));
+            assert_eq!(values, ["0", "1", "0"]);
+        }
+        assert_eq!([RA_0, RA_1].map(|path| proc.get(path)), ["2", "1"]);
+        let order: Vec<_> = sysctls.journal.settings.iter().map(|s| &*s.path).collect();
+        assert_eq!(order, [RA_0, &force("eth0"), &own("eth0")]);
+        sysctls.restore().unwrap();
+        assert_eq!(
+            [RA_0, &force("eth0"), &own("eth0")].map(|path| proc.get(path)),
+            ["1", "0", "0"]
+        );
     }
 
     #[test]
