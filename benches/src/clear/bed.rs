@@ -91,7 +91,8 @@ impl Bed {
         router.ip(&format!("link set {TUN} mtu {MTU} txqueuelen 10000 up"))?;
         router.ip(&format!("address add 100.64.0.1/24 dev {TUN}"))?;
         server.route("100.64.0.0/24", &ROUTER.to_string())?;
-        let (theirs, (index, ours)) = (link(&router, NIC)?.1, link(&server, NIC)?);
+        let (tun_index, _) = link(&router, TUN)?;
+        let ((nic_index, theirs), (index, ours)) = (link(&router, NIC)?, link(&server, NIC)?);
         // No neighbour is forgotten and asked for again in the middle of a run.
         for (host, ip, mac) in [(&router, SERVER, &ours), (&server, ROUTER, &theirs)] {
             host.ip(&format!(
@@ -101,7 +102,7 @@ impl Bed {
         drop_and_count(&server, NIC)?;
         let socket = server.enter(|| io::open_packet_socket(index))?;
         Ok(Self {
-            forwarder: Forwarder::install(kind, &router)?,
+            forwarder: Forwarder::install(kind, &router, tun_index, nic_index)?,
             tun,
             socket: socket.context("open a packet socket")?,
             ethernet: Link::Ethernet {

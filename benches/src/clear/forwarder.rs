@@ -3,7 +3,11 @@
 use anyhow::Context as _;
 use lab::Host;
 use router::control::{Policy, Route, RouteMode};
-use router::datapath::{Link, Spec, slow_reason};
+use router::datapath::ebpf::Ebpf;
+use router::datapath::kernel::Kernel;
+use router::datapath::{Datapath as _, Link, Spec, slow_reason};
+use router_ebpf::abi::Side;
+use router_ebpf::verdict::Verdict;
 
 use super::bed::{Direction, NIC, TUN};
 use super::frame::MTU;
@@ -49,14 +53,16 @@ impl Kind {
 
     /// Why this version cannot do it.
     pub(super) fn missing(self) -> Option<String> {
-        if !matches!(self, Self::Drop | Self::Kernel | Self::KernelNft) {
-            return Some("not in this version: no datapath".to_owned());
-        }
         let spec = self.spec(0, 0)?;
         let fast = matches!(self, Self::SluiceFast | Self::SluiceFastNat);
         let slow = |route| slow_reason(route, &spec.policy);
-        let reason = fast.then(|| spec.routes.iter().find_map(slow)).flatten();
-        reason.map(|reason| format!("not in this version: {reason}"))
+        if !fast {
+            return None;
+        }
+        if let Some(reason) = spec.routes.iter().find_map(slow) {
+            return Some(format!("not in this version: {reason}"));
+        }
+        Ebpf::support().err().map(|error| error.to_string())
     }
 
     fn spec(self, tun: u32, nic: u32) -> Option<Spec> {
@@ -97,13 +103,15 @@ impl Kind {
 /// What was installed in a router, to forward and to count.
 pub(super) struct Forwarder {
     kind: Kind,
+    /// Held as long as it is to be in force, like the next.
+    _kernel: Option<Kernel>,
+    ebpf: Option<Ebpf>,
 }
 
 impl Forwarder {
-    /// Makes `router` forward between the devices `tun` and `nic`.
-    pub(super) fn install(kind: Kind, router: &Host) -> anyhow::Result<Self> {
+    /// Makes `router` forward between its devices of these indexes.
+    pub(super) fn install(kind: Kind, router: &Host, tun: u32, nic: u32) -> anyhow::Result<Self> {
         match kind {
-            Kind::Kernel => {}
             Kind::Drop => {
                 for device in [TUN, NIC] {
                     super::bed::drop_and_count(router, device)?;
@@ -121,11 +129,25 @@ impl Forwarder {
                 let nft = router.command(["nft", "-f", "-"]).stdin(rules);
                 nft.run().context("install masquerade and MSS clamp")?;
             }
-            Kind::SluiceKernel | Kind::SluiceFast | Kind::SluiceFastNat => {
-                anyhow::bail!("this version has no such datapath")
+            Kind::Kernel | Kind::SluiceKernel | Kind::SluiceFast | Kind::SluiceFastNat => {}
+        }
+        let mut forwarder = Self {
+            kind,
+            _kernel: None,
+            ebpf: None,
+        };
+        if let Some(spec) = kind.spec(tun, nic) {
+            // As the daemon does: the kernel datapath always, the other over it.
+            let mut kernel = Kernel::new(TUN);
+            router.enter(|| kernel.apply(&spec))??;
+            forwarder._kernel = Some(kernel);
+            if kind != Kind::SluiceKernel {
+                let mut ebpf = Ebpf::load()?;
+                router.enter(|| ebpf.apply(&spec))??;
+                forwarder.ebpf = Some(ebpf);
             }
         }
-        Ok(Self { kind })
+        Ok(forwarder)
     }
 
     pub(super) fn kind(&self) -> Kind {
@@ -134,7 +156,18 @@ impl Forwarder {
 
     /// Frames that the fast path has forwarded so far, by its own counters; `None` for what has no
     /// fast path.
-    pub(super) fn fast(&self, _direction: Direction) -> anyhow::Result<Option<u64>> {
-        Ok(None)
+    pub(super) fn fast(&self, direction: Direction) -> anyhow::Result<Option<u64>> {
+        let Some(ebpf) = &self.ebpf else {
+            return Ok(None);
+        };
+        let side = match direction {
+            Direction::Up => Side::Overlay,
+            Direction::Down => Side::Subnet,
+        };
+        let counters = ebpf.counters()?;
+        let forwarded = counters
+            .iter()
+            .filter(|c| c.program == side.label() && c.verdict == Verdict::Forwarded.label());
+        Ok(Some(forwarded.map(|c| c.packets).sum()))
     }
 }
