@@ -102,24 +102,27 @@ impl Limiter {
         now: Duration,
         reply: &mut [u8; COOKIE],
     ) -> Verdict {
-        // mac1 first: nobody who does not know our public key may count as load.
-        if local.calm.verify_packet(None, message, &mut []).is_err() {
-            return Verdict::WrongMac;
-        }
-        if self.calm.take(CALM_RATE, CALM_BURST, now) {
-            if self.loaded_until.is_none_or(|until| until <= now) {
-                self.loaded_until = None;
+        if self.loaded_until.is_none_or(|until| until <= now) {
+            self.loaded_until = None;
+            // mac1 first: nobody who does not know our public key may count as load.
+            if local.calm.verify_packet(None, message, &mut []).is_err() {
+                return Verdict::WrongMac;
+            }
+            if self.calm.take(CALM_RATE, CALM_BURST, now) {
                 return Verdict::Pass;
             }
-        } else {
+        }
+        let judged = local.loaded.verify_packet(Some(from), message, reply);
+        if let Err(TunnResult::Err(WireGuardError::InvalidMac)) = judged {
+            return Verdict::WrongMac;
+        }
+        if !self.calm.take(CALM_RATE, CALM_BURST, now) {
             self.loaded_until = Some(now + LOAD_LINGERS);
         }
-        match local.loaded.verify_packet(Some(from), message, reply) {
+        match judged {
             Ok(_) if self.admit(from, now) => Verdict::Pass,
-            Ok(_) => Verdict::OverRate,
             Err(TunnResult::WriteToNetwork(cookie)) => Verdict::Cookie(cookie.len()),
-            Err(TunnResult::Err(WireGuardError::InvalidMac)) => Verdict::WrongMac,
-            Err(_) => Verdict::OverRate,
+            _ => Verdict::OverRate,
         }
     }
 
