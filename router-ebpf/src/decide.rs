@@ -143,3 +143,258 @@ pub const fn fib_failure(code: i64) -> Verdict {
         _ => Verdict::SlowFib,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::packet::{TCP, UDP};
+
+    const TUN: u32 = 7;
+    const NIC: u32 = 3;
+    const MAC: [u8; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
+
+    /// One peer network, one route and one next hop.
+    struct Fake {
+        settings: Settings,
+        route: Option<Route>,
+        hop: Result<Hop, Verdict>,
+        ingress: u32,
+    }
+
+    fn toward(side: Side) -> Fake {
+        let (link, ingress) = match side {
+            Side::Overlay => (NIC, TUN),
+            Side::Subnet => (TUN, NIC),
+        };
+        Fake {
+            settings: Settings {
+                abi_version: crate::abi::ABI_VERSION,
+                flags: 0,
+                tun: TUN,
+                mtu: 1420,
+            },
+            route: Some(Route::default()),
+            hop: Ok(Hop {
+                link,
+                mtu: u32::MAX,
+                hardware: MAC,
+            }),
+            ingress,
+        }
+    }
+
+    impl Tables for Fake {
+        fn settings(&self) -> Settings {
+            self.settings
+        }
+
+        fn ingress(&self) -> u32 {
+            self.ingress
+        }
+
+        fn in_overlay(&self, address: &Prefix) -> bool {
+            address.address.octets[0] == 100
+        }
+
+        fn route(&self, address: &Prefix) -> Option<Route> {
+            self.route.filter(|_| address.address.octets[0] == 10)
+        }
+
+        fn link_mtu(&self, index: u32) -> Option<u32> {
+            (index == NIC).then_some(1500)
+        }
+
+        fn next_hop(&self, _: &Packet, _: &Settings) -> Result<Hop, Verdict> {
+            self.hop
+        }
+    }
+
+    fn packet(side: Side) -> Packet {
+        let peer = Prefix::host(Address::v4([100, 64, 0, 2]));
+        let near = Prefix::host(Address::v4([10, 0, 0, 2]));
+        let (source, destination) = match side {
+            Side::Overlay => (peer, near),
+            Side::Subnet => (near, peer),
+        };
+        Packet {
+            source,
+            destination,
+            first_word: [0x45, 0, 0, 100],
+            header_checksum: [0; 2],
+            ttl: 64,
+            protocol: UDP,
+            ports: [[0, 1], [0, 2]],
+            header_len: 20,
+            len: 100,
+            gso_size: 0,
+            transport: Transport::Udp,
+            tcp_flags: 0,
+            transport_len: 8,
+        }
+    }
+
+    fn syn(side: Side) -> Packet {
+        Packet {
+            protocol: TCP,
+            transport: Transport::Tcp,
+            tcp_flags: SYN,
+            transport_len: 24,
+            ..packet(side)
+        }
+    }
+
+    fn verdict(side: Side, packet: &Packet, tables: &Fake) -> Verdict {
+        decide(side, packet, tables).unwrap_err()
+    }
+
+    #[test]
+    fn a_routed_packet_of_a_peer_goes_on() {
+        let wanted = |link, hardware| Forward {
+            link,
+            hardware,
+            mss: None,
+        };
+        let up = decide(
+            Side::Overlay,
+            &packet(Side::Overlay),
+            &toward(Side::Overlay),
+        );
+        assert_eq!(up, Ok(wanted(NIC, Some(MAC))));
+        let down = decide(Side::Subnet, &packet(Side::Subnet), &toward(Side::Subnet));
+        assert_eq!(down, Ok(wanted(TUN, None)));
+    }
+
+    #[test]
+    fn the_smallest_mtu_of_both_ways_clamps_a_syn() {
+        for side in Side::ALL {
+            let mut tables = toward(side);
+            let mss = |tables: &Fake| decide(side, &syn(side), tables).unwrap().mss;
+            assert_eq!(mss(&tables), Some(1420 - 40));
+            tables.settings.mtu = 9000;
+            assert_eq!(mss(&tables), Some(1500 - 40));
+            tables.hop = tables.hop.map(|hop| Hop { mtu: 1300, ..hop });
+            assert_eq!(mss(&tables), Some(1300 - 40));
+        }
+    }
+
+    #[test]
+    fn addresses_come_before_all_else() {
+        for side in Side::ALL {
+            let stranger = match side {
+                Side::Overlay => Verdict::DropSpoofed,
+                Side::Subnet => Verdict::PassUnrelated,
+            };
+            let mut odd = packet(side);
+            odd.transport = Transport::Fragment;
+            odd.ttl = 0;
+            let other = match side {
+                Side::Overlay => Side::Subnet,
+                Side::Subnet => Side::Overlay,
+            };
+            let backward = Packet {
+                source: packet(other).source,
+                destination: packet(other).destination,
+                ..odd
+            };
+            assert_eq!(verdict(side, &backward, &toward(side)), stranger);
+            let mut tables = toward(side);
+            tables.route = None;
+            assert_eq!(verdict(side, &odd, &tables), Verdict::SlowNotRouted);
+            assert_eq!(verdict(side, &odd, &toward(side)), Verdict::SlowFragment);
+        }
+    }
+
+    #[test]
+    fn flows_that_the_kernel_tracks_are_its_own() {
+        for side in Side::ALL {
+            let mut tables = toward(side);
+            tables.settings.flags = Settings::POLICY;
+            assert_eq!(verdict(side, &packet(side), &tables), Verdict::SlowPolicy);
+            tables.route = Some(Route { flags: Route::SNAT });
+            assert_eq!(verdict(side, &packet(side), &tables), Verdict::SlowSnat);
+            tables.route = Some(Route {
+                flags: Route::SNAT | Route::STACK,
+            });
+            assert_eq!(
+                verdict(side, &packet(side), &tables),
+                Verdict::SlowStackRoute
+            );
+        }
+    }
+
+    #[test]
+    fn both_directions_agree_on_the_interfaces() {
+        let mut tables = toward(Side::Overlay);
+        tables.hop = tables.hop.map(|hop| Hop { link: 9, ..hop });
+        let up = packet(Side::Overlay);
+        assert_eq!(verdict(Side::Overlay, &up, &tables), Verdict::SlowOtherLink);
+
+        let mut tables = toward(Side::Subnet);
+        tables.ingress = 9;
+        let down = packet(Side::Subnet);
+        assert_eq!(
+            verdict(Side::Subnet, &down, &tables),
+            Verdict::SlowOtherLink
+        );
+        let mut tables = toward(Side::Subnet);
+        tables.hop = tables.hop.map(|hop| Hop { link: NIC, ..hop });
+        assert_eq!(
+            verdict(Side::Subnet, &down, &tables),
+            Verdict::SlowOtherLink
+        );
+    }
+
+    #[test]
+    fn special_addresses_are_the_kernels() {
+        let v4 = |octets| check_scope(&Address::v4(octets)).is_err();
+        let v6 = |text: &str| {
+            let address: std::net::Ipv6Addr = text.parse().unwrap();
+            check_scope(&Address::v6(address.octets())).is_err()
+        };
+        for octets in [
+            [0, 0, 0, 0],
+            [127, 0, 0, 1],
+            [169, 254, 169, 254],
+            [224, 0, 0, 1],
+            [239, 1, 2, 3],
+            [240, 0, 0, 1],
+            [255, 255, 255, 255],
+        ] {
+            assert!(v4(octets), "{octets:?}");
+        }
+        for octets in [
+            [1, 0, 0, 0],
+            [126, 0, 0, 1],
+            [169, 253, 0, 1],
+            [223, 255, 255, 255],
+        ] {
+            assert!(!v4(octets), "{octets:?}");
+        }
+        for text in ["::", "::1", "::10.0.0.1", "fe80::1", "febf::1", "ff02::1"] {
+            assert!(v6(text), "{text}");
+        }
+        for text in [
+            "::ffff:10.0.0.1",
+            "64:ff9b::1",
+            "fec0::1",
+            "fd00::1",
+            "fe00::1",
+            "2001:db8::1",
+        ] {
+            assert!(!v6(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_refused_lookup_keeps_its_reason() {
+        for code in 1..=9 {
+            let wanted = fib_failure(code);
+            let mut tables = toward(Side::Overlay);
+            tables.hop = Err(wanted);
+            let up = packet(Side::Overlay);
+            assert_eq!(verdict(Side::Overlay, &up, &tables), wanted);
+        }
+        assert_eq!(fib_failure(-22), Verdict::SlowFib);
+    }
+}

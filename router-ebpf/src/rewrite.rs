@@ -49,3 +49,73 @@ fn decrement_ttl<F: Frame>(packet: &Packet, frame: &mut F) -> Result<(), Verdict
         frame.write(7, &Bytes([ttl]), Sum::Changed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::abi::Side;
+    use crate::csum::tests::sum;
+    use crate::memory::Memory;
+    use crate::packet::parse;
+    use proptest::prelude::*;
+
+    const MACS: [u8; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
+
+    fn forward(hardware: Option<[u8; 12]>) -> Forward {
+        Forward {
+            link: 1,
+            hardware,
+            mss: None,
+        }
+    }
+
+    fn v4(ttl: u8, id: [u8; 2], payload: &[u8]) -> Vec<u8> {
+        let len = (20 + payload.len()) as u16;
+        let mut bytes = vec![0x45, 0];
+        bytes.extend(len.to_be_bytes());
+        bytes.extend([
+            id[0], id[1], 0x40, 0, ttl, 1, 0, 0, 100, 64, 0, 2, 10, 0, 0, 2,
+        ]);
+        let checksum = (!sum(&bytes)).to_be_bytes();
+        bytes[10..12].copy_from_slice(&checksum);
+        bytes.extend(payload);
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn the_header_checksum_follows_the_ttl(ttl in 2..=255_u8, id: [u8; 2]) {
+            let mut frame = Memory::new(Side::Overlay, v4(ttl, id, &[0; 8]), 0);
+            let packet = parse(&frame).unwrap();
+            apply(&packet, &forward(None), &mut frame).unwrap();
+            prop_assert_eq!(&frame.bytes, &v4(ttl - 1, id, &[0; 8]));
+        }
+    }
+
+    #[test]
+    fn only_the_hop_limit_of_ipv6_changes() {
+        let mut bytes = vec![0x60, 0, 0, 0, 0, 8, 58, 2];
+        bytes.extend([1; 32]);
+        bytes.extend([9; 8]);
+        let mut frame = Memory::new(Side::Overlay, bytes.clone(), 0);
+        let packet = parse(&frame).unwrap();
+        apply(&packet, &forward(Some(MACS)), &mut frame).unwrap();
+        bytes[7] = 1;
+        assert_eq!(frame.bytes, [&MACS[..], &ETHERTYPE_IPV6, &bytes].concat());
+    }
+
+    #[test]
+    fn padding_is_cut_off_plain_packets() {
+        let packet_bytes = v4(9, [0; 2], &[1; 8]);
+        let padded = [&[0; 14][..], &packet_bytes, &[0; 18]].concat();
+        let mut frame = Memory::new(Side::Subnet, padded.clone(), 0);
+        let packet = parse(&frame).unwrap();
+        apply(&packet, &forward(None), &mut frame).unwrap();
+        assert_eq!(frame.bytes.len(), 14 + packet_bytes.len());
+
+        let mut frame = Memory::new(Side::Subnet, padded.clone(), 500);
+        apply(&parse(&frame).unwrap(), &forward(None), &mut frame).unwrap();
+        assert_eq!(frame.bytes.len(), padded.len());
+    }
+}

@@ -101,7 +101,8 @@ impl Tables for Maps<'_> {
         if code != FIB_SUCCESS && (code != FIB_NO_NEIGHBOUR || query.ifindex != settings.tun) {
             return Err(fib_failure(code));
         }
-        let mtu = if settings.flags & Settings::FIB_MTU != 0 {
+        // Without a neighbour the kernel leaves the packet's length in place of the MTU.
+        let mtu = if code == FIB_SUCCESS && settings.flags & Settings::FIB_MTU != 0 {
             // SAFETY: every bit pattern is a valid `u16`.
             u32::from(unsafe { query.__bindgen_anon_1.mtu_result })
         } else {

@@ -115,6 +115,9 @@ pub(super) struct Fixture {
 /// Builds the router's namespace; the subnet behind it is empty.
 pub(super) fn router(lab: &Lab) -> anyhow::Result<Host> {
     let (router, subnet) = (lab.host("router")?, lab.host("subnet")?);
+    // A host that sends nothing by itself, so that the counters tell of the tests' packets alone.
+    subnet.sysctl("net/ipv6/conf/all/disable_ipv6", "1")?;
+    subnet.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
     lab.link(
         router
             .port("eth0")

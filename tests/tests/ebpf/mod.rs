@@ -1,8 +1,7 @@
 //! The eBPF programs in the kernel: what they make of packets (TEST_RUN), how they are built and
 //! attached, and that what they redirect arrives.
 
-#![allow(dead_code)]
-
 mod fixture;
+mod frames;
 mod packets;
 mod verdicts;
