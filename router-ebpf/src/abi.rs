@@ -11,6 +11,9 @@ use crate::verdict::Verdict;
 /// Version of everything in this module.
 pub const ABI_VERSION: u32 = 1;
 
+/// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
+pub const ABI_SECTION: &str = "sluice.abi";
+
 /// Name of the program on the TUN device's ingress, also the name of its clsact filter.
 pub const FROM_OVERLAY: &str = "sluice_from_overlay";
 /// Name of the program on the subnet-side NICs' ingress, also the name of its clsact filter.

@@ -8,7 +8,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use router_ebpf::abi::Side;
+use router_ebpf::abi::{ABI_VERSION, Side};
 use router_ebpf::decide::decide;
 use router_ebpf::packet::{Frame as _, parse};
 use router_ebpf::rewrite;
@@ -20,6 +20,11 @@ use skb::Skb;
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// See [`router_ebpf::abi::ABI_SECTION`].
+#[unsafe(link_section = "sluice.abi")]
+#[unsafe(no_mangle)]
+static SLUICE_ABI: u32 = ABI_VERSION;
 
 /// On the TUN device's ingress: packets that peers send, without a link-layer header.
 #[classifier]

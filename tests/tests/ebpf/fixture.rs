@@ -109,7 +109,6 @@ pub(super) struct Fixture {
     /// Hardware addresses of eth0 and of the gateway.
     pub(super) mac: [u8; 6],
     pub(super) gateway_mac: [u8; 6],
-    counted: Vec<(u64, u64)>,
 }
 
 /// Builds the router's namespace; the subnet behind it is empty.
@@ -197,13 +196,11 @@ impl Fixture {
         };
         let mut ebpf = Ebpf::load_for(mode)?;
         ebpf.apply(&spec)?;
-        let counted = counted(&ebpf)?;
         Ok(Self {
             ebpf,
             spec,
             mac: [2, 0, 0, 0, 0, 0x10],
             gateway_mac: [2, 0, 0, 0, 0, 0x20],
-            counted,
         })
     }
 
@@ -221,6 +218,39 @@ impl Fixture {
         bytes: &[u8],
         gso_size: u32,
     ) -> anyhow::Result<Outcome> {
+        let before = counted(&self.ebpf)?;
+        let (code, out) = self.test_run(side, bytes, gso_size)?;
+        let after = counted(&self.ebpf)?;
+        let mut moved = (0..before.len()).filter(|n| before[*n] != after[*n]);
+        let (Some(slot), None) = (moved.next(), moved.next()) else {
+            anyhow::bail!("not exactly one counter has moved");
+        };
+        let packets = after[slot].0 - before[slot].0;
+        let counted_bytes = after[slot].1 - before[slot].1;
+        let len = bytes.len().saturating_sub(side.header_offset() as usize);
+        ensure!(packets == 1, "{packets} packets counted");
+        ensure!(
+            counted_bytes == len as u64,
+            "{counted_bytes} bytes counted of {len}"
+        );
+        let verdict = Verdict::ALL
+            .iter()
+            .find(|verdict| side.counter(**verdict) == slot as u32)
+            .context("counted for the other program")?;
+        Ok(Outcome {
+            code,
+            verdict: *verdict,
+            bytes: out,
+        })
+    }
+
+    /// Runs the program of `side` and yields its return code and the packet's bytes afterwards.
+    pub(super) fn test_run(
+        &self,
+        side: Side,
+        bytes: &[u8],
+        gso_size: u32,
+    ) -> anyhow::Result<(u32, Vec<u8>)> {
         let ingress = match side {
             Side::Overlay => self.spec.tun.index,
             Side::Subnet => self.spec.subnet[0].index,
@@ -233,29 +263,7 @@ impl Fixture {
             ..TestRunOptions::default()
         })?;
         out.truncate(result.data_size_out as usize);
-
-        let before = std::mem::replace(&mut self.counted, counted(&self.ebpf)?);
-        let mut moved = (0..before.len()).filter(|n| before[*n] != self.counted[*n]);
-        let (Some(slot), None) = (moved.next(), moved.next()) else {
-            anyhow::bail!("not exactly one counter has moved");
-        };
-        let packets = self.counted[slot].0 - before[slot].0;
-        let counted_bytes = self.counted[slot].1 - before[slot].1;
-        let len = bytes.len().saturating_sub(side.header_offset() as usize);
-        ensure!(packets == 1, "{packets} packets counted");
-        ensure!(
-            counted_bytes == len as u64,
-            "{counted_bytes} bytes counted of {len}"
-        );
-        let verdict = Verdict::ALL
-            .iter()
-            .find(|verdict| side.counter(**verdict) == slot as u32)
-            .context("counted for the other program")?;
-        Ok(Outcome {
-            code: result.return_value,
-            verdict: *verdict,
-            bytes: out,
-        })
+        Ok((result.return_value, out))
     }
 }
 

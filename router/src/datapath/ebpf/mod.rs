@@ -73,6 +73,7 @@ impl Ebpf {
     /// Loads the programs, to be attached in the given way only.
     pub fn load_for(mode: Option<AttachMode>) -> Result<Self, Error> {
         Self::support()?;
+        object::check_abi(object())?;
         // Without relocations against kernel types the kernel's own BTF need not be read.
         let mut programs = EbpfLoader::new()
             .btf(None)
@@ -99,6 +100,20 @@ impl Ebpf {
             return None;
         }
         self.mode.map(AttachMode::label)
+    }
+
+    /// The counter of one program and verdict.
+    pub fn counter(&self, side: Side, verdict: Verdict) -> Result<Counter, Error> {
+        let slot = self
+            .counters
+            .get(&side.counter(verdict), 0)
+            .map_err(|error| failed("read the eBPF counters", error))?;
+        Ok(Counter {
+            program: side.label(),
+            verdict: verdict.label(),
+            packets: slot.iter().map(|cpu| cpu.packets).sum(),
+            bytes: slot.iter().map(|cpu| cpu.bytes).sum(),
+        })
     }
 
     /// The loaded program of `side`.
@@ -178,22 +193,14 @@ impl Datapath for Ebpf {
     }
 
     fn counters(&self) -> Result<Vec<Counter>, Error> {
-        let mut counters = Vec::with_capacity(abi::MAX_COUNTERS);
-        for side in Side::ALL {
-            for verdict in Verdict::ALL {
-                let slot = self
-                    .counters
-                    .get(&side.counter(*verdict), 0)
-                    .map_err(|error| failed("read the eBPF counters", error))?;
-                counters.push(Counter {
-                    program: side.label(),
-                    verdict: verdict.label(),
-                    packets: slot.iter().map(|cpu| cpu.packets).sum(),
-                    bytes: slot.iter().map(|cpu| cpu.bytes).sum(),
-                });
-            }
-        }
-        Ok(counters)
+        Side::ALL
+            .iter()
+            .flat_map(|side| {
+                Verdict::ALL
+                    .iter()
+                    .map(|verdict| self.counter(*side, *verdict))
+            })
+            .collect()
     }
 
     fn remove(&mut self) -> Result<(), Error> {

@@ -1,0 +1,74 @@
+//! The compiled object: what user space, pinned maps and tools rely on.
+
+use std::collections::BTreeMap;
+
+use aya_obj::generated::bpf_map_type;
+use aya_obj::{Object, ProgramSection};
+use router::datapath::ebpf::object;
+use router_ebpf::abi;
+
+#[test]
+fn the_object_keeps_its_contract() {
+    let object = Object::parse(object()).unwrap();
+    assert_eq!(object.license.as_c_str(), c"Dual MIT/GPL");
+
+    let programs: BTreeMap<&str, bool> = object
+        .programs
+        .iter()
+        .map(|(name, program)| {
+            let classifier = matches!(program.section, ProgramSection::SchedClassifier);
+            (name.as_str(), classifier)
+        })
+        .collect();
+    let wanted = [abi::FROM_OVERLAY, abi::FROM_SUBNET].map(|name| (name, true));
+    assert_eq!(programs, BTreeMap::from(wanted));
+
+    // Type, bytes of key and of value, entries. `.rodata` and the like would be maps too.
+    let maps: BTreeMap<&str, (u32, u32, u32, u32)> = object
+        .maps
+        .iter()
+        .map(|(name, map)| {
+            let sizes = (
+                map.map_type(),
+                map.key_size(),
+                map.value_size(),
+                map.max_entries(),
+            );
+            (name.as_str(), sizes)
+        })
+        .collect();
+    let trie = bpf_map_type::BPF_MAP_TYPE_LPM_TRIE as u32;
+    let wanted = BTreeMap::from([
+        (
+            abi::SETTINGS,
+            (bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, 4, 16, 1),
+        ),
+        (abi::OVERLAY, (trie, 24, 4, 1 << 18)),
+        (abi::ROUTES, (trie, 24, 4, 1 << 14)),
+        (
+            abi::LINKS,
+            (bpf_map_type::BPF_MAP_TYPE_HASH as u32, 4, 4, 256),
+        ),
+        (
+            abi::COUNTERS,
+            (
+                bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32,
+                4,
+                16,
+                abi::MAX_COUNTERS as u32,
+            ),
+        ),
+    ]);
+    assert_eq!(maps, wanted);
+}
+
+#[test]
+fn a_change_of_the_contract_changes_its_version() {
+    // Whoever changes one of these numbers changes the other.
+    let layout = (
+        router_ebpf::verdict::Verdict::ALL.len(),
+        size_of::<abi::Settings>(),
+        size_of::<abi::Prefix>(),
+    );
+    assert_eq!((abi::ABI_VERSION, layout), (1, (20, 16, 24)));
+}
