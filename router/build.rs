@@ -9,7 +9,7 @@
 //! `SLUICE_EBPF_OBJECT` names a ready object, and nothing is compiled.
 
 use std::env;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
@@ -94,6 +94,7 @@ fn build(root: &Path, out: &Path) -> Result<PathBuf, Failure> {
     // The object's debug information is its BTF and the source lines in the verifier's log.
     // RUSTC_BOOTSTRAP: compiling `core` for BPF is all that stable does not offer.
     cargo
+        .env("PATH", search_path())
         .env("RUSTC", rustc)
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_ENCODED_RUSTFLAGS", "-Clink-arg=--btf")
@@ -164,7 +165,9 @@ fn find_sources(rustc: &OsStr) -> Result<(), Failure> {
 }
 
 fn find_linker() -> Result<(), Failure> {
-    let problem = match Command::new("bpf-linker").arg("--version").output() {
+    let mut linker = Command::new("bpf-linker");
+    linker.arg("--version").env("PATH", search_path());
+    let problem = match linker.output() {
         Ok(output) if output.status.success() => return Ok(()),
         Ok(output) => {
             let text = String::from_utf8_lossy(&output.stderr);
@@ -174,6 +177,16 @@ fn find_linker() -> Result<(), Failure> {
         Err(_) => "bpf-linker is missing".to_owned(),
     };
     Err(lack(&problem, "cargo binstall bpf-linker"))
+}
+
+/// Where bpf-linker is looked for: also where `cargo install` puts it, which a distribution's rustup
+/// leaves out of the path.
+fn search_path() -> OsString {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let cargo_home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let cargo_home = cargo_home.or_else(|| Some(Path::new(&env::var_os("HOME")?).join(".cargo")));
+    let installed = cargo_home.map(|home| home.join("bin"));
+    env::join_paths(env::split_paths(&path).chain(installed)).unwrap_or(path)
 }
 
 fn lack(what: &str, by_hand: &str) -> Failure {
