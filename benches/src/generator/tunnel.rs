@@ -19,7 +19,7 @@ pub(crate) const SLACK: usize = 148;
 /// How long an unanswered initiation waits. wireguard-go ignores initiations that follow each other
 /// within 20 ms, others answer the first with a cookie.
 const RETRY: Duration = Duration::from_millis(250);
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_micros(200);
 
 /// A session with the router.
