@@ -122,6 +122,8 @@ impl Site {
         host.route("default", "198.51.100.254")?;
         host.route(SERVER_NETWORK, "10.80.1.2")?;
         server.route("default", "10.80.0.1")?;
+        // For a router that does not translate sources.
+        core.route(BRANCH_NETWORK, "10.80.1.1")?;
         if plan.icmp == Icmp::Lost {
             for host in [&branch, &server, &isps[0], &isps[1], &core] {
                 lose_icmp(host)?;

@@ -23,6 +23,7 @@ const ROUTER_INSIDE: &str = "10.80.0.1";
 /// The server behind the router.
 pub(super) const SERVER: Ipv4Addr = Ipv4Addr::new(10, 80, 0, 2);
 const NETWORK: &str = "10.80.0.0/24";
+const OVERLAY: &str = "100.64.0.0/16";
 const OVERLAY_ROUTER: &str = "100.64.0.1/16";
 const OVERLAY_CLIENT: &str = "100.64.0.2/32";
 /// Tunnel MTU in bytes, what WireGuard's tools choose on Ethernet.
@@ -90,6 +91,8 @@ impl Bed {
             server.port("eth0").address(&format!("{SERVER}/24")),
         )?;
         host.route("default", UNDERLAY_CLIENT)?;
+        // For a router that does not translate sources.
+        server.route(OVERLAY, ROUTER_INSIDE)?;
 
         let (router_cpus, end_cpus) = match &placement {
             Placement::Apart(cores) => {

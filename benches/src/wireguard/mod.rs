@@ -269,7 +269,7 @@ impl BedCase {
     fn measure(&self, bed: &Bed, round: Round) -> Result<Vec<Measurement>, Failure> {
         let _pinned = bed.at_the_ends()?;
         let before = bed.router().paths()?;
-        let measured = match self.what {
+        let mut measured = match self.what {
             What::Tcp(streams) => {
                 let apart = matches!(self.bed.placement, Placement::Apart(_));
                 tcp::run(bed, streams, round, apart)?
@@ -279,27 +279,25 @@ impl BedCase {
             What::Connections => latency::connections(bed, round)?,
         };
         if let (Some(before), Some(after)) = (before, bed.router().paths()?) {
-            self.check_path(before, after)?;
+            measured.push(fast_path_share(before, after)?);
         }
         Ok(measured)
     }
+}
 
-    /// A case of ours must have taken the path that it claims to measure.
-    fn check_path(&self, before: Paths, after: Paths) -> Result<(), Failure> {
-        let fast = after.fast - before.fast;
-        let slow = after.slow - before.slow;
-        let (wanted, other) = match self.bed.program {
-            Program::Sluice("kernel") => return Ok(()),
-            _ => (fast, slow),
-        };
-        if wanted == 0 || other > (wanted + other) / 20 {
-            return Err(Failure::Wrong(format!(
-                "the fast path carried {fast} packets and the slow path {slow}, by the router's \
-                 own counters"
-            )));
-        }
-        Ok(())
+/// How much of a case of ours the fast path carried. The counters must agree with the path that the
+/// status claims.
+fn fast_path_share(before: Paths, after: Paths) -> Result<Measurement, Failure> {
+    let fast = after.fast - before.fast;
+    let slow = after.slow - before.slow;
+    let all = fast + slow;
+    if after.claims_fast && fast < all - all / 20 || all == 0 {
+        return Err(Failure::Wrong(format!(
+            "the status claims the fast path, but it carried {fast} packets and the slow path {slow}"
+        )));
     }
+    let share = 100.0 * fast as f64 / all as f64;
+    Ok(Measurement::higher("fast-path", "%", share))
 }
 
 fn generator_itself() -> Implementation {

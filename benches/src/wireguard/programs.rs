@@ -17,8 +17,13 @@ const QUICK: [&str; 3] = [REFERENCE, "boringtun-cli", "kernel WireGuard"];
 /// How a router is started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Program {
-    /// Sluice with this `datapath.mode`.
-    Sluice(&'static str),
+    /// Sluice.
+    Sluice {
+        /// `datapath.mode`.
+        mode: &'static str,
+        /// Whether it translates sources, as the plain programs do.
+        snat: bool,
+    },
     /// A program that takes a device name as its last argument and answers `wg`.
     Daemon(Vec<OsString>),
     /// The kernel's WireGuard.
@@ -32,13 +37,16 @@ pub(crate) struct Candidate {
     pub(crate) program: Result<Program, String>,
 }
 
-/// Every implementation that is compared, the reference second.
+/// Every implementation that is compared.
 pub(crate) fn candidates(context: &Context) -> Vec<Candidate> {
-    let sluice = |variant, mode| Candidate {
+    let sluice = |variant, mode, snat| Candidate {
         implementation: Implementation::sluice(variant),
-        program: Ok(Program::Sluice(mode)),
+        program: Ok(Program::Sluice { mode, snat }),
     };
-    let mut all = vec![sluice("", "ebpf")];
+    let mut all = vec![sluice("", "ebpf", true), sluice("no snat", "ebpf", false)];
+    if context.effort == Effort::Full {
+        all.push(sluice("kernel path", "kernel", true));
+    }
     all.extend(wireguard_go());
     all.push(from_crates_io(
         "boringtun-cli",
@@ -53,9 +61,6 @@ pub(crate) fn candidates(context: &Context) -> Vec<Candidate> {
             "error",
         ],
     ));
-    if context.effort == Effort::Full {
-        all.insert(1, sluice("kernel path", "kernel"));
-    }
     all.push(kernel());
     all.push(tailscaled());
     if context.effort != Effort::Full {

@@ -41,13 +41,15 @@ pub(crate) enum Router {
     Plain(Wireguard),
 }
 
-/// Clear packets that Sluice has carried, super-packets once each.
+/// Clear packets that Sluice has carried, by its own counters; super-packets count once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Paths {
-    /// By our programs alone.
+    /// By the eBPF programs alone.
     pub(crate) fast: u64,
-    /// Handed to the kernel.
+    /// By the kernel.
     pub(crate) slow: u64,
+    /// Whether its status says that the route's packets take the fast path.
+    pub(crate) claims_fast: bool,
 }
 
 /// A fresh key pair. A lab's keys protect nothing.
@@ -76,7 +78,9 @@ impl Router {
 
     fn start_here(program: &Program, job: &Job<'_>) -> anyhow::Result<Self> {
         match program {
-            Program::Sluice(mode) => Ok(Self::Sluice(job.host.sluice(&job.config(mode)?)?)),
+            Program::Sluice { mode, snat } => {
+                Ok(Self::Sluice(job.host.sluice(&job.config(mode, *snat)?)?))
+            }
             Program::Daemon(argv) => {
                 job.forward()?;
                 Ok(Self::Plain(
@@ -115,16 +119,18 @@ impl Router {
             return Ok(None);
         };
         let status = sluice.status()?;
+        let mut paths = Paths {
+            claims_fast: status["routes"][0]["path"] == "fast",
+            ..Paths::default()
+        };
         let rows = status["packets"]
             .as_array()
             .context("no packet counters in the status")?;
-        let mut paths = Paths::default();
-        for row in rows {
+        for row in rows.iter().filter(|row| row["verdict"] == "forwarded") {
             let packets = row["packets"].as_u64().context("a counter is no number")?;
-            match row["verdict"].as_str() {
-                Some("forwarded") => paths.fast += packets,
-                Some(verdict) if verdict.starts_with("slow") => paths.slow += packets,
-                _ => {}
+            match row["program"].as_str() {
+                Some("from_overlay" | "from_subnet") => paths.fast += packets,
+                _ => paths.slow += packets,
             }
         }
         Ok(Some(paths))
@@ -132,7 +138,7 @@ impl Router {
 }
 
 impl Job<'_> {
-    fn config(&self, mode: &'static str) -> anyhow::Result<Config> {
+    fn config(&self, mode: &'static str, snat: bool) -> anyhow::Result<Config> {
         let mut config = Config::new()?;
         config.key = self.key.clone();
         config.listen_port = PORT;
@@ -151,7 +157,7 @@ impl Job<'_> {
             .collect();
         config.routes = vec![sluice::Route {
             cidr: self.network.to_owned(),
-            snat: true,
+            snat,
             mode: "fast",
         }];
         Ok(config)
