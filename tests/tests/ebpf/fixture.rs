@@ -111,6 +111,16 @@ pub(super) struct Fixture {
     pub(super) gateway_mac: [u8; 6],
 }
 
+/// What makes the TUN device.
+pub(super) const TUN: [&str; 6] = [
+    "tuntap add dev tun0 mode tun",
+    "link set tun0 mtu 1420 up",
+    "address add 100.64.0.1/32 dev tun0",
+    "address add fd64::1/128 dev tun0 nodad",
+    "route add 100.64.0.0/24 dev tun0",
+    "route add fd64::/64 dev tun0",
+];
+
 /// Builds the router's namespace; the subnet behind it is empty.
 pub(super) fn router(lab: &Lab) -> anyhow::Result<Host> {
     let (router, subnet) = (lab.host("router")?, lab.host("subnet")?);
@@ -131,13 +141,7 @@ pub(super) fn router(lab: &Lab) -> anyhow::Result<Host> {
             .address("2001:db8:50::a/64"),
         subnet.port("eth1"),
     )?;
-    for words in [
-        "tuntap add dev tun0 mode tun",
-        "link set tun0 mtu 1420 up",
-        "address add 100.64.0.1/32 dev tun0",
-        "address add fd64::1/128 dev tun0 nodad",
-        "route add 100.64.0.0/24 dev tun0",
-        "route add fd64::/64 dev tun0",
+    for words in TUN.iter().chain(&[
         "neighbour add 10.50.0.20 lladdr 02:00:00:00:01:20 dev eth1 nud permanent",
         "neighbour add 2001:db8:50::14 lladdr 02:00:00:00:01:20 dev eth1 nud permanent",
         "link set eth0 address 02:00:00:00:00:10",
@@ -149,7 +153,7 @@ pub(super) fn router(lab: &Lab) -> anyhow::Result<Host> {
         "route add 2001:db8:70::/64 via 2001:db8:20::14 mtu lock 1300",
         "route add 10.80.0.0/16 via 10.20.0.80",
         "route add 2001:db8:80::/64 via 2001:db8:20::80",
-    ] {
+    ]) {
         router.ip(words)?;
     }
     router.sysctl("net/ipv4/ip_forward", "1")?;
@@ -172,6 +176,11 @@ pub(super) fn link(name: &str) -> anyhow::Result<Link> {
 impl Fixture {
     /// Loads the programs and puts [`Fixture::spec`] in force. Call it inside the router.
     pub(super) fn new(mode: Option<AttachMode>) -> anyhow::Result<Self> {
+        Self::new_on("eth0", mode)
+    }
+
+    /// As [`Fixture::new`], with another subnet-side NIC than eth0.
+    pub(super) fn new_on(nic: &str, mode: Option<AttachMode>) -> anyhow::Result<Self> {
         let mut routes = Vec::new();
         for net in Net::ALL {
             for (family, len) in [(Family::V4, 16), (Family::V6, 64)] {
@@ -189,7 +198,7 @@ impl Fixture {
         let spec = Spec {
             tun: link("tun0")?,
             mtu: MTU,
-            subnet: vec![link("eth0")?],
+            subnet: vec![link(nic)?],
             overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
             routes,
             policy: Policy::default(),

@@ -239,7 +239,7 @@ fn settings_change_under_the_programs() {
                 let (source, destination) = ends(family, side);
                 input(fixture, side, &Ip::udp(source, destination, 64))
             };
-            let mut expect = |fixture: &mut Fixture, overlay, subnet| {
+            let expect = |fixture: &mut Fixture, overlay, subnet| {
                 for (side, wanted) in [(Side::Overlay, overlay), (Side::Subnet, subnet)] {
                     let bytes = packet(fixture, side);
                     let verdict = fixture.run(side, &bytes, 0)?.verdict;

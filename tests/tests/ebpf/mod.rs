@@ -1,6 +1,8 @@
 //! The eBPF programs in the kernel: what they make of packets (TEST_RUN), how they are built and
 //! attached, and that what they redirect arrives.
 
+mod arrival;
+mod attach;
 mod contract;
 mod differential;
 mod fixture;
