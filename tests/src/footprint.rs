@@ -30,9 +30,10 @@ const QUIET_QUERIES: &[&str] = &[
     "ip -6 rule",
     "nft --stateless list ruleset",
     "bpftool net list",
-    "ls /sys/class/net",
-    "ls /sys/fs/bpf",
 ];
+
+/// Folders whose entries belong to it.
+const QUIET_FOLDERS: &[&str] = &["/sys/class/net", "/sys/fs/bpf", "/run/sluice"];
 
 const SYSCTLS: &[&str] = &["net/ipv4", "net/ipv6", "net/netfilter"];
 
@@ -86,7 +87,16 @@ fn counts(path: &Path) -> bool {
 impl Footprint {
     /// The footprint of the machine itself, outside every lab, as far as nobody else changes it.
     pub fn of_machine() -> anyhow::Result<Self> {
-        ask(QUIET_QUERIES, |words| Cmd::new(words)).map(Self)
+        let mut all = ask(QUIET_QUERIES, |words| Cmd::new(words))?;
+        for folder in QUIET_FOLDERS {
+            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+            let mut names: Vec<String> = entries
+                .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                .collect();
+            names.sort();
+            all.insert((*folder).to_owned(), names.join("\n"));
+        }
+        Ok(Self(all))
     }
 
     /// What differs in `after`, a line each; empty when nothing does.

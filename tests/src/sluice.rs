@@ -240,13 +240,20 @@ impl Host {
         self.sluice_command(words)?.output()
     }
 
+    /// The daemon keeps locks and journals in /run by network namespace, and a namespace's number is
+    /// used again when it is gone: every lab has a /run of its own.
     fn sluice_command(&self, words: &[&str]) -> anyhow::Result<Cmd> {
-        let binary = binary()?.to_string_lossy().into_owned();
-        let config = Files::of(self).config.to_string_lossy().into_owned();
-        let argv = std::iter::once(&*binary)
-            .chain(words.iter().copied())
-            .chain(["--config", &config]);
-        Ok(self.command(argv))
+        const WITH_RUN: &str = r#"mount --bind "$0" /run && exec "$@""#;
+        let run = self.folder().join("run");
+        fs::create_dir_all(&run)?;
+        let isolate = ["unshare", "--mount", "sh", "-c", WITH_RUN];
+        Ok(self
+            .command(isolate)
+            .arg(&run)
+            .arg(binary()?)
+            .args(words)
+            .arg("--config")
+            .arg(Files::of(self).config))
     }
 }
 

@@ -4,3 +4,4 @@
 mod ebpf;
 mod lab_itself;
 mod netlink;
+mod router;

@@ -64,16 +64,16 @@ impl Packets {
     /// A line for each verdict that was given, under a head.
     pub(crate) fn table(&self) -> Vec<String> {
         let line = |path: &str, program: &str, verdict: &str, packets: &str, bytes: &str| {
-            format!("{path:<8} {program:<14} {verdict:<24} {packets:>12} {bytes:>16}")
+            format!("{path:<8} {program:<20} {verdict:<20} {packets:>12} {bytes:>16}")
         };
-        let mut rows: Vec<(&str, String)> = self
+        let mut rows: Vec<(Path, String)> = self
             .0
             .iter()
             .filter(|(_, count)| count.packets > 0)
             .map(|((program, verdict), count)| {
-                let path = path(verdict);
+                let path = Path::of(program, verdict);
                 let (packets, bytes) = (grouped(count.packets), grouped(count.bytes));
-                (path, line(path, program, verdict, &packets, &bytes))
+                (path, line(path.label(), program, verdict, &packets, &bytes))
             })
             .collect();
         rows.sort();
@@ -84,13 +84,36 @@ impl Packets {
     }
 }
 
-fn path(verdict: &str) -> &'static str {
-    if verdict == "forwarded" {
-        "fast"
-    } else if verdict.starts_with("drop") {
-        "dropped"
-    } else {
-        "slow"
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Path {
+    Fast,
+    Slow,
+    /// None of the router's: left to the stack.
+    Other,
+    Dropped,
+}
+
+impl Path {
+    /// The slow path's own counters say what became of the packets that the programs handed to it.
+    fn of(program: &str, verdict: &str) -> Self {
+        if verdict.starts_with("drop") {
+            Self::Dropped
+        } else if verdict.starts_with("pass") {
+            Self::Other
+        } else if verdict == "forwarded" && !program.starts_with("kernel") {
+            Self::Fast
+        } else {
+            Self::Slow
+        }
+    }
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Slow => "slow",
+            Self::Other => "other",
+            Self::Dropped => "dropped",
+        }
     }
 }
 
@@ -124,7 +147,10 @@ mod tests {
             row("from_subnet", "forwarded", 12_345_678),
             row("from_overlay", "forwarded", 999),
             row("from_overlay", "slow_snat", 1000),
-            row("from_overlay", "drop_policy", 0),
+            row("from_overlay", "drop_malformed", 0),
+            row("kernel_from_overlay", "drop_policy", 2),
+            row("kernel_from_overlay", "forwarded", 1000),
+            row("from_subnet", "pass_unrelated", 3),
         ]));
         let table: Vec<Vec<String>> = packets
             .table()
@@ -144,6 +170,15 @@ mod tests {
                     "1,234,567,800"
                 ],
                 ["slow", "from_overlay", "slow_snat", "1,000", "100,000"],
+                [
+                    "slow",
+                    "kernel_from_overlay",
+                    "forwarded",
+                    "1,000",
+                    "100,000"
+                ],
+                ["other", "from_subnet", "pass_unrelated", "3", "300"],
+                ["dropped", "kernel_from_overlay", "drop_policy", "2", "200"],
             ]
         );
     }
