@@ -76,11 +76,6 @@ impl Batch {
         }
     }
 
-    /// Makes each datagram a message from now on.
-    pub(super) fn without_gso(&mut self) {
-        self.gso = false;
-    }
-
     /// Sends everything.
     pub(super) fn flush(&mut self, sink: &mut impl UdpSink) {
         if !self.messages.is_empty() {
@@ -90,15 +85,17 @@ impl Batch {
         self.used = 0;
     }
 
-    /// Opens the batch for datagrams to one endpoint.
+    /// Opens the batch for datagrams to one endpoint. Without `gso` each is a message.
     pub(super) fn lane<'a, S: UdpSink>(
         &'a mut self,
         sink: &'a mut S,
         endpoint: Endpoint,
         peer: Option<PeerId>,
         ecn: u8,
+        gso: bool,
     ) -> Lane<'a, S> {
-        let extend = self.gso
+        let gso = gso && self.gso;
+        let extend = gso
             && self.messages.last().is_some_and(|last| {
                 last.peer == peer && last.ecn == ecn && last.endpoint == endpoint
             });
@@ -108,6 +105,7 @@ impl Batch {
             endpoint,
             peer,
             ecn,
+            gso,
             extend,
         }
     }
@@ -121,6 +119,7 @@ pub(super) struct Lane<'a, S> {
     endpoint: Endpoint,
     peer: Option<PeerId>,
     ecn: u8,
+    gso: bool,
     /// Whether the last message has the same endpoint.
     extend: bool,
 }
@@ -166,7 +165,7 @@ impl<S: UdpSink> Arena for Lane<'_, S> {
                     peer: self.peer,
                     ecn: self.ecn,
                 });
-                self.extend = self.batch.gso;
+                self.extend = self.gso;
             }
         }
     }
@@ -218,7 +217,7 @@ mod tests {
             let mut expected = Vec::new();
             let mut serial = 0u32;
             for (host, ecn, lengths) in lanes {
-                let mut lane = batch.lane(&mut sent, endpoint(host), Some(host.into()), ecn);
+                let mut lane = batch.lane(&mut sent, endpoint(host), Some(host.into()), ecn, true);
                 for length in lengths {
                     serial += 1;
                     let mut datagram = vec![host; length];
@@ -237,7 +236,7 @@ mod tests {
         let mut batch = Batch::new(true);
         let mut sent = Sent::default();
         for _ in 0..3 {
-            let mut lane = batch.lane(&mut sent, endpoint(1), Some(1), 0);
+            let mut lane = batch.lane(&mut sent, endpoint(1), Some(1), 0, true);
             for _ in 0..15 {
                 lane.push(&[7; 1452]);
             }

@@ -323,9 +323,10 @@ impl Forwarder {
             self.counters.add(Counter::DropTunRead, 1);
             return;
         };
+        let gso = peer.gso;
         let tunnel = peer.tunnel(&self.local);
         if tunnel.ready() {
-            let mut lane = self.batch.lane(io, endpoint, Some(id), ecn);
+            let mut lane = self.batch.lane(io, endpoint, Some(id), ecn, gso);
             let bytes = tunnel.seal(&mut segments, &mut lane);
             peer.sent(bytes, now);
             return;
@@ -372,9 +373,11 @@ impl Forwarder {
         }
     }
 
-    /// Sends each datagram as a message of its own from now on.
-    pub(super) fn without_gso(&mut self) {
-        self.batch.without_gso();
+    /// Sends each datagram for a peer as a message of its own until the peer moves.
+    pub(super) fn without_gso(&mut self, id: PeerId) {
+        if let Some(peer) = self.peers.get_mut(id) {
+            peer.gso = false;
+        }
     }
 
     fn open<'a>(

@@ -13,6 +13,7 @@ mod directory;
 mod exchange;
 mod forward;
 mod ip;
+mod outlet;
 mod peer;
 mod routes;
 mod segment;

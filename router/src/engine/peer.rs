@@ -80,6 +80,8 @@ pub(super) struct Peer {
     /// Made when first needed: it is large, and costs key exchanges.
     tunnel: Option<Box<Tunnel>>,
     endpoint: Option<Endpoint>,
+    /// Whether the kernel cuts up messages on the way to the endpoint.
+    pub(super) gso: bool,
     pub(super) keepalive: Option<Duration>,
     /// Sealable packets, oldest first.
     pub(super) staged: VecDeque<Box<[u8]>>,
@@ -101,6 +103,7 @@ impl Peer {
             preshared_key: setup.preshared_key,
             tunnel: None,
             endpoint: None,
+            gso: true,
             keepalive: setup.keepalive,
             staged: VecDeque::new(),
             active: false,
@@ -154,6 +157,7 @@ impl Peer {
             .is_none_or(|old| old.remote != endpoint.remote);
         self.endpoint = Some(endpoint);
         if moved {
+            self.gso = true;
             let mut shared = self
                 .shared
                 .endpoint

@@ -15,11 +15,11 @@ use super::counters::{Counter, Counters};
 use super::directory::Change;
 use super::exchange::Exchange;
 use super::forward::{self, Content, Forwarder, TICK};
-use super::routes::PeerId;
+use super::outlet::Outlet;
 use super::segment;
 use super::tun::Queue;
 use super::udp::Sockets;
-use super::udp_io::{Receiver, Sender};
+use super::udp_io::Receiver;
 use super::vnet;
 
 /// Receive calls on one socket before others have their turn.
@@ -102,12 +102,9 @@ impl Worker {
         }
         let mut port = Port {
             queue: &self.queue,
-            sockets: &self.sockets,
-            sender: Sender::new(),
+            outlet: Outlet::new(&self.sockets, &self.counters),
             exchange: self.exchange,
             counters: &self.counters,
-            stale: Vec::new(),
-            no_gso: false,
         };
         let mut receiver = Receiver::new();
         let mut buffer = vec![0; LEAD + READ + segment::SLACK].into_boxed_slice();
@@ -151,12 +148,11 @@ impl Worker {
                 self.forwarder.tick(now, &mut port);
             }
             port.exchange.wake();
-            for id in port.stale.drain(..) {
+            for id in port.outlet.stale.drain(..) {
                 self.forwarder.forget_source(id);
             }
-            if port.no_gso {
-                port.no_gso = false;
-                self.forwarder.without_gso();
+            for id in port.outlet.uncut.drain(..) {
+                self.forwarder.without_gso(id);
             }
         }
     }
@@ -258,14 +254,9 @@ fn read(
 /// Where finished packets go.
 struct Port<'a> {
     queue: &'a Queue,
-    sockets: &'a Sockets,
-    sender: Sender,
+    outlet: Outlet<'a>,
     exchange: Exchange,
     counters: &'a Counters,
-    /// Peers whose sticky source the kernel refused.
-    stale: Vec<PeerId>,
-    /// The kernel cannot cut messages on this path.
-    no_gso: bool,
 }
 
 impl TunSink for Port<'_> {
@@ -282,18 +273,7 @@ impl TunSink for Port<'_> {
 
 impl UdpSink for Port<'_> {
     fn send(&mut self, arena: &[u8], messages: &[Message]) {
-        let sockets = self.sockets;
-        for run in messages.chunk_by(|a, b| v4(a) == v4(b)) {
-            let socket = if v4(&run[0]) {
-                &sockets.v4
-            } else {
-                &sockets.v6
-            };
-            match socket {
-                Some(socket) => self.send_to(socket, arena, run),
-                None => self.dropped(Counter::DropSendError, run),
-            }
-        }
+        self.outlet.send(arena, messages);
     }
 }
 
@@ -301,89 +281,6 @@ impl forward::Port for Port<'_> {
     fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8]) -> bool {
         self.exchange.send(worker, content, bytes)
     }
-}
-
-fn v4(message: &Message) -> bool {
-    message.endpoint.remote.is_ipv4()
-}
-
-impl Port<'_> {
-    fn send_to(&mut self, socket: &OwnedFd, arena: &[u8], mut messages: &[Message]) {
-        while let [first, after_first @ ..] = messages {
-            match self.sender.send(socket, arena, messages) {
-                Ok(count) => {
-                    let (sent, rest) = messages.split_at(count.clamp(1, messages.len()));
-                    self.sent(sent);
-                    messages = rest;
-                }
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EINTR) => {}
-                    // Waiting would hold up every other peer.
-                    Some(libc::EAGAIN | libc::ENOBUFS) => {
-                        self.dropped(Counter::DropSendFull, messages);
-                        return;
-                    }
-                    _ => {
-                        self.send_otherwise(socket, arena, *first, &error);
-                        messages = after_first;
-                    }
-                },
-            }
-        }
-    }
-
-    /// The kernel refused a message: our source address may be gone, or the path too narrow for
-    /// GSO. Tries what is left, once.
-    fn send_otherwise(
-        &mut self,
-        socket: &OwnedFd,
-        arena: &[u8],
-        mut message: Message,
-        error: &io::Error,
-    ) {
-        trace!(%error, remote = %message.endpoint.remote, "send to the underlay");
-        if error.raw_os_error() == Some(libc::EIO) {
-            self.no_gso = true;
-        } else if message.endpoint.local.take().is_some() {
-            self.stale.extend(message.peer);
-            if self.sender.send(socket, arena, &[message]).is_ok() {
-                self.sent(&[message]);
-                return;
-            }
-        }
-        if message.segments == 1 {
-            self.dropped(Counter::DropSendError, &[message]);
-            return;
-        }
-        let end = message.offset + message.length;
-        for offset in (message.offset..end).step_by(message.size) {
-            let length = message.size.min(end - offset);
-            let single = Message {
-                offset,
-                length,
-                size: length,
-                segments: 1,
-                ..message
-            };
-            match self.sender.send(socket, arena, &[single]) {
-                Ok(_) => self.sent(&[single]),
-                Err(_) => self.dropped(Counter::DropSendError, &[single]),
-            }
-        }
-    }
-
-    fn sent(&self, messages: &[Message]) {
-        self.counters.add(Counter::UdpSends, messages.len() as u64);
-        self.counters.add(Counter::TxDatagrams, datagrams(messages));
-    }
-
-    fn dropped(&self, why: Counter, messages: &[Message]) {
-        self.counters.add(why, datagrams(messages));
-    }
-}
-
-fn datagrams(messages: &[Message]) -> u64 {
-    messages.iter().map(|message| message.segments as u64).sum()
 }
 
 /// An epoll instance, level-triggered.

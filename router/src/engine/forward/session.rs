@@ -37,7 +37,9 @@ impl Forwarder {
         }
         let mut queue = std::mem::take(&mut peer.staged);
         self.staged -= queue.len();
-        let mut lane = self.batch.lane(io, origin.endpoint(), Some(id), 0);
+        let mut lane = self
+            .batch
+            .lane(io, origin.endpoint(), Some(id), 0, peer.gso);
         let mut staged = Staged::new(&mut queue);
         let bytes = peer.tunnel(&self.local).seal(&mut staged, &mut lane);
         peer.sent(bytes, now);
@@ -143,7 +145,7 @@ impl Forwarder {
         {
             Verdict::Pass => Counter::HandshakesReceived,
             Verdict::Cookie(length) => {
-                let mut lane = self.batch.lane(io, origin.endpoint(), None, 0);
+                let mut lane = self.batch.lane(io, origin.endpoint(), None, 0, true);
                 lane.push(&reply[..length]);
                 Counter::CookiesSent
             }
@@ -210,7 +212,7 @@ impl Forwarder {
         let Some(endpoint) = peer.endpoint() else {
             return;
         };
-        let mut lane = self.batch.lane(io, endpoint, Some(id), 0);
+        let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso);
         let mut keepalive = Keepalive(false);
         let bytes = peer.tunnel(&self.local).seal(&mut keepalive, &mut lane);
         peer.sent(bytes, now);
@@ -238,7 +240,9 @@ impl Forwarder {
             return;
         };
         peer.sent(message.len() as u64, now);
-        self.batch.lane(io, endpoint, Some(id), 0).push(message);
+        self.batch
+            .lane(io, endpoint, Some(id), 0, peer.gso)
+            .push(message);
     }
 }
 

@@ -1,0 +1,255 @@
+//! Sends messages to the underlay, and finds another way for those that the kernel refuses.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use tracing::trace;
+
+use super::batch::{Message, UdpSink};
+use super::counters::{Counter, Counters};
+use super::routes::PeerId;
+use super::udp::Sockets;
+use super::udp_io::Sender;
+
+/// One worker's way to the underlay.
+pub(super) struct Outlet<'a> {
+    sockets: &'a Sockets,
+    sender: Sender,
+    counters: &'a Counters,
+    /// Peers whose sticky source the kernel refused.
+    pub(super) stale: Vec<PeerId>,
+    /// Peers whose messages the kernel will not cut: the path is too narrow, or the device cannot.
+    pub(super) uncut: Vec<PeerId>,
+}
+
+impl<'a> Outlet<'a> {
+    /// A way out through a worker's sockets.
+    pub(super) fn new(sockets: &'a Sockets, counters: &'a Counters) -> Self {
+        Self {
+            sockets,
+            sender: Sender::new(),
+            counters,
+            stale: Vec::new(),
+            uncut: Vec::new(),
+        }
+    }
+
+    fn send_to(&mut self, socket: &OwnedFd, arena: &[u8], mut messages: &[Message]) {
+        while let [first, after_first @ ..] = messages {
+            match self.sender.send(socket, arena, messages) {
+                Ok(count) => {
+                    let (sent, rest) = messages.split_at(count.clamp(1, messages.len()));
+                    self.sent(sent);
+                    messages = rest;
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    // Waiting would hold up every other peer.
+                    Some(libc::EAGAIN | libc::ENOBUFS) => {
+                        let same = |message: &&Message| message.endpoint == first.endpoint;
+                        let count = messages.iter().take_while(same).count();
+                        let (full, rest) = messages.split_at(count);
+                        self.dropped(Counter::DropSendFull, full);
+                        messages = rest;
+                    }
+                    _ => {
+                        trace!(%error, remote = %first.endpoint.remote, "send to the underlay");
+                        if first.segments > 1 {
+                            self.send_uncut(socket, arena, *first, &error);
+                        } else {
+                            self.send_sourceless(socket, arena, *first);
+                        }
+                        messages = after_first;
+                    }
+                },
+            }
+        }
+    }
+
+    /// The kernel refused a message: sends each datagram by itself, until one is refused.
+    fn send_uncut(
+        &mut self,
+        socket: &OwnedFd,
+        arena: &[u8],
+        mut message: Message,
+        error: &io::Error,
+    ) {
+        let end = message.offset + message.length;
+        for (at, offset) in (message.offset..end).step_by(message.size).enumerate() {
+            let length = message.size.min(end - offset);
+            let single = Message {
+                offset,
+                length,
+                size: length,
+                segments: 1,
+                ..message
+            };
+            if self.sender.send(socket, arena, &[single]).is_ok() {
+                self.sent(&[single]);
+                // Only what the kernel says of messages that it cannot cut, not a passing trouble.
+                let cut = matches!(
+                    error.raw_os_error(),
+                    Some(libc::EMSGSIZE | libc::EINVAL | libc::EIO)
+                );
+                if cut && at == 0 {
+                    self.uncut.extend(message.peer);
+                }
+            } else if self.send_sourceless(socket, arena, single) {
+                message.endpoint.local = None;
+            } else {
+                let rest = Message {
+                    segments: message.segments - at - 1,
+                    ..message
+                };
+                self.dropped(Counter::DropSendError, &[rest]);
+                return;
+            }
+        }
+    }
+
+    /// The kernel refused a datagram: our source address may be gone. Tries without, once; true
+    /// when that went.
+    fn send_sourceless(&mut self, socket: &OwnedFd, arena: &[u8], mut single: Message) -> bool {
+        let went = single.endpoint.local.take().is_some()
+            && self.sender.send(socket, arena, &[single]).is_ok();
+        if went {
+            self.stale.extend(single.peer);
+            self.sent(&[single]);
+        } else {
+            self.dropped(Counter::DropSendError, &[single]);
+        }
+        went
+    }
+
+    fn sent(&self, messages: &[Message]) {
+        self.counters.add(Counter::UdpSends, messages.len() as u64);
+        self.counters.add(Counter::TxDatagrams, datagrams(messages));
+    }
+
+    fn dropped(&self, why: Counter, messages: &[Message]) {
+        self.counters.add(why, datagrams(messages));
+    }
+}
+
+impl UdpSink for Outlet<'_> {
+    fn send(&mut self, arena: &[u8], messages: &[Message]) {
+        let sockets = self.sockets;
+        for run in messages.chunk_by(|a, b| v4(a) == v4(b)) {
+            let socket = if v4(&run[0]) {
+                &sockets.v4
+            } else {
+                &sockets.v6
+            };
+            match socket {
+                Some(socket) => self.send_to(socket, arena, run),
+                None => self.dropped(Counter::DropSendError, run),
+            }
+        }
+    }
+}
+
+fn v4(message: &Message) -> bool {
+    message.endpoint.remote.is_ipv4()
+}
+
+fn datagrams(messages: &[Message]) -> u64 {
+    messages.iter().map(|message| message.segments as u64).sum()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+    use std::time::Duration;
+
+    use super::super::batch::Endpoint;
+    use super::super::udp::{Bind, Underlay};
+    use super::*;
+
+    const SIZE: usize = 40;
+    const PEER: PeerId = 7;
+
+    struct Outcome {
+        stale: Vec<PeerId>,
+        uncut: Vec<PeerId>,
+        dropped: u64,
+    }
+
+    /// Sends one message of `segments` datagrams to a socket on loopback, which must get all of
+    /// `arrive`.
+    fn send(segments: usize, local: Ipv4Addr, to: [u8; 4], arrive: usize) -> Outcome {
+        let underlay = Underlay::bind(Bind {
+            port: 0,
+            mark: 0,
+            workers: 1,
+            offload: true,
+        })
+        .unwrap();
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        server
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        let port = server.local_addr().unwrap().port();
+        let counters = Counters::new();
+        let mut outlet = Outlet::new(&underlay.sockets[0], &counters);
+        let arena: Vec<u8> = (0..segments).flat_map(|at| [at as u8; SIZE]).collect();
+        let message = Message {
+            offset: 0,
+            length: arena.len(),
+            size: SIZE,
+            segments,
+            endpoint: Endpoint {
+                remote: (to, port).into(),
+                local: Some(IpAddr::V4(local)),
+            },
+            peer: Some(PEER),
+            ecn: 0,
+        };
+        outlet.send(&arena, &[message]);
+        let mut buffer = [0; 2 * SIZE];
+        for at in 0..arrive {
+            assert_eq!(server.recv(&mut buffer).unwrap(), SIZE);
+            assert_eq!(buffer[..SIZE], [at as u8; SIZE]);
+        }
+        assert_eq!(counters.get(Counter::TxDatagrams), arrive as u64);
+        Outcome {
+            stale: outlet.stale,
+            uncut: outlet.uncut,
+            dropped: counters.get(Counter::DropSendError),
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_will_not_cut_is_sent_uncut_from_the_same_source() {
+        // More segments than any kernel takes: an error that only whole messages meet.
+        let outcome = send(200, Ipv4Addr::LOCALHOST, [127, 0, 0, 1], 200);
+        assert_eq!(
+            (outcome.stale, outcome.uncut, outcome.dropped),
+            (vec![], vec![PEER], 0)
+        );
+    }
+
+    #[test]
+    fn a_source_that_is_gone_is_not_taken_for_a_narrow_path() {
+        let gone = Ipv4Addr::new(192, 0, 2, 1);
+        for segments in [1, 3] {
+            let outcome = send(segments, gone, [127, 0, 0, 1], segments);
+            assert_eq!(
+                (outcome.stale, outcome.uncut, outcome.dropped),
+                (vec![PEER], vec![], 0)
+            );
+        }
+    }
+
+    #[test]
+    fn what_the_underlay_refuses_for_good_is_dropped_and_counted_once() {
+        for segments in [1, 3] {
+            // Without SO_BROADCAST the kernel refuses this destination.
+            let outcome = send(segments, Ipv4Addr::LOCALHOST, [255; 4], 0);
+            assert_eq!(
+                (outcome.stale, outcome.uncut, outcome.dropped),
+                (vec![], vec![], segments as u64)
+            );
+        }
+    }
+}
