@@ -105,7 +105,8 @@ pub struct Rule {
 }
 
 /// A destination CIDR and port range. ICMP and protocols without ports match by CIDR; protocols
-/// other than TCP, UDP and ICMP need the full port range.
+/// other than TCP, UDP and ICMP need the full port range. ICMP matches whatever protocols the rule
+/// names, as in Tailscale: who may use a service may ping its host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Destination {
     /// Destination CIDR.
