@@ -5,6 +5,7 @@
 //! a blocking socket instead.
 
 mod changes;
+mod leftovers;
 pub(crate) mod nft;
 mod routes;
 mod rules;

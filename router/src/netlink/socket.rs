@@ -165,10 +165,30 @@ impl Socket {
         kind: u16,
         write: impl Fn(&mut wire::Payload<'_>),
     ) -> Result<Option<Vec<u8>>, Refusal> {
+        let mut answer = Vec::new();
+        let whole = self.visit(kind, write, |message| {
+            // Messages are read in place from one buffer, so they are kept with their headers.
+            let length = HEADER + message.payload.len();
+            answer.extend_from_slice(&(length as u32).to_ne_bytes());
+            answer.extend_from_slice(&message.kind.to_ne_bytes());
+            answer.extend_from_slice(&[0; 10]);
+            answer.extend_from_slice(message.payload);
+            answer.resize(answer.len().next_multiple_of(4), 0);
+        })?;
+        Ok(whole.then_some(answer))
+    }
+
+    /// Sends one request and shows `each` message that answers it. Returns whether the answer is
+    /// whole: not, when the state changed while it was read.
+    pub(crate) fn visit(
+        &mut self,
+        kind: u16,
+        write: impl Fn(&mut wire::Payload<'_>),
+        mut each: impl FnMut(&wire::Message<'_>),
+    ) -> Result<bool, Refusal> {
         let mut batch = self.batch();
         batch.push(kind, libc::NLM_F_DUMP as u16, |payload| write(payload));
         self.transmit(&batch)?;
-        let mut answer = Vec::new();
         let mut interrupted = false;
         loop {
             self.receive()?;
@@ -179,21 +199,9 @@ impl Socket {
                 interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
                 match i32::from(message.kind) {
                     libc::NLMSG_DONE | libc::NLMSG_ERROR => {
-                        return match outcome(&message) {
-                            Some(refusal) => Err(refusal),
-                            None => Ok((!interrupted).then_some(answer)),
-                        };
+                        return outcome(&message).map_or(Ok(!interrupted), Err);
                     }
-                    _ => {
-                        // Messages are read in place from one buffer, so they are kept with their
-                        // headers.
-                        let whole = HEADER + message.payload.len();
-                        answer.extend_from_slice(&(whole as u32).to_ne_bytes());
-                        answer.extend_from_slice(&message.kind.to_ne_bytes());
-                        answer.extend_from_slice(&[0; 10]);
-                        answer.extend_from_slice(message.payload);
-                        answer.resize(answer.len().next_multiple_of(4), 0);
-                    }
+                    _ => each(&message),
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 mod configuration;
 mod datapath;
+mod leftovers;
 
 use lab::Host;
 use router::netlink::{Changes, Netlink};

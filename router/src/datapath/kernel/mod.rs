@@ -7,6 +7,7 @@
 mod policy;
 mod ruleset;
 mod span;
+mod tables;
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,6 +16,7 @@ use super::{Counter, Datapath, Error, Spec};
 use crate::netlink;
 use crate::netlink::nft::{Count, Nft, TABLE_PREFIX};
 use ruleset::COUNTERS;
+use tables::Tables;
 
 /// The kernel datapath of one device. It belongs to the network namespace of the thread that first
 /// calls [`Datapath::apply`].
@@ -24,6 +26,8 @@ pub struct Kernel {
     /// The way to nf_tables, once something is installed. The table may belong to this socket, so
     /// it stays open as long as the table is to stay.
     nft: Option<Mutex<Nft>>,
+    /// What is installed.
+    tables: Option<Tables>,
 }
 
 impl Kernel {
@@ -32,6 +36,7 @@ impl Kernel {
         Self {
             table: format!("{TABLE_PREFIX}{device}"),
             nft: None,
+            tables: None,
         }
     }
 
@@ -62,11 +67,16 @@ impl Datapath for Kernel {
             Some(nft) => nft.into_inner().unwrap_or_else(PoisonError::into_inner),
             None => Nft::open().map_err(error)?,
         };
+        let tables = Tables::new(spec);
         let outcome = nft.replace(&self.table, |transaction| {
-            ruleset::write(transaction, spec, |name| {
+            ruleset::write(transaction, spec, &tables, |name| {
                 before.get(name).copied().unwrap_or_default()
             });
         });
+        if outcome.is_ok() {
+            end_flows(&mut nft, self.tables.as_ref(), &tables);
+            self.tables = Some(tables);
+        }
         self.nft = Some(Mutex::new(nft));
         outcome.map_err(error)
     }
@@ -86,10 +96,29 @@ impl Datapath for Kernel {
     }
 
     fn remove(&mut self) -> Result<(), Error> {
+        self.tables = None;
         if let Some(nft) = self.nft.take() {
             lock(&nft).remove(&self.table).map_err(error)?;
         }
         Ok(())
+    }
+}
+
+/// Ends the known flows that are no longer permitted: the ruleset asks only about new ones.
+fn end_flows(nft: &mut Nft, before: Option<&Tables>, now: &Tables) {
+    let may_forbid = match before {
+        Some(before) => before != now,
+        None => now.restricted,
+    };
+    if !may_forbid {
+        return;
+    }
+    match nft.end_flows(|flow| now.ends(before, flow)) {
+        Ok(0) => {}
+        Ok(flows) => tracing::info!(flows, "ended flows that are no longer permitted"),
+        Err(error) => tracing::warn!(
+            "{error}; flows that are no longer permitted go on until they end by themselves"
+        ),
     }
 }
 

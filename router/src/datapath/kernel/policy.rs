@@ -24,6 +24,26 @@ pub(super) struct Compiled {
     pub(super) classes: Vec<Vec<Flows>>,
 }
 
+impl Compiled {
+    /// Whether the policy lets a new flow through, found as the kernel finds it.
+    pub(super) fn allows(&self, source: u128, destination: u128, protocol: u8, port: u16) -> bool {
+        let fits = |flows: &Flows| {
+            flows.protocol == protocol
+                && (flows.destinations.0..=flows.destinations.1).contains(&destination)
+                && (flows.ports.0..=flows.ports.1).contains(&port)
+        };
+        let behind = self
+            .sources
+            .partition_point(|((first, _), _)| *first <= source);
+        let class = behind
+            .checked_sub(1)
+            .and_then(|at| self.sources.get(at))
+            .filter(|((_, last), _)| *last >= source)
+            .and_then(|(_, class)| self.classes.get(*class));
+        self.any.iter().chain(class.into_iter().flatten()).any(fits)
+    }
+}
+
 /// Compiles the policy for sources within `side`, which is in order.
 pub(super) fn compile(policy: &Policy, family: Family, side: &[Span]) -> Compiled {
     let mut for_all = Vec::new();
@@ -131,28 +151,6 @@ mod tests {
     use crate::control::Destination;
     use crate::datapath::policy::{NewFlow, allows};
 
-    /// Whether the sets let a flow through, as the kernel searches them.
-    fn searched(
-        compiled: &Compiled,
-        source: u128,
-        destination: u128,
-        protocol: u8,
-        port: u16,
-    ) -> bool {
-        let within = |span: &Span, at: u128| (span.0..=span.1).contains(&at);
-        let fits = |flows: &Flows| {
-            flows.protocol == protocol
-                && within(&flows.destinations, destination)
-                && (flows.ports.0..=flows.ports.1).contains(&port)
-        };
-        let class = compiled
-            .sources
-            .iter()
-            .find(|(span, _)| within(span, source));
-        compiled.any.iter().any(fits)
-            || class.is_some_and(|(_, class)| compiled.classes[*class].iter().any(fits))
-    }
-
     fn overlap(a: &Flows, b: &Flows) -> bool {
         a.protocol == b.protocol
             && a.destinations.0.max(b.destinations.0) <= a.destinations.1.min(b.destinations.1)
@@ -210,7 +208,7 @@ mod tests {
                             };
                             // In protocols without ports the kernel may show any number there.
                             let want = allows(&policy, &flow);
-                            let got = searched(&compiled, source.into(), destination.into(), protocol, port);
+                            let got = compiled.allows(source.into(), destination.into(), protocol, port);
                             prop_assert_eq!(got, want, "{:?}", flow);
                         }
                     }

@@ -16,10 +16,9 @@
 //! The expressions are such that `nft list ruleset` can show them: nft 1.0.6 crashes on some keys
 //! that the kernel takes, such as a concatenation with `ct original proto-dst`.
 
-use ipnet::IpNet;
-
-use super::policy::compile;
-use super::span::{Family, Span, merge, partition, span, union};
+use super::policy::Compiled;
+use super::span::Family;
+use super::tables::{FamilyTables, Tables};
 use crate::datapath::{KERNEL_NAT_PORTS, Spec};
 use crate::netlink::nft::{
     Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Count, Ct, Hook, Meta, REG, REG_2, Rule,
@@ -109,7 +108,7 @@ struct Sets {
     to: PolicySets,
 }
 
-/// The policy of one family and one side: see [`compile`].
+/// The policy of one family and one side: see [`Compiled`].
 struct PolicySets {
     /// Flows that are open to every source.
     any: String,
@@ -154,16 +153,22 @@ impl Sets {
     }
 }
 
-/// Writes the ruleset; each counter goes on from `before`.
-pub(super) fn write(tx: &mut Transaction<'_>, spec: &Spec, before: impl Fn(&str) -> Count) {
+/// Writes the ruleset of `spec`, of which `tables` were made; each counter goes on from `before`.
+pub(super) fn write(
+    tx: &mut Transaction<'_>,
+    spec: &Spec,
+    tables: &Tables,
+    before: impl Fn(&str) -> Count,
+) {
     for counter in COUNTERS {
         tx.counter(counter.name, before(counter.name));
     }
-    let restricted = !spec.policy.rules.is_empty();
-    let families = Family::ALL.map(Sets::of);
-    for sets in &families {
-        write_sets(tx, spec, sets);
-    }
+    let restricted = tables.restricted;
+    let families = tables.families().map(|tables| {
+        let sets = Sets::of(tables.family);
+        write_sets(tx, tables, restricted, &sets);
+        sets
+    });
     for chain in ["clamp_from", "clamp_to", "from_overlay", "to_overlay"] {
         tx.chain(chain);
     }
@@ -215,31 +220,25 @@ pub(super) fn write(tx: &mut Transaction<'_>, spec: &Spec, before: impl Fn(&str)
     write_translate(tx, &families, &tun);
 }
 
-fn write_sets(tx: &mut Transaction<'_>, spec: &Spec, sets: &Sets) {
-    let family = sets.family;
-    let overlay = union(&spec.overlay, family);
-    let cidrs: Vec<IpNet> = spec.routes.iter().map(|route| route.cidr).collect();
-    let routes = union(&cidrs, family);
-    tx.address_set(&sets.overlay, family, &overlay);
-    tx.address_set(&sets.routes, family, &routes);
-    tx.address_set(&sets.snat, family, &translated(spec, family));
-    if spec.policy.rules.is_empty() {
-        return;
+fn write_sets(tx: &mut Transaction<'_>, tables: &FamilyTables, restricted: bool, sets: &Sets) {
+    let family = tables.family;
+    tx.address_set(&sets.overlay, family, &tables.overlay);
+    tx.address_set(&sets.routes, family, &tables.routes);
+    tx.address_set(&sets.snat, family, &tables.snat);
+    if restricted {
+        write_policy(tx, family, &tables.from, &sets.from, None);
+        write_policy(tx, family, &tables.to, &sets.to, Some(TO.forwarded));
     }
-    write_policy(tx, spec, family, &overlay, &sets.from, None);
-    write_policy(tx, spec, family, &routes, &sets.to, Some(TO.forwarded));
 }
 
 /// Writes what the policy lets the sources of one side do, for [`ask_policy`].
 fn write_policy(
     tx: &mut Transaction<'_>,
-    spec: &Spec,
     family: Family,
-    side: &[Span],
+    compiled: &Compiled,
     sets: &PolicySets,
     counter: Option<Named>,
 ) {
-    let compiled = compile(&spec.policy, family, side);
     tx.flow_set(&sets.any, family, &compiled.any);
     let name = |class: usize| format!("{}_{class}", sets.classes);
     for (class, flows) in compiled.classes.iter().enumerate() {
@@ -248,8 +247,8 @@ fn write_policy(
         tx.chain(&name);
         tx.rule(&name, |r| accept_flow(r, family, &name, counter));
     }
-    let sources = compiled.sources.into_iter();
-    let sources: Vec<_> = sources.map(|(span, class)| (span, name(class))).collect();
+    let sources = compiled.sources.iter();
+    let sources: Vec<_> = sources.map(|(span, class)| (*span, name(*class))).collect();
     tx.chain_map(&sets.classes, family, &sources);
 }
 
@@ -295,24 +294,6 @@ fn load_source<'r, 'a, 'b>(
         Family::V6 => (8, 16),
     };
     rule.payload(Base::Network, offset, len, register)
-}
-
-/// Where sources are translated: of several routes that hold an address, the most specific counts.
-fn translated(spec: &Spec, family: Family) -> Vec<Span> {
-    let labelled: Vec<(Span, u32)> = spec
-        .routes
-        .iter()
-        .zip(0..)
-        .filter_map(|(route, index)| Some((span(&route.cidr, family)?, index)))
-        .collect();
-    let pieces = partition(&labelled).into_iter().filter(|(_, routes)| {
-        routes
-            .iter()
-            .filter_map(|index| spec.routes.get(*index as usize))
-            .max_by_key(|route| route.cidr.prefix_len())
-            .is_some_and(|route| route.snat)
-    });
-    merge(pieces.map(|(span, _)| span).collect())
 }
 
 fn of_family<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>, family: Family) -> &'r mut Rule<'a, 'b> {

@@ -17,7 +17,8 @@ pub(super) fn span(net: &IpNet, family: Family) -> Option<Span> {
     }
 }
 
-fn number(address: IpAddr) -> u128 {
+/// An address as a number.
+pub(super) fn number(address: IpAddr) -> u128 {
     match address {
         IpAddr::V4(v4) => u128::from(v4.to_bits()),
         IpAddr::V6(v6) => v6.to_bits(),
@@ -44,6 +45,14 @@ pub(super) fn merge(mut spans: Vec<Span>) -> Vec<Span> {
         }
     }
     merged
+}
+
+/// Whether an address lies in one of the ranges, which are in order.
+pub(super) fn holds(spans: &[Span], address: u128) -> bool {
+    let behind = spans.partition_point(|(first, _)| *first <= address);
+    behind
+        .checked_sub(1)
+        .is_some_and(|at| spans[at].1 >= address)
 }
 
 /// What two unions have in common.
@@ -143,6 +152,7 @@ mod tests {
             prop_assert!(in_order(&x) && in_order(&common));
             for at in points() {
                 prop_assert_eq!(inside(&x, at), inside(&a, at));
+                prop_assert_eq!(holds(&x, at), inside(&a, at));
                 prop_assert_eq!(inside(&common, at), inside(&a, at) && inside(&b, at));
             }
         }

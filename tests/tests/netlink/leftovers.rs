@@ -1,0 +1,190 @@
+//! Sysctls of a real kernel, and what a killed run leaves.
+
+use std::net::{SocketAddrV6, UdpSocket};
+use std::os::fd::FromRawFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use lab::{Host, Lab, wait_until};
+use router::datapath::kernel::Kernel;
+use router::datapath::{Datapath, Link, Spec};
+use router::netlink::RuleSpec;
+use router::netlink::sysctl::Sysctls;
+
+use super::connect;
+
+const SOON: Duration = Duration::from_secs(10);
+
+fn link(name: &str) -> Link {
+    Link {
+        index: 0,
+        name: name.to_owned(),
+    }
+}
+
+fn value(host: &Host, path: &str) -> anyhow::Result<String> {
+    let path = format!("/proc/sys/net/{path}");
+    let text = host
+        .enter(|| std::fs::read_to_string(&path))?
+        .context(path.clone())?;
+    Ok(text.trim().to_owned())
+}
+
+fn router(lab: &Lab) -> anyhow::Result<(Host, PathBuf)> {
+    let (router, outside) = (lab.host("router")?, lab.host("outside")?);
+    for port in ["eth0", "eth1", "eth0.100"] {
+        lab.link(router.port(port), outside.port(port))?;
+    }
+    let journal = router.folder().join("run/sluice0.json");
+    Ok((router, journal))
+}
+
+#[test]
+fn the_interfaces_concerned_forward_and_get_their_values_back() {
+    lab::test(|lab| {
+        let (router, journal) = router(lab)?;
+        router.sysctl("net/ipv4/conf/eth0.100/rp_filter", "1")?;
+        let paths = [
+            "ipv4/conf/eth0.100/forwarding",
+            "ipv4/conf/eth0.100/rp_filter",
+            "ipv4/conf/eth1/forwarding",
+            "ipv4/ip_forward",
+            "ipv6/conf/all/forwarding",
+        ];
+        let values = || {
+            let values = paths.iter().map(|path| value(&router, path));
+            values.collect::<anyhow::Result<Vec<String>>>()
+        };
+        let before = values()?;
+        let links = [link("eth0.100")];
+        router.enter(|| Sysctls::open(&journal).apply(&links, true, true))??;
+        assert_eq!(values()?[..4], ["1", "2", "0", "0"]);
+        let force = "ipv6/conf/eth0.100/force_forwarding";
+        match value(&router, force) {
+            Ok(forced) => assert_eq!((&*forced, &*values()?[4]), ("1", "0")),
+            // Before Linux 6.17.
+            Err(_) => assert_eq!(values()?[4], "1"),
+        }
+        let restored = router.enter(|| Sysctls::open(&journal).restore())??;
+        assert!(restored >= 3, "{restored}");
+        assert_eq!(values()?, before);
+        assert!(!journal.exists());
+        Ok(())
+    });
+}
+
+/// Sends a router advertisement (RFC 4861 section 4.2) of a default route.
+fn advertise(host: &Host, device: &str) -> anyhow::Result<()> {
+    const ADVERTISEMENT: [u8; 16] = [134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+    let device = std::ffi::CString::new(device)?;
+    host.enter(|| {
+        // SAFETY: the pointer is that of a live C string.
+        let index = unsafe { libc::if_nametoindex(device.as_ptr()) };
+        // SAFETY: socket takes numbers.
+        let fd = unsafe { libc::socket(libc::AF_INET6, libc::SOCK_RAW, libc::IPPROTO_ICMPV6) };
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made and has no other owner. As a UDP socket it only
+        // sends, for which std makes the same calls.
+        let socket = unsafe { UdpSocket::from_raw_fd(fd) };
+        let hops: libc::c_int = 255;
+        // SAFETY: the pointer and length are those of a live integer.
+        unsafe {
+            libc::setsockopt(
+                fd,
+                libc::IPPROTO_IPV6,
+                libc::IPV6_MULTICAST_HOPS,
+                (&raw const hops).cast(),
+                size_of_val(&hops) as libc::socklen_t,
+            )
+        };
+        let all_nodes = "ff02::1".parse().unwrap();
+        let to = SocketAddrV6::new(all_nodes, 0, 0, index);
+        socket.send_to(&ADVERTISEMENT, to).map(drop)
+    })??;
+    Ok(())
+}
+
+#[test]
+fn advertised_default_routes_stay_when_forwarding_begins_and_ends() {
+    lab::test(|lab| {
+        let (router, outside) = (lab.host("router")?, lab.host("outside")?);
+        for port in ["eth0", "eth1"] {
+            lab.link(router.port(port), outside.port(port))?;
+        }
+        let journal = router.folder().join("run/sluice0.json");
+        let learn = || {
+            // accept_ra = 2 asks for solicitation; a change of it alone does not.
+            router.sysctl("net/ipv6/conf/eth0/accept_ra", "1")?;
+            wait_until(SOON, "an advertised default route", || {
+                advertise(&outside, "eth0").is_ok() && has_default(&router)
+            })
+        };
+        learn()?;
+        // That the kernel does drop it, of an interface that is not even concerned.
+        router.sysctl("net/ipv6/conf/eth1/forwarding", "1")?;
+        assert!(!has_default(&router));
+        router.sysctl("net/ipv6/conf/eth1/forwarding", "0")?;
+        learn()?;
+        for _ in 0..2 {
+            router.enter(|| Sysctls::open(&journal).apply(&[link("eth1")], false, true))??;
+            assert!(has_default(&router));
+            router.enter(|| Sysctls::open(&journal).restore())??;
+            assert!(has_default(&router));
+        }
+        Ok(())
+    });
+}
+
+fn has_default(host: &Host) -> bool {
+    host.ip("-6 route show default").is_ok_and(|text| text.contains("proto ra"))
+}
+
+#[test]
+fn what_a_killed_run_left_is_removed_and_nothing_else() {
+    lab::test(|lab| {
+        let (router, journal) = router(lab)?;
+        let rules = RuleSpec::new(51820);
+        let state = || -> anyhow::Result<String> {
+            Ok(router.ip("-4 rule")?
+                + &router.ip("-6 rule")?
+                + &router.run(["nft", "list", "ruleset"])?
+                + &value(&router, "ipv4/conf/eth0/forwarding")?)
+        };
+        router.run(["nft", "add", "table", "inet", "sluice_eth1"])?;
+        let before = state()?;
+        connect(&router, async |netlink, _| {
+            netlink.sync_rules(&rules).await?;
+            Sysctls::open(&journal).apply(&[link("eth0")], true, false)?;
+            router.run(["nft", "add", "table", "inet", "sluice_gone"])?;
+            router.run(["nft", "add", "table", "inet", "sluice_sluice0"])?;
+            Ok(())
+        })?;
+        // A living instance for another device.
+        let mut living = Kernel::new("sluice1");
+        router.enter(|| living.apply(&Spec::default()))??;
+        let mut removed = connect(&router, async |netlink, _| {
+            Ok(netlink.remove_leftovers("sluice0", &rules, &journal).await)
+        })?;
+        removed.sort();
+        assert_eq!(
+            removed,
+            [
+                "1 changed sysctls",
+                "6 routing rules",
+                "nf_tables table sluice_gone",
+                "nf_tables table sluice_sluice0",
+            ]
+        );
+        assert!(state()?.contains("sluice_sluice1"), "{}", state()?);
+        router.enter(|| living.remove())??;
+        assert_eq!(state()?, before);
+        let removed = connect(&router, async |netlink, _| {
+            Ok(netlink.remove_leftovers("sluice0", &rules, &journal).await)
+        })?;
+        assert_eq!(removed, [""; 0]);
+        Ok(())
+    });
+}
