@@ -139,7 +139,8 @@ fn advertised_default_routes_stay_when_forwarding_begins_and_ends() {
 }
 
 fn has_default(host: &Host) -> bool {
-    host.ip("-6 route show default").is_ok_and(|text| text.contains("proto ra"))
+    host.ip("-6 route show default")
+        .is_ok_and(|text| text.contains("proto ra"))
 }
 
 #[test]
