@@ -9,7 +9,10 @@ use super::segment::SLACK;
 use super::worker::Waker;
 
 /// Buffers that a worker has for handing over; also the bound of what it may have under way.
-const BUFFERS: usize = 32;
+/// What one turn reads from the TUN queue fits.
+const BUFFERS: usize = 64;
+/// Parcels that a worker is woken for at once; fewer wait for the end of a batch.
+const PROMPT: usize = 8;
 /// Bytes of a buffer: a super-packet or a buffer of datagrams.
 const BUFFER: usize = 65_536 + SLACK;
 
@@ -28,8 +31,8 @@ struct Neighbour {
     parcels: SyncSender<Parcel>,
     empties: SyncSender<Box<[u8]>>,
     waker: Arc<Waker>,
-    /// Has parcels that it has not been woken for.
-    waiting: bool,
+    /// Parcels that it has not been woken for.
+    waiting: usize,
 }
 
 /// One worker's end.
@@ -65,7 +68,7 @@ pub(super) fn connect(wakers: &[Arc<Waker>]) -> Vec<Exchange> {
                     parcels: parcels.clone(),
                     empties: empties.clone(),
                     waker: Arc::clone(waker),
-                    waiting: false,
+                    waiting: 0,
                 })
                 .collect(),
             spare: if workers > 1 {
@@ -99,7 +102,11 @@ impl Exchange {
         };
         match neighbour.parcels.try_send(parcel) {
             Ok(()) => {
-                neighbour.waiting = true;
+                neighbour.waiting += 1;
+                if neighbour.waiting >= PROMPT {
+                    neighbour.waiting = 0;
+                    neighbour.waker.wake();
+                }
                 true
             }
             Err(TrySendError::Full(parcel) | TrySendError::Disconnected(parcel)) => {
@@ -112,7 +119,7 @@ impl Exchange {
     /// Wakes the workers that got something.
     pub(super) fn wake(&mut self) {
         for neighbour in &mut self.neighbours {
-            if std::mem::take(&mut neighbour.waiting) {
+            if std::mem::take(&mut neighbour.waiting) > 0 {
                 neighbour.waker.wake();
             }
         }

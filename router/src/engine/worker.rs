@@ -26,6 +26,8 @@ use super::vnet;
 const RECEIVES: usize = 4;
 /// Packets read from the TUN queue before others have their turn.
 const READS: usize = 64;
+/// Parcels taken from other workers before others have their turn.
+const PARCELS: usize = 32;
 /// Longest read from a TUN queue in bytes: virtio header and IP packet.
 const READ: usize = vnet::LEN + 65_536;
 /// Bytes before the virtio header, so that the packet is aligned.
@@ -135,7 +137,7 @@ impl Worker {
                         if !obey(&mut self.forwarder, &mut port, &self.inbox, now) {
                             return Ok(());
                         }
-                        accept(&mut self.forwarder, &mut port, now);
+                        accept(&mut self.forwarder, &mut port, &self.waker, now);
                         continue;
                     }
                 };
@@ -178,14 +180,22 @@ fn obey(
     }
 }
 
-/// Takes what other workers handed over. What comes later wakes this one again.
-fn accept(forwarder: &mut Forwarder, port: &mut Port<'_>, now: Duration) {
-    while let Some(mut parcel) = port.exchange.receive() {
+/// Takes what other workers handed over until others must have their turn. What comes later wakes
+/// this one again.
+fn accept(forwarder: &mut Forwarder, port: &mut Port<'_>, waker: &Waker, now: Duration) {
+    for taken in 1..=PARCELS {
+        let Some(mut parcel) = port.exchange.receive() else {
+            break;
+        };
         let (content, length) = (parcel.content, parcel.length);
         forwarder.accept(content, &mut parcel.buffer, length, now, port);
         port.exchange.give_back(parcel);
+        if taken == PARCELS {
+            waker.wake();
+        }
     }
     forwarder.flush(port);
+    port.exchange.wake();
 }
 
 /// Takes datagrams from a socket until it is empty or others must have their turn.
@@ -211,6 +221,7 @@ fn receive(
         }
     }
     forwarder.flush(port);
+    port.exchange.wake();
 }
 
 /// Takes packets from the TUN queue until it is empty or others must have their turn.
@@ -248,6 +259,7 @@ fn read(
         }
     }
     forwarder.flush(port);
+    port.exchange.wake();
     Ok(())
 }
 
