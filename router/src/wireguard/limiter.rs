@@ -14,8 +14,16 @@ use super::message::COOKIE;
 /// Handshake messages a worker answers per second without asking for cookies. One costs about
 /// 0.2 ms, so this is a tenth of a core.
 const CALM_RATE: f64 = 500.0;
-/// How many may come at once.
-const CALM_BURST: f64 = 500.0;
+/// How many may come at once: longer work would hold up packets.
+const CALM_BURST: f64 = 32.0;
+/// The same for handshake messages with a valid cookie, from all sources together.
+const COOKIED_RATE: f64 = 500.0;
+const COOKIED_BURST: f64 = 32.0;
+/// Cookie replies per second, and at once. One costs about 8 us.
+const REPLY_RATE: f64 = 5000.0;
+const REPLY_BURST: f64 = 500.0;
+/// How often full buckets may be looked for: it takes a walk over all of them.
+const SWEEP: Duration = Duration::from_secs(1);
 /// Load lasts at least this long after it was last seen.
 const LOAD_LINGERS: Duration = Duration::from_secs(1);
 /// Handshake messages per second from one source under load, and at once (as in the kernel).
@@ -71,8 +79,12 @@ impl Bucket {
 #[derive(Debug)]
 pub(crate) struct Limiter {
     calm: Bucket,
+    cookied: Bucket,
+    replies: Bucket,
     loaded_until: Option<Duration>,
     sources: HashMap<u64, Bucket>,
+    /// When full buckets may be looked for again.
+    next_sweep: Duration,
 }
 
 /// A source's identity: an IPv4 address, or the /64 that an IPv6 host may choose from freely.
@@ -88,8 +100,11 @@ impl Limiter {
     pub(crate) fn new() -> Self {
         Self {
             calm: Bucket::full(CALM_BURST, Duration::ZERO),
+            cookied: Bucket::full(COOKIED_BURST, Duration::ZERO),
+            replies: Bucket::full(REPLY_BURST, Duration::ZERO),
             loaded_until: None,
             sources: HashMap::new(),
+            next_sweep: Duration::ZERO,
         }
     }
 
@@ -112,7 +127,14 @@ impl Limiter {
                 return Verdict::Pass;
             }
         }
-        let judged = local.loaded.verify_packet(Some(from), message, reply);
+        self.replies.refill(REPLY_RATE, REPLY_BURST, now);
+        // Without room boringtun makes no reply.
+        let room: &mut [u8] = if self.replies.tokens >= 1.0 {
+            reply
+        } else {
+            &mut []
+        };
+        let judged = local.loaded.verify_packet(Some(from), message, room);
         if let Err(TunnResult::Err(WireGuardError::InvalidMac)) = judged {
             return Verdict::WrongMac;
         }
@@ -120,14 +142,22 @@ impl Limiter {
             self.loaded_until = Some(now + LOAD_LINGERS);
         }
         match judged {
-            Ok(_) if self.admit(from, now) => Verdict::Pass,
-            Err(TunnResult::WriteToNetwork(cookie)) => Verdict::Cookie(cookie.len()),
+            Ok(_)
+                if self.admit(from, now) && self.cookied.take(COOKIED_RATE, COOKIED_BURST, now) =>
+            {
+                Verdict::Pass
+            }
+            Err(TunnResult::WriteToNetwork(cookie)) => {
+                self.replies.tokens -= 1.0;
+                Verdict::Cookie(cookie.len())
+            }
             _ => Verdict::OverRate,
         }
     }
 
     fn admit(&mut self, from: IpAddr, now: Duration) -> bool {
-        if self.sources.len() >= SOURCES {
+        if self.sources.len() >= SOURCES && now >= self.next_sweep {
+            self.next_sweep = now + SWEEP;
             self.sources.retain(|_, bucket| {
                 bucket.refill(SOURCE_RATE, SOURCE_BURST, now);
                 bucket.tokens < SOURCE_BURST
@@ -216,6 +246,17 @@ mod tests {
         for _ in 0..SOURCE_BURST as usize {
             assert_eq!(fixture.check(CLIENT, 10).0, Verdict::Pass);
         }
+        assert_eq!(fixture.check(CLIENT, 10).0, Verdict::OverRate);
+    }
+
+    #[test]
+    fn cookie_replies_are_bounded() {
+        let mut fixture = Fixture::new();
+        fixture.load(10);
+        let replies = (0..2 * REPLY_BURST as usize)
+            .take_while(|_| fixture.check(CLIENT, 10).0 == Verdict::Cookie(COOKIE))
+            .count();
+        assert!((1..=REPLY_BURST as usize).contains(&replies));
         assert_eq!(fixture.check(CLIENT, 10).0, Verdict::OverRate);
     }
 
