@@ -132,24 +132,28 @@ impl TunSteering {
         Ok(this)
     }
 
-    /// Makes the maps say what `wanted` says: worker by allowed IP.
+    /// Makes the maps say what `wanted` says: worker by allowed IP. What fails is tried again the
+    /// next time.
     pub(super) fn set(&mut self, wanted: HashMap<IpNet, u32>) -> io::Result<()> {
         let mut result = Ok(());
-        for cidr in self
-            .installed
-            .keys()
-            .filter(|cidr| !wanted.contains_key(cidr))
-        {
-            let (map, key) = self.entry(cidr);
-            result = result.and(bpf::delete(map, &key));
-        }
-        for (cidr, worker) in &wanted {
-            if self.installed.get(cidr) != Some(worker) {
-                let (map, key) = self.entry(cidr);
-                result = result.and(bpf::update(map, &key, *worker));
+        let gone = self.installed.keys().copied();
+        let gone: Vec<_> = gone.filter(|cidr| !wanted.contains_key(cidr)).collect();
+        for cidr in gone {
+            let (map, key) = self.entry(&cidr);
+            match bpf::delete(map, &key) {
+                Ok(()) => drop(self.installed.remove(&cidr)),
+                Err(error) => result = result.and(Err(error)),
             }
         }
-        self.installed = wanted;
+        for (cidr, worker) in wanted {
+            if self.installed.get(&cidr) != Some(&worker) {
+                let (map, key) = self.entry(&cidr);
+                match bpf::update(map, &key, worker) {
+                    Ok(()) => drop(self.installed.insert(cidr, worker)),
+                    Err(error) => result = result.and(Err(error)),
+                }
+            }
+        }
         result
     }
 
