@@ -1,7 +1,7 @@
 //! One peer as its worker has it.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -148,7 +148,11 @@ impl Peer {
     }
 
     /// Sets where it is. True when the remote address changed.
-    pub(super) fn set_endpoint(&mut self, endpoint: Endpoint) -> bool {
+    pub(super) fn set_endpoint(&mut self, mut endpoint: Endpoint) -> bool {
+        // An IPv6 socket of ours cannot reach ::ffff:a.b.c.d.
+        if let IpAddr::V4(address) = endpoint.remote.ip().to_canonical() {
+            endpoint.remote = (address, endpoint.remote.port()).into();
+        }
         if self.endpoint == Some(endpoint) {
             return false;
         }

@@ -623,3 +623,13 @@ proptest! {
         settle(&mut client, &mut router);
     }
 }
+
+#[test]
+fn a_mapped_endpoint_is_an_ipv4_endpoint() {
+    let (mut client, mut router) = (End::new(1), End::new(2));
+    let plain = router.address;
+    router.address = "[::ffff:192.0.2.2]:51820".parse().unwrap();
+    client.meet(&router, &["10.0.0.0/24"], true, None);
+    client.transmit(&up(0));
+    assert_eq!(client.wire.datagrams[0].to, plain);
+}
