@@ -204,7 +204,9 @@ impl Tunnel {
             },
             gave_up: matches!(result, TunnResult::Err(WireGuardError::ConnectionExpired)),
         };
-        self.ready = self.tunn.time_since_last_handshake().is_some();
+        // An answered initiation has a session here too, but not to send with before the peer has
+        // confirmed it.
+        self.ready &= self.tunn.time_since_last_handshake().is_some();
         tick
     }
 }
