@@ -332,17 +332,33 @@ impl Forwarder {
             return;
         }
         while let Some(packet) = segments.next() {
-            if peer.staged.len() >= STAGED {
+            let Some(peer) = self.peers.get_mut(id) else {
+                break;
+            };
+            let full = self.staged >= STAGED_TOTAL;
+            let share = STAGED_TOTAL / self.active.len().max(1);
+            let own = peer.staged.len();
+            if own >= STAGED || full && own > share {
                 peer.staged.pop_front();
-                self.staged -= 1;
+            } else if full {
+                // Whoever has most gives way: offline peers must not keep out others.
+                let longest = self
+                    .active
+                    .iter()
+                    .copied()
+                    .max_by_key(|id| self.peers.get(*id).map_or(0, |peer| peer.staged.len()));
+                if let Some(longest) = longest.and_then(|id| self.peers.get_mut(id)) {
+                    longest.staged.pop_front();
+                }
+            } else {
+                self.staged += 1;
+            }
+            if full || own >= STAGED {
                 self.counters.add(Counter::DropStaged, 1);
             }
-            if self.staged >= STAGED_TOTAL {
-                self.counters.add(Counter::DropStaged, 1);
-                continue;
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.staged.push_back(packet.into());
             }
-            peer.staged.push_back(packet.into());
-            self.staged += 1;
         }
         self.initiate(id, now, io);
     }

@@ -202,6 +202,10 @@ impl Forwarder {
         };
         peer.active =
             ready || peer.keepalive.is_some() || now.saturating_sub(peer.used) < REST_AFTER;
+        if !peer.active {
+            self.staged -= peer.staged.len();
+            peer.staged.clear();
+        }
         peer.active
     }
 

@@ -648,3 +648,48 @@ fn an_unconfirmed_session_is_not_sent_with() {
     let data = |datagram: &Datagram| matches!(message::kind(&datagram.bytes), Some(Kind::Data(_)));
     assert!(!router.wire.datagrams.iter().any(data));
 }
+
+#[test]
+fn offline_peers_do_not_keep_others_from_waiting() {
+    let mut end = End::new(1);
+    let offline = (STAGED_TOTAL / STAGED) as u32;
+    let cidr = |id: u32| format!("10.1.{id}.0/24").parse().unwrap();
+    let setup = |id: u32| Setup {
+        id,
+        public_key: PrivateKey::from_bytes([id as u8 + 10; 32]).public(),
+        preshared_key: None,
+        index: id,
+        endpoint: Some(SocketAddr::from(([192, 0, 2, id as u8 + 1], 51820))),
+        keepalive: None,
+        shared: end.shared.clone(),
+    };
+    let directory = Directory {
+        routes: Routes::new((0..=offline).map(|id| (cidr(id), id))),
+        keys: HashMap::new(),
+        owners: vec![0; offline as usize + 1],
+    };
+    let change = Change {
+        add: (0..=offline).map(setup).collect(),
+        directory: Some(Arc::new(directory)),
+        ..Change::default()
+    };
+    end.change(change);
+    let mut transmit = |id: u32, times: usize| {
+        let mut packet = up(0);
+        packet[16..20].copy_from_slice(&[10, 1, id as u8, 1]);
+        for _ in 0..times {
+            end.transmit(&packet);
+        }
+    };
+    for id in 0..offline {
+        transmit(id, STAGED);
+    }
+    transmit(offline, 5);
+    let waiting = |id: u32| end.forwarder.peers.get(id).unwrap().staged.len();
+    assert_eq!(waiting(offline), 5);
+    assert_eq!((0..=offline).map(waiting).sum::<usize>(), STAGED_TOTAL);
+    assert_eq!(end.forwarder.staged, STAGED_TOTAL);
+    assert_eq!(end.count(Counter::DropStaged), 5);
+    end.tick(REST_AFTER);
+    assert_eq!(end.forwarder.staged, 0, "a resting peer keeps no packets");
+}
