@@ -43,6 +43,10 @@ impl Frame for Memory {
         self.gso_size
     }
 
+    fn header<const AT: usize, const N: usize>(&self) -> Option<[u8; N]> {
+        self.read(AT as u32).map(|bytes| bytes.0)
+    }
+
     fn read<const N: usize>(&self, at: u32) -> Option<Bytes<N>> {
         let bytes = self.bytes.get(self.offset + at as usize..)?;
         bytes.first_chunk().copied().map(Bytes)

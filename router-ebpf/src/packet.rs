@@ -42,7 +42,11 @@ pub trait Frame {
     /// Payload bytes of each segment of a super-packet; zero for a plain packet.
     fn gso_size(&self) -> u32;
 
-    /// `N` bytes at `at`, if the packet has them.
+    /// `N` bytes at `AT`, if the packet has them. For headers, whose place is known to the compiler
+    /// and to the verifier: the cheap way.
+    fn header<const AT: usize, const N: usize>(&self) -> Option<[u8; N]>;
+
+    /// `N` bytes at any place, if the packet has them.
     fn read<const N: usize>(&self, at: u32) -> Option<Bytes<N>>;
 
     /// Overwrites bytes that [`Frame::read`] has seen.
@@ -126,22 +130,14 @@ impl Packet {
 /// Parses the packet in `frame`; [`Verdict::DropMalformed`] if it is not a whole IP packet.
 #[inline(always)]
 pub fn parse<F: Frame>(frame: &F) -> Result<Packet, Verdict> {
-    let start: Bytes<20> = frame.read(0).ok_or(Verdict::DropMalformed)?;
-    let mut packet = match start.0[0] >> 4 {
-        4 => parse_v4(&start.0)?,
-        6 => parse_v6(&frame.read(0).ok_or(Verdict::DropMalformed)?.0),
+    let start: [u8; 2] = frame.header::<0, 2>().ok_or(Verdict::DropMalformed)?;
+    let packet = match start[0] >> 4 {
+        4 => transport::<F, 20>(frame, parse_v4(frame)?),
+        6 => transport::<F, 40>(frame, parse_v6(frame)?),
         _ => return Err(Verdict::DropMalformed),
     };
     if packet.len > frame.len() {
         return Err(Verdict::DropMalformed);
-    }
-    packet.gso_size = frame.gso_size();
-    match packet.transport {
-        Transport::Tcp => parse_tcp(frame, &mut packet),
-        Transport::Udp => parse_udp(frame, &mut packet),
-        // RFC 792 and RFC 4443: every message has eight bytes or more.
-        Transport::Icmp if packet.len < packet.header_len + 8 => packet.transport = Transport::Bad,
-        _ => {}
     }
     Ok(packet)
 }
@@ -149,7 +145,8 @@ pub fn parse<F: Frame>(frame: &F) -> Result<Packet, Verdict> {
 /// RFC 791, section 3.1. The header checksum is not verified: an error in it survives the
 /// incremental update, and the next hop drops the packet.
 #[inline(always)]
-fn parse_v4(header: &[u8; 20]) -> Result<Packet, Verdict> {
+fn parse_v4<F: Frame>(frame: &F) -> Result<Packet, Verdict> {
+    let header: [u8; 20] = frame.header::<0, 20>().ok_or(Verdict::DropMalformed)?;
     let header_len = 4 * u32::from(header[0] & 0x0f);
     let len = u32::from(u16::from_be_bytes([header[2], header[3]]));
     if header_len < 20 || len < header_len {
@@ -182,7 +179,7 @@ fn parse_v4(header: &[u8; 20]) -> Result<Packet, Verdict> {
         ports: [[0; 2]; 2],
         header_len,
         len,
-        gso_size: 0,
+        gso_size: frame.gso_size(),
         transport,
         tcp_flags: 0,
         transport_len: 0,
@@ -191,7 +188,8 @@ fn parse_v4(header: &[u8; 20]) -> Result<Packet, Verdict> {
 
 /// RFC 8200, section 3.
 #[inline(always)]
-fn parse_v6(header: &[u8; 40]) -> Packet {
+fn parse_v6<F: Frame>(frame: &F) -> Result<Packet, Verdict> {
+    let header: [u8; 40] = frame.header::<0, 40>().ok_or(Verdict::DropMalformed)?;
     let transport = match header[6] {
         TCP => Transport::Tcp,
         UDP => Transport::Udp,
@@ -205,7 +203,7 @@ fn parse_v6(header: &[u8; 40]) -> Packet {
     let mut destination = Address::v6([0; 16]);
     source.octets.copy_from_slice(&header[8..24]);
     destination.octets.copy_from_slice(&header[24..40]);
-    Packet {
+    Ok(Packet {
         source: Prefix::host(source),
         destination: Prefix::host(destination),
         first_word: [header[0], header[1], header[2], header[3]],
@@ -215,44 +213,48 @@ fn parse_v6(header: &[u8; 40]) -> Packet {
         ports: [[0; 2]; 2],
         header_len: 40,
         len: 40 + u32::from(u16::from_be_bytes([header[4], header[5]])),
-        gso_size: 0,
+        gso_size: frame.gso_size(),
         transport,
         tcp_flags: 0,
         transport_len: 0,
-    }
+    })
 }
 
-/// RFC 9293, section 3.1.
+/// Reads the transport header, which begins at `AT`: RFC 9293, section 3.1; RFC 768; RFC 792 and
+/// RFC 4443, whose messages have eight bytes or more.
 #[inline(always)]
-fn parse_tcp<F: Frame>(frame: &F, packet: &mut Packet) {
+fn transport<F: Frame, const AT: usize>(frame: &F, mut packet: Packet) -> Packet {
+    let payload = packet.len - packet.header_len;
+    let kind = packet.transport;
+    match kind {
+        Transport::Tcp | Transport::Udp | Transport::Icmp => {}
+        _ => return packet,
+    }
     packet.transport = Transport::Bad;
-    if packet.len < packet.header_len + 20 {
-        return;
+    match kind {
+        Transport::Tcp => {
+            let Some(header) = frame.header::<AT, 14>() else {
+                return packet;
+            };
+            packet.ports = [[header[0], header[1]], [header[2], header[3]]];
+            packet.tcp_flags = header[13];
+            packet.transport_len = 4 * u32::from(header[12] >> 4);
+            if packet.transport_len >= 20 && packet.transport_len <= payload {
+                packet.transport = kind;
+            }
+        }
+        Transport::Udp if payload >= 8 => {
+            let Some([a, b, c, d]) = frame.header::<AT, 4>() else {
+                return packet;
+            };
+            packet.ports = [[a, b], [c, d]];
+            packet.transport_len = 8;
+            packet.transport = kind;
+        }
+        Transport::Icmp if payload >= 8 => packet.transport = kind,
+        _ => {}
     }
-    let Some(Bytes(header)) = frame.read::<16>(packet.header_len) else {
-        return;
-    };
-    packet.ports = [[header[0], header[1]], [header[2], header[3]]];
-    packet.tcp_flags = header[13];
-    packet.transport_len = 4 * u32::from(header[12] >> 4);
-    if packet.transport_len >= 20 && packet.header_len + packet.transport_len <= packet.len {
-        packet.transport = Transport::Tcp;
-    }
-}
-
-/// RFC 768.
-#[inline(always)]
-fn parse_udp<F: Frame>(frame: &F, packet: &mut Packet) {
-    packet.transport = Transport::Bad;
-    if packet.len < packet.header_len + 8 {
-        return;
-    }
-    let Some(Bytes([a, b, c, d])) = frame.read::<4>(packet.header_len) else {
-        return;
-    };
-    packet.ports = [[a, b], [c, d]];
-    packet.transport_len = 8;
-    packet.transport = Transport::Udp;
+    packet
 }
 
 #[cfg(test)]

@@ -82,7 +82,7 @@ impl Tables for Maps<'_> {
     #[inline(always)]
     fn link_mtu(&self, index: u32) -> Option<u32> {
         // SAFETY: user space replaces whole values; a reader sees the old or the new word.
-        unsafe { LINKS.get(&index) }.map(|link| link.mtu)
+        unsafe { LINKS.get(index) }.map(|link| link.mtu)
     }
 
     #[inline(always)]

@@ -51,7 +51,7 @@ fn run(side: Side, ctx: TcContext) -> i32 {
     match outcome {
         // SAFETY: the helper takes plain numbers.
         Ok(link) => unsafe { bpf_redirect(link, 0) as i32 },
-        Err(verdict) if verdict.class() as u32 == Class::Drop as u32 => TC_ACT_SHOT as i32,
+        Err(verdict) if matches!(verdict.class(), Class::Drop) => TC_ACT_SHOT,
         // Not TC_ACT_OK: programs and filters behind this one have their turn.
         Err(_) => TC_ACT_UNSPEC,
     }

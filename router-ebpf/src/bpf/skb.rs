@@ -19,6 +19,9 @@ const PACKET_HOST: u32 = 0;
 const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
 const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 
+/// What [`Frame::header`] reaches: an IPv6 header and a TCP header without options.
+const HEADERS: u32 = 60;
+
 /// A socket buffer. The helpers behind it serve linear and paged data alike and make shared data
 /// private before they write.
 pub(crate) struct Skb<'a> {
@@ -30,10 +33,14 @@ pub(crate) struct Skb<'a> {
 impl<'a> Skb<'a> {
     #[inline(always)]
     pub(crate) fn new(ctx: &'a TcContext, side: Side) -> Self {
-        Self {
-            ctx,
-            offset: side.header_offset(),
+        let offset = side.header_offset();
+        // Headers lie in the linear part but for odd drivers. If this fails, the headers are not
+        // found.
+        let wanted = (offset + HEADERS).min(ctx.len());
+        if ctx.data() + wanted as usize > ctx.data_end() {
+            let _ = ctx.pull_data(wanted);
         }
+        Self { ctx, offset }
     }
 
     /// Whether the frame is IP without a VLAN tag and addressed to this machine: a NIC in
@@ -68,6 +75,16 @@ impl Frame for Skb<'_> {
     fn gso_size(&self) -> u32 {
         // SAFETY: as in `is_untagged_ip_to_us`; the field is there since Linux 5.7.
         unsafe { (*self.ctx.skb.skb).gso_size }
+    }
+
+    #[inline(always)]
+    fn header<const AT: usize, const N: usize>(&self) -> Option<[u8; N]> {
+        let start = self.ctx.data() + self.offset as usize + AT;
+        if start + N > self.ctx.data_end() {
+            return None;
+        }
+        // SAFETY: the bytes lie between `data` and `data_end`, as the verifier checks too.
+        Some(unsafe { (start as *const [u8; N]).read() })
     }
 
     #[inline(always)]
