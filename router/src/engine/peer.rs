@@ -122,19 +122,23 @@ impl Peer {
 
     /// The session layer, made if it is not there yet.
     pub(super) fn tunnel(&mut self, local: &LocalKey) -> &mut Tunnel {
-        self.tunnel.get_or_insert_with(|| {
+        let tunnel = self.tunnel.get_or_insert_with(|| {
             Box::new(Tunnel::new(
                 local,
                 &self.public_key,
                 self.preshared_key.as_ref(),
                 self.index,
             ))
-        })
+        });
+        tunnel.set_local(local);
+        tunnel
     }
 
-    /// The session layer, if it has been needed.
-    pub(super) fn existing_tunnel(&mut self) -> Option<&mut Tunnel> {
-        self.tunnel.as_deref_mut()
+    /// The session layer, if it has been needed, and whether it took a new private key just now.
+    pub(super) fn existing_tunnel(&mut self, local: &LocalKey) -> Option<(&mut Tunnel, bool)> {
+        let tunnel = self.tunnel.as_deref_mut()?;
+        let renewed = tunnel.set_local(local);
+        Some((tunnel, renewed))
     }
 
     /// Whether the session layer has been needed.
@@ -248,11 +252,6 @@ impl Peers {
     /// Takes a peer away.
     pub(super) fn remove(&mut self, id: PeerId) -> Option<Box<Peer>> {
         self.0.get_mut(id as usize)?.take()
-    }
-
-    /// All peers.
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Peer> {
-        self.0.iter_mut().flatten().map(Box::as_mut)
     }
 }
 

@@ -145,9 +145,11 @@ impl Worker {
                     receive(&mut self.forwarder, &mut port, &mut receiver, socket, now);
                 }
             }
-            if self.forwarder.needs_ticks() && now >= next_tick {
+            if self.forwarder.needs_ticks()
+                && now >= next_tick
+                && self.forwarder.tick(now, &mut port)
+            {
                 next_tick = now + TICK;
-                self.forwarder.tick(now, &mut port);
             }
             port.exchange.wake();
             for id in port.outlet.stale.drain(..) {

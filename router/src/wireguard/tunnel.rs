@@ -42,6 +42,8 @@ pub(crate) struct Tick {
 /// The session with one peer.
 pub(crate) struct Tunnel {
     tunn: Tunn,
+    /// Our public key that it was made with.
+    own: x25519::PublicKey,
     /// Whether there is a session to send with.
     ready: bool,
     /// Our index of the session that the peer has yet to confirm.
@@ -67,17 +69,23 @@ impl Tunnel {
                 index & 0x00ff_ffff,
                 Some(local.calm.clone()),
             ),
+            own: local.public,
             ready: false,
             unconfirmed: None,
         }
     }
 
-    /// Takes a new private key. Sessions made with the old one end.
-    pub(crate) fn set_local(&mut self, local: &LocalKey) {
+    /// Takes a new private key. Sessions made with the old one end. False when it is not new.
+    pub(crate) fn set_local(&mut self, local: &LocalKey) -> bool {
+        if self.own == local.public {
+            return false;
+        }
+        self.own = local.public;
         self.tunn
             .set_static_private(local.secret.clone(), local.public, Some(local.calm.clone()));
         self.ready = false;
         self.unconfirmed = None;
+        true
     }
 
     /// Whether packets can be sealed now.

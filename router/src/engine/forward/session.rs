@@ -165,7 +165,9 @@ impl Forwarder {
             peer.active = true;
             peer.used = now;
             self.active.push(id);
-            self.tick_peer(id, now, io);
+            if peer.has_tunnel() {
+                self.tick_peer(id, now, io);
+            }
         }
     }
 
@@ -177,7 +179,8 @@ impl Forwarder {
         let mut out = [0; INITIATION];
         let mut ready = false;
         let mut due = None;
-        if let Some(tunnel) = peer.existing_tunnel() {
+        if let Some((tunnel, renewed)) = peer.existing_tunnel(&self.local) {
+            self.exchanges += usize::from(renewed);
             let tick = tunnel.tick(&mut out);
             ready = tunnel.ready();
             due = tick.message;
@@ -187,6 +190,7 @@ impl Forwarder {
             }
         }
         if let Some(length) = due {
+            self.exchanges += usize::from(length == INITIATION);
             self.send(id, &out[..length], now, io);
         } else if peer.keepalive_due(now) {
             peer.touched(now);
@@ -231,6 +235,7 @@ impl Forwarder {
         if peer.endpoint().is_some()
             && let Some(length) = peer.tunnel(&self.local).initiate(&mut out)
         {
+            self.exchanges += 1;
             self.send(id, &out[..length], now, io);
         }
     }

@@ -141,6 +141,30 @@ impl End {
         });
     }
 
+    /// Adds `count` peers that never answer; peer n has 10.1.n.0/24.
+    fn crowd(&mut self, count: u32, keepalive: Option<Duration>) {
+        let cidr = |id: u32| format!("10.1.{id}.0/24").parse().unwrap();
+        let setup = |id: u32| Setup {
+            id,
+            public_key: PrivateKey::from_bytes([id as u8 + 10; 32]).public(),
+            preshared_key: None,
+            index: id,
+            endpoint: Some(SocketAddr::from(([192, 0, 2, id as u8 + 1], 51820))),
+            keepalive,
+            shared: self.shared.clone(),
+        };
+        let directory = Directory {
+            routes: Routes::new((0..count).map(|id| (cidr(id), id))),
+            keys: HashMap::new(),
+            owners: vec![0; count as usize],
+        };
+        self.change(Change {
+            add: (0..count).map(setup).collect(),
+            directory: Some(Arc::new(directory)),
+            ..Change::default()
+        });
+    }
+
     fn change(&mut self, change: Change) {
         self.forwarder.apply(change, self.now, &mut self.wire);
     }
@@ -169,7 +193,7 @@ impl End {
 
     fn tick(&mut self, later: Duration) {
         self.now += later;
-        self.forwarder.tick(self.now, &mut self.wire);
+        while !self.forwarder.tick(self.now, &mut self.wire) {}
     }
 
     fn count(&self, counter: Counter) -> u64 {
@@ -397,6 +421,7 @@ fn persistent_keepalives_start_at_once_and_go_on() {
     let (mut client, mut router) = (End::new(1), End::new(2));
     router.meet(&client, &["10.0.0.2/32"], false, None);
     client.meet(&router, &["10.0.0.0/24"], true, Some(25));
+    client.tick(Duration::ZERO);
     assert_eq!(client.wire.datagrams.len(), 1, "initiation");
     settle(&mut client, &mut router);
     assert_eq!(client.count(Counter::HandshakesCompleted), 1);
@@ -653,27 +678,7 @@ fn an_unconfirmed_session_is_not_sent_with() {
 fn offline_peers_do_not_keep_others_from_waiting() {
     let mut end = End::new(1);
     let offline = (STAGED_TOTAL / STAGED) as u32;
-    let cidr = |id: u32| format!("10.1.{id}.0/24").parse().unwrap();
-    let setup = |id: u32| Setup {
-        id,
-        public_key: PrivateKey::from_bytes([id as u8 + 10; 32]).public(),
-        preshared_key: None,
-        index: id,
-        endpoint: Some(SocketAddr::from(([192, 0, 2, id as u8 + 1], 51820))),
-        keepalive: None,
-        shared: end.shared.clone(),
-    };
-    let directory = Directory {
-        routes: Routes::new((0..=offline).map(|id| (cidr(id), id))),
-        keys: HashMap::new(),
-        owners: vec![0; offline as usize + 1],
-    };
-    let change = Change {
-        add: (0..=offline).map(setup).collect(),
-        directory: Some(Arc::new(directory)),
-        ..Change::default()
-    };
-    end.change(change);
+    end.crowd(offline + 1, None);
     let mut transmit = |id: u32, times: usize| {
         let mut packet = up(0);
         packet[16..20].copy_from_slice(&[10, 1, id as u8, 1]);
@@ -692,4 +697,29 @@ fn offline_peers_do_not_keep_others_from_waiting() {
     assert_eq!(end.count(Counter::DropStaged), 5);
     end.tick(REST_AFTER);
     assert_eq!(end.forwarder.staged, 0, "a resting peer keeps no packets");
+}
+
+#[test]
+fn timers_begin_few_handshakes_before_packets_have_their_turn() {
+    let mut end = End::new(1);
+    let count = 3 * INITIATIONS;
+    end.crowd(count as u32, Some(Duration::from_secs(25)));
+    assert_eq!(end.wire.datagrams, [], "not all at once");
+    for turn in 1..=3 {
+        let done = end.forwarder.tick(end.now, &mut end.wire);
+        assert_eq!(end.wire.datagrams.len(), turn * INITIATIONS);
+        assert_eq!(done, turn == 3);
+    }
+    let reached: BTreeSet<_> = end.wire.datagrams.iter().map(|d| d.to).collect();
+    assert_eq!(reached.len(), count);
+
+    // A new key: each tunnel takes it in its turn.
+    let local = Arc::new(LocalKey::new(&PrivateKey::from_bytes([99; 32])));
+    end.change(Change {
+        local: Some(local),
+        ..Change::default()
+    });
+    assert!(!end.forwarder.tick(end.now, &mut end.wire));
+    assert!(!end.forwarder.tick(end.now, &mut end.wire));
+    assert!(end.forwarder.tick(end.now, &mut end.wire));
 }
