@@ -366,6 +366,19 @@ mod tests {
     }
 
     #[test]
+    fn an_unconfirmed_session_is_not_sent_with() {
+        let (mut client, mut router) = pair();
+        // boringtun has eight slots for sessions; one of them counts as current from the start.
+        for _ in 0..8 {
+            let (mut one, mut two) = ([0; INITIATION], [0; INITIATION]);
+            client.initiate_again(&mut one);
+            router.handshake(&one, &mut two).unwrap();
+            router.tick(&mut two);
+            assert!(!router.ready());
+        }
+    }
+
+    #[test]
     fn no_session_seals_nothing() {
         let (mut client, _) = pair();
         let mut sealed = Heap::default();

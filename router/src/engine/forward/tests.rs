@@ -660,21 +660,6 @@ fn a_mapped_endpoint_is_an_ipv4_endpoint() {
 }
 
 #[test]
-fn an_unconfirmed_session_is_not_sent_with() {
-    let (mut client, mut router) = (End::new(1), End::new(2));
-    client.meet(&router, &["10.0.0.0/24"], true, None);
-    router.meet(&client, &["10.0.0.2/32"], false, None);
-    client.transmit(&up(0));
-    let initiation = client.wire.datagrams.remove(0);
-    router.receive(client.address, &initiation.bytes, 0);
-    router.wire.datagrams.clear();
-    router.tick(TICK);
-    router.transmit(&down(0));
-    let data = |datagram: &Datagram| matches!(message::kind(&datagram.bytes), Some(Kind::Data(_)));
-    assert!(!router.wire.datagrams.iter().any(data));
-}
-
-#[test]
 fn offline_peers_do_not_keep_others_from_waiting() {
     let mut end = End::new(1);
     let offline = (STAGED_TOTAL / STAGED) as u32;
