@@ -134,6 +134,12 @@ impl Peer {
         tunnel
     }
 
+    /// The session layer for a new handshake, made anew if its clock is behind.
+    pub(super) fn tunnel_to_initiate(&mut self, local: &LocalKey) -> &mut Tunnel {
+        self.tunnel = self.tunnel.take().filter(|tunnel| !tunnel.is_behind());
+        self.tunnel(local)
+    }
+
     /// The session layer, if it has been needed, and whether it took a new private key just now.
     pub(super) fn existing_tunnel(&mut self, local: &LocalKey) -> Option<(&mut Tunnel, bool)> {
         let tunnel = self.tunnel.as_deref_mut()?;

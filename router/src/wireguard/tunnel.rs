@@ -4,6 +4,8 @@
 //! the moment at which a handshake counts as completed, and byte counts as `wg show` has them.
 //! Packets are never queued in boringtun: callers ask [`Tunnel::ready`] first, and stage them.
 
+use std::time::{Duration, Instant, SystemTime};
+
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519;
@@ -48,7 +50,12 @@ pub(crate) struct Tunnel {
     ready: bool,
     /// Our index of the session that the peer has yet to confirm.
     unconfirmed: Option<u32>,
+    /// Both clocks when `tunn` was made.
+    made: (SystemTime, Instant),
 }
+
+/// How far the wall clock may run ahead of what boringtun takes for it.
+const CLOCK_STEP: Duration = Duration::from_secs(2);
 
 impl Tunnel {
     /// A tunnel without a session. `index` has 24 bits: the receiver indices that the peer will
@@ -72,7 +79,17 @@ impl Tunnel {
             own: local.public,
             ready: false,
             unconfirmed: None,
+            made: (SystemTime::now(), Instant::now()),
         }
+    }
+
+    /// Whether this tunnel stamps initiations with a time that has been corrected since. Peers
+    /// ignore a stamp older than the last they saw, so it is better made anew. boringtun reads the
+    /// wall clock once, and machines without a battery start in the past.
+    pub(crate) fn is_behind(&self) -> bool {
+        let (wall, steady) = self.made;
+        let elapsed = wall.elapsed().unwrap_or_default();
+        !self.ready && elapsed > steady.elapsed() + CLOCK_STEP
     }
 
     /// Takes a new private key. Sessions made with the old one end. False when it is not new.
@@ -376,6 +393,16 @@ mod tests {
             router.tick(&mut two);
             assert!(!router.ready());
         }
+    }
+
+    #[test]
+    fn a_corrected_clock_is_noticed_between_sessions() {
+        let (mut client, _) = pair();
+        assert!(!client.is_behind());
+        client.made.0 -= Duration::from_secs(3600);
+        assert!(client.is_behind());
+        client.ready = true;
+        assert!(!client.is_behind());
     }
 
     #[test]

@@ -233,7 +233,7 @@ impl Forwarder {
         };
         let mut out = [0; INITIATION];
         if peer.endpoint().is_some()
-            && let Some(length) = peer.tunnel(&self.local).initiate(&mut out)
+            && let Some(length) = peer.tunnel_to_initiate(&self.local).initiate(&mut out)
         {
             self.exchanges += 1;
             self.send(id, &out[..length], now, io);
