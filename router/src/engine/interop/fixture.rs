@@ -101,8 +101,9 @@ impl WireguardGo {
             name: name.to_owned(),
         };
         let socket = format!("/var/run/wireguard/{name}.sock");
+        // The file is there before anybody listens.
         until("wireguard-go's socket", || {
-            std::path::Path::new(&socket).exists()
+            std::os::unix::net::UnixStream::connect(&socket).is_ok()
         });
         this
     }
