@@ -1,5 +1,7 @@
 //! How the programs come onto interfaces, and that nothing of them stays.
 
+use std::time::Duration;
+
 use anyhow::ensure;
 use aya::programs::{SchedClassifier, TcAttachType};
 use lab::Host;
@@ -27,6 +29,15 @@ fn attached(host: &Host, name: &str) -> anyhow::Result<Vec<String>> {
     Ok(tcx.chain(clsact).map(short).collect())
 }
 
+/// A program started by a test that runs beside this one holds our descriptors for the moment
+/// between fork and exec, and with them the links.
+fn wait_until_bare(host: &Host, name: &str) -> anyhow::Result<()> {
+    let what = format!("no program on {name}");
+    lab::wait_until(Duration::from_secs(10), &what, || {
+        attached(host, name).is_ok_and(|programs| programs.is_empty())
+    })
+}
+
 fn short(name: &str) -> String {
     name.chars().take(15).collect()
 }
@@ -45,7 +56,7 @@ fn programs_follow_the_interfaces() {
                 ensure!(fixture.ebpf.attach_mode() == Some(mode.label()));
                 ensure!(attached(&host, "tun0")? == [short(FROM_OVERLAY)]);
                 ensure!(attached(&host, "eth0")? == [short(FROM_SUBNET)]);
-                ensure!(attached(&host, "eth1")?.is_empty());
+                wait_until_bare(&host, "eth1")?;
 
                 let eth1 = link("eth1")?;
                 fixture.change(|spec| spec.subnet.push(eth1))?;
@@ -53,13 +64,13 @@ fn programs_follow_the_interfaces() {
                 ensure!(attached(&host, "eth1")? == [short(FROM_SUBNET)]);
 
                 fixture.change(|spec| drop(spec.subnet.remove(0)))?;
-                ensure!(attached(&host, "eth0")?.is_empty());
+                wait_until_bare(&host, "eth0")?;
                 ensure!(attached(&host, "eth1")? == [short(FROM_SUBNET)]);
 
                 fixture.ebpf.remove()?;
                 ensure!(fixture.ebpf.attach_mode().is_none());
                 for name in ["tun0", "eth0", "eth1"] {
-                    ensure!(attached(&host, name)?.is_empty(), "{name}");
+                    wait_until_bare(&host, name)?;
                     ensure!(!qdiscs(&host, name)?.contains("clsact"), "{name}");
                 }
                 anyhow::Ok(())
@@ -88,7 +99,7 @@ fn what_does_not_apply_leaves_all_as_it_was() {
                 let error = fixture.ebpf.apply(&broken).unwrap_err().to_string();
                 ensure!(error.contains("nowhere0"), "{error}");
                 ensure!(attached(&host, "eth0")? == [short(FROM_SUBNET)]);
-                ensure!(attached(&host, "eth1")?.is_empty());
+                wait_until_bare(&host, "eth1")?;
 
                 let mut too_many = before.clone();
                 too_many.subnet = vec![link("eth1")?];
@@ -105,7 +116,7 @@ fn what_does_not_apply_leaves_all_as_it_was() {
                     "{error}"
                 );
                 ensure!(attached(&host, "eth0")? == [short(FROM_SUBNET)]);
-                ensure!(attached(&host, "eth1")?.is_empty());
+                wait_until_bare(&host, "eth1")?;
                 anyhow::Ok(())
             })??;
         }
@@ -160,7 +171,7 @@ fn filters_of_others_stay() {
             Ok(fixture.ebpf.remove()?)
         })??;
         for name in ["eth0", "tun0"] {
-            ensure!(attached(&host, name)?.is_empty());
+            wait_until_bare(&host, name)?;
             let left = host.run(["tc", "filter", "show", "dev", name, "egress"])?;
             ensure!(left.contains("bytecode"), "{left}");
         }
@@ -187,7 +198,7 @@ fn leftovers_of_a_dead_daemon_go_at_the_next_start() {
             std::mem::forget(fixture);
             let mut fixture = Fixture::new_on("eth1", None)?;
             ensure!(fixture.ebpf.attach_mode() == Some("tcx"));
-            ensure!(attached(&host, "eth0")?.is_empty());
+            wait_until_bare(&host, "eth0")?;
             ensure!(!qdiscs(&host, "eth0")?.contains("clsact"));
             Ok(fixture.ebpf.remove()?)
         })?
