@@ -27,7 +27,7 @@ enum Socket {
 }
 
 impl Host {
-    /// An HTTP server on all addresses of both families; [`http`](crate::http) tells what it serves.
+    /// An HTTP server on all addresses of both families; [`http`] tells what it serves.
     pub fn http_server(&self, port: u16) -> anyhow::Result<Server> {
         let listener = self.tcp_listener(any(port))?;
         let stop = Arc::new(AtomicBool::new(false));

@@ -1,6 +1,6 @@
 //! Decisions without I/O: what should be in force, what is, and the next step between the two.
 //!
-//! [`plan`] turns settings, a control [`Snapshot`] and what the kernel says of the network
+//! [`plan()`] turns settings, a control [`Snapshot`](crate::control::Snapshot) and what the kernel says of the network
 //! ([`Facts`]) into the one desired state ([`Plan`]). [`Core`] compares it with what has been
 //! applied, part by part, and hands out one [`Action`] at a time; a part that fails is tried again
 //! with a growing pause, while the others go on. No clock is read here: the caller passes `now`.

@@ -1,7 +1,7 @@
 //! The Noise protocol behind one adapter; no other module names boringtun's types.
 //!
-//! Nothing here reads or writes a socket. A [`Tunnel`] is the session with one peer: it opens and
-//! seals data messages in batches and answers handshake messages. A [`Limiter`] stands in front of
+//! Nothing here reads or writes a socket. A `Tunnel` is the session with one peer: it opens and
+//! seals data messages in batches and answers handshake messages. A `Limiter` stands in front of
 //! it and decides which handshake messages are worth any work.
 //!
 //! Time: callers pass `now` where this module keeps time itself (limiter, keepalives). boringtun

@@ -246,7 +246,7 @@ impl<'t> Transaction<'t> {
     }
 
     /// Adds a set of flows, which do not overlap. Its key is the protocol, the destination and the
-    /// port, each in registers of its own: see [`WORD`].
+    /// port, each in registers of its own: see `WORD`.
     pub(crate) fn flow_set(&mut self, name: &str, family: Family, all: &[Flows]) {
         self.set(name, &[PROTOCOL, family.field(), PORT], false);
         let elements = all.iter().map(|flows| {
