@@ -78,6 +78,13 @@ fn serve(host: &Host) -> anyhow::Result<[Server; 2]> {
     Ok([host.http_server(HTTP)?, host.udp_echo(ECHO)?])
 }
 
+/// Pings, so that the router knows the next hop's hardware address: before, the fast path hands its
+/// packets to the slow one, and a test of a single packet would look at the wrong path.
+fn warm_up(host: &Host, server: IpAddr) -> anyhow::Result<()> {
+    anyhow::ensure!(host.pings(&server.to_string(), &[])?, "ping {server}");
+    Ok(())
+}
+
 /// Sends `len` bytes to the echo and checks what comes back, if anything does in `timeout`.
 fn echoes(host: &Host, server: IpAddr, len: usize, timeout: Duration) -> anyhow::Result<()> {
     let any: SocketAddr = match server {
