@@ -1,15 +1,18 @@
 //! Does the traffic arrive, intact, and by the path that was asked for?
 
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 
+use anyhow::Context;
 use lab::http;
 use lab::site::{self, Arms, Client, ENDPOINT_V6, ROUTER, Running, SERVER, Site};
 
-use super::{HTTP, Path, SOON, carried_fast, echoes, handled, on_every_path, serve};
+use super::{HTTP, Path, SOON, carried_fast, echoes, handled, on_every_path, serve, warm_up};
 
 on_every_path!(
     a_laptop_reaches_a_vpc_one_armed,
     a_laptop_reaches_a_vpc_two_armed,
+    a_connection_survives_a_forgotten_next_hop,
 );
 
 const MIB: usize = 1 << 20;
@@ -127,4 +130,41 @@ fn a_lossy_underlay_loses_no_data() {
         }
         Ok(())
     });
+}
+
+/// The packets of one connection then cross the router by both paths.
+fn a_connection_survives_a_forgotten_next_hop(path: Path) {
+    for known in [false, true] {
+        lab::test(|lab| {
+            let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+            for server in SERVER {
+                if known {
+                    warm_up(&run.site.laptop, server)?;
+                }
+                let listener = run
+                    .site
+                    .server
+                    .tcp_listener(SocketAddr::new(server, HTTP))?;
+                let to = SocketAddr::new(server, HTTP);
+                let mut near = run.site.laptop.tcp_connect(to, SOON)?;
+                let (mut far, _) = listener.accept()?;
+                far.set_read_timeout(Some(SOON))?;
+                for round in 0..3 {
+                    let mut byte = [0];
+                    near.write_all(b"a")?;
+                    far.read_exact(&mut byte).with_context(|| {
+                        format!("{path:?} {server} known {known} round {round}: up")
+                    })?;
+                    far.write_all(b"b")?;
+                    near.read_exact(&mut byte).with_context(|| {
+                        format!("{path:?} {server} known {known} round {round}: down")
+                    })?;
+                    for nic in ["wan", "lan"] {
+                        run.site.router.ip(&format!("neigh flush dev {nic}"))?;
+                    }
+                }
+            }
+            Ok(())
+        });
+    }
 }

@@ -4,8 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use lab::packet::Packet;
-use lab::site::{self, Arms, CORE, Client, ROUTER, Running, SERVER, Site, TRANSIT};
-use lab::sluice::Route;
+use lab::site::{self, Arms, CORE, Client, ROUTER, Running, SERVER, Site};
 use lab::{Host, http, poll};
 
 use super::{HTTP, Path, SOON, echoes, on_every_path, serve, warm_up};
@@ -106,32 +105,16 @@ fn large_datagrams_and_packet_too_big(path: Path) {
     });
 }
 
-/// By the router, and by the next one.
+/// By the router, and by the next one, whose report comes from outside every route.
 fn a_packet_that_has_come_too_far_is_reported(path: Path) {
     lab::test(|lab| {
-        let site = Site::new(lab, Arms::Two)?;
-        if !path.snat() {
-            site.route_overlay()?;
-        }
-        let client = Client::new("laptop", 2)?;
-        let mut config = site::config(&[&client], path.datapath(), path.snat())?;
-        if path == Path::Fast {
-            // Connection tracking does not know the fast path's flows. So a report from outside
-            // every route is dropped as invalid: a gap to be closed in `from_subnet`. Until then
-            // the next router must be inside one.
-            config.routes.extend(TRANSIT.map(|cidr| Route {
-                cidr: cidr.to_owned(),
-                snat: false,
-                mode: "fast",
-            }));
-        }
-        let _sluice = site.router.sluice(&config)?;
-        let _tunnel = client.connect(&site.laptop, &config.key)?;
+        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+        let laptop = &run.site.laptop;
         for ((server, router), core) in SERVER.into_iter().zip(ROUTER).zip(CORE) {
-            warm_up(&site.laptop, server)?;
-            assert_eq!(hop(&site.laptop, server, 1)?, Some(router), "{path:?}");
-            assert_eq!(hop(&site.laptop, server, 2)?, Some(core), "{path:?}");
-            assert!(site.laptop.pings(&server.to_string(), &["-t3"])?);
+            warm_up(laptop, server)?;
+            assert_eq!(hop(laptop, server, 1)?, Some(router), "{path:?}");
+            assert_eq!(hop(laptop, server, 2)?, Some(core), "{path:?}");
+            assert!(laptop.pings(&server.to_string(), &["-t3"])?);
         }
         Ok(())
     });
