@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 
 use crate::requirements;
 use crate::wait::poll;
@@ -335,9 +335,8 @@ impl Process {
     /// Waits for its end.
     pub fn wait(&mut self, timeout: Duration) -> anyhow::Result<ExitStatus> {
         let what = format!("the end of `{}`", self.what);
-        let status = poll(timeout, &what, || self.child.try_wait().transpose())
-            .with_context(|| self.log())?;
-        Ok(status?)
+        let status = poll(timeout, &what, || self.child.try_wait().transpose());
+        Ok(status.map_err(|late| anyhow!("{late}\n{}", self.log()))??)
     }
 
     /// Waits until `condition` holds; an error if the program ends first.
@@ -353,12 +352,14 @@ impl Process {
             }
             match self.child.try_wait() {
                 Ok(None) => None,
-                Ok(Some(status)) => Some(Err(anyhow::anyhow!("it ended: {status}"))),
+                Ok(Some(status)) => {
+                    Some(Err(anyhow!("it ended, and we waited for {what}: {status}")))
+                }
                 Err(error) => Some(Err(error.into())),
             }
         });
         met.and_then(|early| early)
-            .with_context(|| format!("`{}`: {what}\n{}", self.what, self.log()))
+            .map_err(|error| anyhow!("`{}`: {error:#}\n{}", self.what, self.log()))
     }
 }
 
