@@ -11,9 +11,9 @@ use boringtun::x25519::{PublicKey, StaticSecret};
 use router::wireguard::keys::PrivateKey;
 
 use super::udp::Receiver;
-use super::{Generator, Load, Peer, Target, receive, traffic, udp};
+use super::{Generator, Load, Peer, Summary, Target, receive, traffic, udp};
 
-/// The most packets per second that the generator seals and sends, into a socket that answers
+/// How many packets the generator seals and sends when nothing holds it up, into a socket that answers
 /// handshakes and then drops everything. `sink` is bound in one namespace; `client` makes sockets
 /// in another.
 pub fn ceiling(
@@ -22,7 +22,7 @@ pub fn ceiling(
     sink: UdpSocket,
     client: impl FnMut() -> anyhow::Result<UdpSocket>,
     duration: Duration,
-) -> anyhow::Result<f64> {
+) -> anyhow::Result<Summary> {
     let SocketAddr::V4(endpoint) = sink.local_addr().context("the sink's address")? else {
         bail!("the generator speaks IPv4");
     };
@@ -46,8 +46,7 @@ pub fn ceiling(
     udp::drop_all(&sink).context("make the sink drop")?;
     let traffic = generator.start(load)?;
     std::thread::sleep(duration);
-    let summary = traffic.finish()?;
-    Ok(summary.sent as f64 / summary.elapsed.as_secs_f64())
+    traffic.finish()
 }
 
 /// Answers handshake initiations of anyone until told to stop.

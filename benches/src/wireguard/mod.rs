@@ -149,14 +149,24 @@ fn cases(effort: Effort) -> Vec<What> {
         tcp(1, Way::Down),
         udp(Up, 64, 256, 1, paced),
         udp(Up, 64, 256, 1, Rate::Flood),
-        udp(Down, 64, 256, 1, paced),
         What::RoundTrips { loaded: false },
-        What::Connections,
     ];
-    if effort != Effort::Full {
-        return cases;
+    match effort {
+        Effort::Quick => return cases,
+        Effort::Smoke => {
+            cases.extend([
+                What::Connections,
+                udp(Up, 512, 1024, 64, paced),
+                udp(Down, 1200, 1024, 64, Rate::Flood),
+            ]);
+            return cases;
+        }
+        Effort::Full => {}
     }
     cases.extend([
+        What::Connections,
+        udp(Down, 64, 256, 1, paced),
+        udp(Down, 64, 256, 1, Rate::Flood),
         tcp(4, Way::Up),
         tcp(4, Way::Down),
         tcp(1, Way::Both),
@@ -346,13 +356,20 @@ impl Case for Ceiling {
             200
         });
         let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        let rate = generator::ceiling(
+        let summary = generator::ceiling(
             load,
             peers,
             sink.udp_socket(SINK)?,
             || client.udp_socket(any),
             duration,
         )?;
-        Ok(vec![Measurement::fact("offered", "packets/s", rate)].into())
+        let sent = summary.sent as f64;
+        let per_second = sent / summary.elapsed.as_secs_f64();
+        let nanos = summary.sender_cpu.as_nanos() as f64 / sent;
+        Ok(vec![
+            Measurement::fact("offered", "packets/s", per_second),
+            Measurement::fact("generator-cpu", "ns/packet", nanos),
+        ]
+        .into())
     }
 }

@@ -43,8 +43,9 @@ pub(crate) fn candidates(context: &Context) -> Vec<Candidate> {
         implementation: Implementation::sluice(variant),
         program: Ok(Program::Sluice { mode, snat }),
     };
-    let mut all = vec![sluice("", "ebpf", true), sluice("no snat", "ebpf", false)];
-    if context.effort == Effort::Full {
+    let mut all = vec![sluice("", "ebpf", true)];
+    if context.effort != Effort::Quick {
+        all.push(sluice("no snat", "ebpf", false));
         all.push(sluice("kernel path", "kernel", true));
     }
     all.extend(wireguard_go());

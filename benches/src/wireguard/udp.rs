@@ -21,7 +21,7 @@ pub(super) struct Datagrams {
 fn times(round: Round) -> (Duration, Duration) {
     let millis = match (round.effort, round.warm_up) {
         (Effort::Full, false) => (500, 3000),
-        (Effort::Quick, false) => (200, 1000),
+        (Effort::Quick, false) => (100, 800),
         _ => (100, 300),
     };
     (
