@@ -1,7 +1,6 @@
 //! Sysctls of a real kernel, and what a killed run leaves.
 
-use std::net::{SocketAddrV6, UdpSocket};
-use std::os::fd::FromRawFd;
+use std::net::SocketAddrV6;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -77,33 +76,9 @@ fn the_interfaces_concerned_forward_and_get_their_values_back() {
 /// Sends a router advertisement (RFC 4861 section 4.2) of a default route.
 fn advertise(host: &Host, device: &str) -> anyhow::Result<()> {
     const ADVERTISEMENT: [u8; 16] = [134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
-    let device = std::ffi::CString::new(device)?;
-    host.enter(|| {
-        // SAFETY: the pointer is that of a live C string.
-        let index = unsafe { libc::if_nametoindex(device.as_ptr()) };
-        // SAFETY: socket takes numbers.
-        let fd = unsafe { libc::socket(libc::AF_INET6, libc::SOCK_RAW, libc::IPPROTO_ICMPV6) };
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor was just made and has no other owner. As a UDP socket it only
-        // sends, for which std makes the same calls.
-        let socket = unsafe { UdpSocket::from_raw_fd(fd) };
-        let hops: libc::c_int = 255;
-        // SAFETY: the pointer and length are those of a live integer.
-        unsafe {
-            libc::setsockopt(
-                fd,
-                libc::IPPROTO_IPV6,
-                libc::IPV6_MULTICAST_HOPS,
-                (&raw const hops).cast(),
-                size_of_val(&hops) as libc::socklen_t,
-            )
-        };
-        let all_nodes = "ff02::1".parse().unwrap();
-        let to = SocketAddrV6::new(all_nodes, 0, 0, index);
-        socket.send_to(&ADVERTISEMENT, to).map(drop)
-    })??;
+    let index = super::index_of(host, device)?;
+    let to = SocketAddrV6::new("ff02::1".parse()?, 0, 0, index);
+    super::raw_icmp(host, false)?.send_to(&ADVERTISEMENT, to)?;
     Ok(())
 }
 

@@ -13,6 +13,11 @@
 //! packets before destination NAT, and the routes at connection tracking's view of the flow's first
 //! packet.
 //!
+//! Packets that connection tracking calls invalid belong to a flow that it has not seen from the
+//! beginning: one that the eBPF programs or another router carries, or an ICMP error about such a
+//! flow. Without rules they pass like others, unless their source would have to be translated; with
+//! rules they are dropped, because only the first packet of a flow can be judged.
+//!
 //! The expressions are such that `nft list ruleset` can show them: nft 1.0.6 crashes on some keys
 //! that the kernel takes, such as a concatenation with `ct original proto-dst`.
 
@@ -28,6 +33,15 @@ use crate::netlink::nft::{
 /// IP and TCP header without options, in bytes: what an MSS leaves out of an MTU (RFC 6691).
 const HEADERS_V4: u16 = 20 + 20;
 const HEADERS_V6: u16 = 40 + 20;
+
+/// The types of ICMP errors: destination unreachable, time exceeded and parameter problem of
+/// RFC 792, and all below 128 of RFC 4443.
+const ICMP_ERRORS: [(libc::c_int, Cmp, u8); 4] = [
+    (libc::IPPROTO_ICMP, Cmp::Eq, 3),
+    (libc::IPPROTO_ICMP, Cmp::Eq, 11),
+    (libc::IPPROTO_ICMP, Cmp::Eq, 12),
+    (libc::IPPROTO_ICMPV6, Cmp::Lt, 128),
+];
 
 /// A counter: its name in the table, and program and verdict as the daemon reports them.
 #[derive(Clone, Copy, Debug)]
@@ -268,15 +282,14 @@ fn ask_policy(
 
 /// Accepts the packet when a set holds its protocol, destination and port.
 fn accept_flow(rule: &mut Rule<'_, '_>, family: Family, set: &str, counter: Option<Named>) {
-    let (offset, len) = match family {
-        Family::V4 => (16, 4),
-        Family::V6 => (24, 16),
+    let port = match family {
+        Family::V4 => WORD + 2,
+        Family::V6 => WORD + 5,
     };
+    of_family(rule, family).meta(Meta::L4Proto, WORD);
     // In protocols without ports the last two bytes are something else, and the set takes any.
-    of_family(rule, family)
-        .meta(Meta::L4Proto, WORD)
-        .payload(Base::Network, offset, len, WORD + 1)
-        .payload(Base::Transport, 2, 2, WORD + 1 + len / 4)
+    load_destination(rule, family, WORD + 1)
+        .payload(Base::Transport, 2, 2, port)
         .lookup(set, WORD);
     if let Some(counter) = counter {
         rule.count(counter.name);
@@ -292,6 +305,18 @@ fn load_source<'r, 'a, 'b>(
     let (offset, len) = match family {
         Family::V4 => (12, 4),
         Family::V6 => (8, 16),
+    };
+    rule.payload(Base::Network, offset, len, register)
+}
+
+fn load_destination<'r, 'a, 'b>(
+    rule: &'r mut Rule<'a, 'b>,
+    family: Family,
+    register: u32,
+) -> &'r mut Rule<'a, 'b> {
+    let (offset, len) = match family {
+        Family::V4 => (16, 4),
+        Family::V6 => (24, 16),
     };
     rule.payload(Base::Network, offset, len, register)
 }
@@ -348,12 +373,9 @@ fn known_flows(tx: &mut Transaction<'_>, chain: &str, counter: Named) {
     tx.rule(chain, |r| decide(known(r), counter, Verdict::Accept));
 }
 
-/// Packets that belong to no flow and can begin none would leave untranslated.
-fn no_invalid(tx: &mut Transaction<'_>, chain: &str, counter: Named) {
-    tx.rule(chain, |r| {
-        r.ct(Ct::State, REG).any_bit(REG, &CT_INVALID.to_ne_bytes());
-        decide(r, counter, Verdict::Drop);
-    });
+fn invalid<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
+    rule.ct(Ct::State, REG)
+        .any_bit(REG, &CT_INVALID.to_ne_bytes())
 }
 
 fn write_from_overlay(
@@ -365,7 +387,25 @@ fn write_from_overlay(
     let chain = "from_overlay";
     clamp_syn(tx, chain, "clamp_from");
     known_flows(tx, chain, FROM.forwarded);
-    no_invalid(tx, chain, FROM.drop_invalid);
+    if restricted {
+        tx.rule(chain, |r| {
+            decide(invalid(r), FROM.drop_invalid, Verdict::Drop)
+        });
+    } else {
+        for sets in families {
+            let verdicts = [
+                (&sets.snat, FROM.drop_invalid, Verdict::Drop),
+                (&sets.routes, FROM.forwarded, Verdict::Accept),
+            ];
+            for (set, counter, verdict) in verdicts {
+                tx.rule(chain, |r| {
+                    invalid(r).meta(Meta::Oif, REG).cmp(Cmp::Ne, REG, tun);
+                    load_destination(of_family(r, sets.family), sets.family, REG).lookup(set, REG);
+                    decide(r, counter, verdict);
+                });
+            }
+        }
+    }
     // From peer to peer: only where the policy is asked, and has let it through.
     for sets in families.iter().filter(|_| restricted) {
         tx.rule(chain, |r| {
@@ -392,7 +432,33 @@ fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: 
     let chain = "to_overlay";
     clamp_syn(tx, chain, "clamp_to");
     known_flows(tx, chain, TO.forwarded);
-    no_invalid(tx, chain, TO.drop_invalid);
+    if restricted {
+        tx.rule(chain, |r| {
+            decide(invalid(r), TO.drop_invalid, Verdict::Drop)
+        });
+    } else {
+        for sets in families {
+            tx.rule(chain, |r| {
+                load_source(of_family(invalid(r), sets.family), sets.family, REG)
+                    .lookup(&sets.routes, REG);
+                decide(r, TO.forwarded, Verdict::Accept);
+            });
+        }
+        // Errors come from routers on the way, in whatever network they are.
+        for (protocol, op, kind) in ICMP_ERRORS {
+            tx.rule(chain, |r| {
+                invalid(r)
+                    .meta(Meta::L4Proto, REG)
+                    .cmp(Cmp::Eq, REG, &[protocol as u8])
+                    .payload(Base::Transport, 0, 1, REG)
+                    .cmp(op, REG, &[kind]);
+                decide(r, TO.forwarded, Verdict::Accept);
+            });
+        }
+        tx.rule(chain, |r| {
+            decide(invalid(r), TO.drop_invalid, Verdict::Drop)
+        });
+    }
     for sets in families {
         tx.rule(chain, |r| {
             r.ct(sets.original_source(), REG).lookup(&sets.routes, REG);

@@ -64,6 +64,8 @@ pub(crate) enum Cmp {
     Eq,
     /// Not equal.
     Ne,
+    /// The register is less than the value.
+    Lt,
     /// The register is greater than the value.
     Gt,
 }
@@ -158,6 +160,7 @@ impl<'a, 'b> Rule<'a, 'b> {
         let op = match op {
             Cmp::Eq => 0,
             Cmp::Ne => 1,
+            Cmp::Lt => 2,
             Cmp::Gt => 4,
         };
         self.expression("cmp", |data| {

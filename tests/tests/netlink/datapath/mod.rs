@@ -135,10 +135,8 @@ impl Net {
 }
 
 fn link(host: &Host, name: &str) -> anyhow::Result<Link> {
-    let text = host.ip(&format!("-o link show {name}"))?;
-    let (index, _) = text.split_once(':').context("ip -o link")?;
     Ok(Link {
-        index: index.trim().parse()?,
+        index: super::index_of(host, name)?,
         name: name.to_owned(),
     })
 }

@@ -3,10 +3,11 @@
 use std::net::IpAddr;
 
 use anyhow::Context;
-use lab::http;
+use lab::{Host, http, wait_until};
 use router::datapath::KERNEL_NAT_PORTS;
 
-use super::{ECHO, Net, SOON, WEB, address, echoed, route, seen};
+use super::{ECHO, Net, SOON, WEB, address, echoed, route, rule, seen};
+use crate::netlink::raw_icmp;
 
 #[test]
 fn sources_are_translated_where_the_route_says_so() {
@@ -149,6 +150,97 @@ fn without_rules_peers_reach_the_routed_networks_and_nothing_else() {
 
         // What does not touch the tunnel passes.
         assert!(echoed(&net.server, "10.0.0.2", address("10.1.0.2", ECHO))?);
+        Ok(())
+    });
+}
+
+/// Sends an ICMP error about a flow that the router has never seen, from `quoted_to` to `quoted`.
+fn send_error(from: &Host, to: &str, quoted: &str, quoted_to: &str) -> anyhow::Result<()> {
+    let ports = [0x30, 0x39, 0, 53, 0, 8, 0, 0];
+    let (to, quoted): (IpAddr, IpAddr) = (to.parse()?, quoted.parse()?);
+    let message = match (quoted, quoted_to.parse()?) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            let mut message = vec![3, 1, 0, 0, 0, 0, 0, 0];
+            message.extend([0x45, 0, 0, 28, 0, 1, 0, 0, 64, 17, 0, 0]);
+            message.extend(source.octets());
+            message.extend(destination.octets());
+            message.extend(ports);
+            // The kernel checks the sum of the quoted header too (RFC 1071).
+            let sum = checksum(&message[8..28]);
+            message[18..20].copy_from_slice(&sum);
+            let sum = checksum(&message);
+            message[2..4].copy_from_slice(&sum);
+            message
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            let mut message = vec![1, 0, 0, 0, 0, 0, 0, 0];
+            message.extend([0x60, 0, 0, 0, 0, 8, 17, 64]);
+            message.extend(source.octets());
+            message.extend(destination.octets());
+            message.extend(ports);
+            message
+        }
+        _ => anyhow::bail!("two families"),
+    };
+    raw_icmp(from, to.is_ipv4())?.send_to(&message, (to, 0))?;
+    Ok(())
+}
+
+fn checksum(bytes: &[u8]) -> [u8; 2] {
+    let words = bytes
+        .chunks(2)
+        .map(|w| u32::from(w[0]) << 8 | u32::from(w[1]));
+    let sum: u32 = words.sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    (!(folded as u16)).to_be_bytes()
+}
+
+#[test]
+fn errors_about_flows_that_the_kernel_has_not_seen_pass_unless_they_leave_untranslated() {
+    lab::test(|lab| {
+        let mut net = Net::new(lab)?;
+        net.spec.routes = vec![route("10.0.0.0/24", false), route("fd00::/64", true)];
+        net.apply()?;
+        let counts = |net: &Net, verdict: &str| -> anyhow::Result<[u64; 2]> {
+            Ok([
+                net.count("kernel_from_overlay", verdict)?,
+                net.count("kernel_to_overlay", verdict)?,
+            ])
+        };
+        let send_all = |net: &Net| -> anyhow::Result<()> {
+            // From the routed network, and from a router on the way, which is in none.
+            for from in [&net.server, &net.other] {
+                send_error(from, "100.64.0.2", "100.64.0.2", "10.0.0.9")?;
+                send_error(from, "fd7a::2", "fd7a::2", "fd00::9")?;
+            }
+            // From a peer, toward a network without and one with translation.
+            send_error(&net.peer, "10.0.0.2", "10.0.0.2", "100.64.0.2")?;
+            send_error(&net.peer, "fd00::2", "fd00::2", "fd7a::2")
+        };
+        let at_peer = net.peer.capture("eth0")?;
+        send_all(&net)?;
+        wait_until(SOON, "all six", || {
+            counts(&net, "forwarded").is_ok_and(|counts| counts == [1, 4])
+                && counts(&net, "drop_invalid").is_ok_and(|counts| counts == [1, 0])
+        })?;
+        at_peer.find(SOON, "an error", |p| {
+            p.icmp().filter(|icmp| *icmp == (3, 1))
+        })?;
+        at_peer.find(SOON, "an error", |p| {
+            p.icmp().filter(|icmp| *icmp == (1, 0))
+        })?;
+
+        // With rules there is no telling what they belong to.
+        net.spec.policy.rules = vec![rule(&["0.0.0.0/0", "::/0"], "10.0.0.0/8", 0..=65535, &[])];
+        net.apply()?;
+        send_all(&net)?;
+        wait_until(SOON, "all six", || {
+            counts(&net, "drop_invalid").is_ok_and(|counts| counts == [2, 4])
+                && net
+                    .count("kernel_from_overlay", "drop_policy")
+                    .is_ok_and(|n| n == 1)
+        })?;
+        assert_eq!(counts(&net, "forwarded")?, [1, 4]);
         Ok(())
     });
 }
