@@ -118,7 +118,7 @@ impl Tables for Model<'_> {
         hardware[6..].copy_from_slice(&self.fixture.mac);
         let known = |mtu: u16| Hop {
             link: eth0,
-            mtu: mtu.into(),
+            mtu: if has_fib_mtu() { mtu.into() } else { u32::MAX },
             hardware,
         };
         let (mtu, hop) = if is(Net::NEAR, ROUTER)

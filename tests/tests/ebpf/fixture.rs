@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, ensure};
 use aya::programs::{TestRun, TestRunOptions};
+use aya::util::KernelVersion;
 use lab::{Host, Lab};
 use router::control::{Policy, Route, RouteMode};
 use router::datapath::ebpf::{AttachMode, Ebpf};
@@ -159,6 +160,20 @@ pub(super) fn router(lab: &Lab) -> anyhow::Result<Host> {
     router.sysctl("net/ipv4/ip_forward", "1")?;
     router.sysctl("net/ipv6/conf/all/forwarding", "1")?;
     Ok(router)
+}
+
+/// Whether this kernel has tcx.
+pub(super) fn has_tcx() -> bool {
+    kernel_is(KernelVersion::new(6, 6, 0))
+}
+
+/// Whether this kernel's FIB lookup tells the path's MTU.
+pub(super) fn has_fib_mtu() -> bool {
+    kernel_is(KernelVersion::new(5, 12, 0))
+}
+
+fn kernel_is(least: KernelVersion) -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= least)
 }
 
 /// An interface by its name, in the thread's namespace.

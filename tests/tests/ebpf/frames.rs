@@ -87,7 +87,12 @@ fn a_syn_announces_no_more_than_the_subnet_side_holds() {
             let narrow = family.subnet(Net::NARROW, 1);
             for (side, source, destination, mtu) in [
                 (Side::Overlay, peer, near, LINK_MTU),
-                (Side::Overlay, peer, narrow, NARROW_MTU),
+                (
+                    Side::Overlay,
+                    peer,
+                    narrow,
+                    if has_fib_mtu() { NARROW_MTU } else { LINK_MTU },
+                ),
                 (Side::Subnet, near, peer, LINK_MTU),
             ] {
                 let sent = announced(source, destination);
