@@ -10,6 +10,8 @@ pub mod cpu;
 pub mod generator;
 pub mod host;
 pub mod mtu;
+mod packet;
+mod prog;
 pub mod report;
 pub mod run;
 pub mod scale;
@@ -18,4 +20,10 @@ pub mod stats;
 pub mod wireguard;
 
 /// Every suite, in the order in which they run.
-pub const SUITES: &[case::SuiteEntry] = &[clear::ENTRY, wireguard::ENTRY, mtu::ENTRY, scale::ENTRY];
+pub const SUITES: &[case::SuiteEntry] = &[
+    prog::ENTRY,
+    clear::ENTRY,
+    wireguard::ENTRY,
+    mtu::ENTRY,
+    scale::ENTRY,
+];

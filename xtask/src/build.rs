@@ -1,6 +1,7 @@
 //! Building the programs that the other tasks run.
 
 use std::env;
+use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -12,12 +13,23 @@ use crate::run;
 /// else that the dev profile has built is shared.
 const LAB: [&str; 2] = ["--config", "profile.dev.package.router.opt-level=2"];
 
-/// Builds the router and the demo, as the lab runs them, and returns the folder they are in.
-pub(crate) fn lab() -> Result<PathBuf> {
-    let mut options = bins(&["sluice", "demo"]);
+/// Builds programs as the lab runs them, and returns the folder they are in.
+pub(crate) fn lab(names: &[&str]) -> Result<PathBuf> {
+    let mut options = bins(names);
     options.extend(LAB);
     cargo_build(&options)?;
     folder()
+}
+
+/// Builds a router that is slow on purpose, under a name of its own.
+pub(crate) fn slow_router() -> Result<PathBuf> {
+    let mut options = bins(&["sluice"]);
+    options.extend(LAB);
+    options.extend(["--features", "router/bench-delay"]);
+    cargo_build(&options)?;
+    let slow = folder()?.join("sluice-slow");
+    fs::copy(folder()?.join("sluice"), &slow).context("copy the slow router")?;
+    Ok(slow)
 }
 
 /// Builds programs as they are shipped and returns the folder they are in.

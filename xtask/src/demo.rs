@@ -23,7 +23,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
 
 /// Builds and runs the demo, without set-up.
 pub(crate) fn run(options: &[String]) -> Result<ExitCode> {
-    let programs = build::lab()?;
+    let programs = build::lab(&["sluice", "demo"])?;
     let mut demo = run::command(programs.join("demo"));
     demo.args(options)
         .env("SLUICE_BIN", programs.join("sluice"));

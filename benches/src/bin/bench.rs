@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use benches::case::{Chart, Context, Effort, Failure, Outcome, SuiteEntry};
+use benches::case::{CaseId, Chart, Context, Effort, Failure, Outcome, Suite, SuiteEntry};
 use benches::cpu::{self, Cores};
 use benches::report::compare::Comparison;
 use benches::report::{Report, chart, table};
@@ -35,6 +35,9 @@ struct Arguments {
     /// One tiny round of each case, without a warm-up: proves that they work, measures nothing.
     #[arg(long, conflicts_with_all = ["quick", "runs"])]
     smoke: bool,
+    /// Only cases whose `case, implementation` contains this text.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
     /// Rounds that count [default: 7, with --quick 3].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: Option<u16>,
@@ -80,6 +83,34 @@ impl Arguments {
         };
         self.suites.iter().map(find).collect()
     }
+
+    /// What is wanted of a suite.
+    fn suite(&self, entry: &SuiteEntry, context: &Context) -> anyhow::Result<Suite> {
+        let mut suite =
+            (entry.build)(context).with_context(|| format!("suite {}", entry.name))?;
+        let wanted = |id: &CaseId| title(id).contains(&self.only);
+        suite.cases.retain(|case| wanted(case.id()));
+        suite.skipped.retain(|skipped| wanted(&skipped.id));
+        Ok(suite)
+    }
+
+    fn list(&self, entries: &[&SuiteEntry], context: &Context) -> anyhow::Result<ExitCode> {
+        for entry in entries {
+            println!("{}: {}", entry.name, entry.about);
+            let suite = self.suite(entry, context)?;
+            for case in &suite.cases {
+                println!("  {}", title(case.id()));
+            }
+            for skipped in &suite.skipped {
+                println!("  {}: not here: {}", title(&skipped.id), skipped.why);
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn title(id: &CaseId) -> String {
+    format!("{}, {}", id.label(), id.implementation.name)
 }
 
 fn main() -> ExitCode {
@@ -104,7 +135,7 @@ fn bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     };
     cpu::adopt_orphans().context("become the parent of detached daemons")?;
     if arguments.list {
-        return list(&entries, &context);
+        return arguments.list(&entries, &context);
     }
     let compare = arguments.compare.as_deref().map(Report::read).transpose()?;
     std::fs::create_dir_all(&arguments.out)
@@ -115,7 +146,7 @@ fn bench(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut report = run::start(&context, arguments.rounds());
     let mut charts = Vec::new();
     for entry in entries {
-        let suite = (entry.build)(&context).with_context(|| format!("suite {}", entry.name))?;
+        let suite = arguments.suite(entry, &context)?;
         let mut progress = Console::new();
         let warm_up = !arguments.smoke;
         charts.extend(run::measure(suite, warm_up, &mut report, &mut progress));
@@ -191,26 +222,6 @@ fn sluice() -> anyhow::Result<PathBuf> {
         .with_context(|| format!("SLUICE_BIN is {}", path.display()))
 }
 
-fn list(entries: &[&SuiteEntry], context: &Context) -> anyhow::Result<ExitCode> {
-    for entry in entries {
-        println!("{}: {}", entry.name, entry.about);
-        let suite = (entry.build)(context).with_context(|| format!("suite {}", entry.name))?;
-        for id in suite.cases.iter().map(|c| c.id()) {
-            println!("  {}, {}", id.label(), id.implementation.name);
-        }
-        for skipped in &suite.skipped {
-            let id = &skipped.id;
-            println!(
-                "  {}, {}: not here: {}",
-                id.label(),
-                id.implementation.name,
-                skipped.why
-            );
-        }
-    }
-    Ok(ExitCode::SUCCESS)
-}
-
 /// Progress on standard error: one line that changes on a terminal, one line per run elsewhere.
 struct Console {
     terminal: bool,
@@ -232,12 +243,11 @@ impl Console {
             format!("round {}/{}", step.round.index + 1, step.rounds)
         };
         format!(
-            "[{} {}/{}] {round}: {}, {}",
+            "[{} {}/{}] {round}: {}",
             step.id.suite,
             step.index + 1,
             step.steps,
-            step.id.label(),
-            step.id.implementation.name
+            title(step.id)
         )
     }
 }

@@ -167,6 +167,30 @@ impl Bed {
         Ok(flood)
     }
 
+    /// Nanoseconds that the fast path's program takes per frame in a flood, by the kernel's own
+    /// statistics (one reading of its clock included); `None` for what has no fast path. Counting
+    /// slows the program's neighbours down, so it is a flood of its own.
+    pub(super) fn program_time(
+        &mut self,
+        size: Size,
+        direction: Direction,
+        duration: Duration,
+    ) -> Result<Option<f64>, Failure> {
+        let run_time = |bed: &Self| bed.forwarder.run_time(direction);
+        if run_time(self)?.is_none() {
+            return Ok(None);
+        }
+        let counting = aya::sys::enable_stats(aya::sys::Stats::RunTime);
+        let _counting = counting.context("count the run time of programs")?;
+        let before = run_time(self)?;
+        self.flood(size, direction, duration)?;
+        let (Some(before), Some(after)) = (before, run_time(self)?) else {
+            return Ok(None);
+        };
+        let runs = (after.1 - before.1).max(1);
+        Ok(Some((after.0 - before.0).as_nanos() as f64 / runs as f64))
+    }
+
     /// Frames that have left the router so far.
     fn passed(&self, direction: Direction) -> anyhow::Result<u64> {
         match (self.forwarder.kind(), direction) {

@@ -1,5 +1,7 @@
 //! What forwards the packets of a bed.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
 use lab::Host;
 use router::control::{Policy, Route, RouteMode};
@@ -160,14 +162,31 @@ impl Forwarder {
         let Some(ebpf) = &self.ebpf else {
             return Ok(None);
         };
-        let side = match direction {
-            Direction::Up => Side::Overlay,
-            Direction::Down => Side::Subnet,
-        };
+        let side = side(direction);
         let counters = ebpf.counters()?;
         let forwarded = counters
             .iter()
             .filter(|c| c.program == side.label() && c.verdict == Verdict::Forwarded.label());
         Ok(Some(forwarded.map(|c| c.packets).sum()))
+    }
+
+    /// How long the program of `direction` has run so far in all, and how often, while somebody
+    /// held [`aya::sys::enable_stats`]; `None` for what has no fast path.
+    pub(super) fn run_time(
+        &self,
+        direction: Direction,
+    ) -> anyhow::Result<Option<(Duration, u64)>> {
+        let Some(ebpf) = &self.ebpf else {
+            return Ok(None);
+        };
+        let info = ebpf.program(side(direction))?.info()?;
+        Ok(Some((info.run_time(), info.run_count())))
+    }
+}
+
+fn side(direction: Direction) -> Side {
+    match direction {
+        Direction::Up => Side::Overlay,
+        Direction::Down => Side::Subnet,
     }
 }

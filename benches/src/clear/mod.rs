@@ -163,6 +163,10 @@ impl Case for Forward {
                 self.size.packets() as f64 / cost.as_secs_f64(),
             ),
         ];
+        let program = bed.program_time(self.size, self.direction, duration / 4)?;
+        if let Some(program) = program {
+            measurements.push(Measurement::lower("program", "ns/frame", program));
+        }
         if self.direction == Direction::Down {
             let overflow = flood.overflow as f64;
             measurements.push(Measurement::fact("queue-full", "frames", overflow));

@@ -9,6 +9,8 @@ mod checksum;
 mod coalesce;
 mod control;
 mod counters;
+#[cfg(feature = "bench-delay")]
+mod delay;
 mod directory;
 mod exchange;
 mod forward;

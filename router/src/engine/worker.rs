@@ -211,6 +211,8 @@ fn receive(
     for _ in 0..RECEIVES {
         let more = receiver.receive(socket, |origin, buffer, stride| {
             port.counters.add(Counter::UdpReceives, 1);
+            #[cfg(feature = "bench-delay")]
+            super::delay::packets(buffer.len().div_ceil(stride.max(1)));
             forwarder.receive(origin, buffer, stride, now, port);
         });
         match more {
@@ -247,6 +249,8 @@ fn read(
             },
         };
         port.counters.add(Counter::TunReads, 1);
+        #[cfg(feature = "bench-delay")]
+        super::delay::packets(1);
         let (head, packet) = buffer.split_at_mut(LEAD + vnet::LEN);
         let header = if vnet {
             head.last_chunk().and_then(vnet::Header::decode)
