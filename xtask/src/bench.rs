@@ -52,7 +52,10 @@ pub(crate) fn check() -> Result<()> {
         bench.args(arguments).env("SLUICE_BIN", sluice);
         bench
     };
-    run::show(&mut bench(&sluice, &["--smoke", "--out", "target/bench/smoke"]))?;
+    run::show(&mut bench(
+        &sluice,
+        &["--smoke", "--out", "target/bench/smoke"],
+    ))?;
 
     let before = "target/bench/before";
     let telling = ["wireguard", "--quick", "--only", TELLING, "--out"];

@@ -39,7 +39,10 @@ pub(crate) fn all(unit: bool, filter: Option<&str>) -> Result<ExitCode> {
     if unit || skip_lab {
         tests.args(["--lib", "--bins"]);
     } else {
-        tests.env("SLUICE_BIN", build::lab(&["sluice", "demo"])?.join("sluice"));
+        tests.env(
+            "SLUICE_BIN",
+            build::lab(&["sluice", "demo"])?.join("sluice"),
+        );
     }
     // Tests that skip themselves say so in their output only.
     tests.args(["--", "--show-output"]).args(filter);

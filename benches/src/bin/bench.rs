@@ -86,8 +86,7 @@ impl Arguments {
 
     /// What is wanted of a suite.
     fn suite(&self, entry: &SuiteEntry, context: &Context) -> anyhow::Result<Suite> {
-        let mut suite =
-            (entry.build)(context).with_context(|| format!("suite {}", entry.name))?;
+        let mut suite = (entry.build)(context).with_context(|| format!("suite {}", entry.name))?;
         let wanted = |id: &CaseId| title(id).contains(&self.only);
         suite.cases.retain(|case| wanted(case.id()));
         suite.skipped.retain(|skipped| wanted(&skipped.id));

@@ -172,10 +172,7 @@ impl Forwarder {
 
     /// How long the program of `direction` has run so far in all, and how often, while somebody
     /// held [`aya::sys::enable_stats`]; `None` for what has no fast path.
-    pub(super) fn run_time(
-        &self,
-        direction: Direction,
-    ) -> anyhow::Result<Option<(Duration, u64)>> {
+    pub(super) fn run_time(&self, direction: Direction) -> anyhow::Result<Option<(Duration, u64)>> {
         let Some(ebpf) = &self.ebpf else {
             return Ok(None);
         };

@@ -72,7 +72,7 @@ impl Socket {
         };
         socket.grow(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, RECEIVE_BUFFER);
         let patience = libc::timeval {
-            tv_sec: PATIENCE.as_secs() as libc::time_t,
+            tv_sec: PATIENCE.as_secs() as _,
             tv_usec: 0,
         };
         socket.option(libc::SO_RCVTIMEO, &patience)?;
