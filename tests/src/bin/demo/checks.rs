@@ -165,19 +165,41 @@ pub(crate) fn source_nat(site: &Site) -> anyhow::Result<String> {
     Ok(source.to_string())
 }
 
+/// One TCP stream, and the CPU time that the given programs took while it ran: who of them is the
+/// slower end.
 pub(crate) fn throughput(
     laptop: &Host,
     server: IpAddr,
     option: Option<&str>,
+    programs: &[(&str, u32)],
 ) -> anyhow::Result<String> {
     let target = server.to_string();
     let argv = ["iperf3", "--json", "--time", SECONDS, "--client", &target];
+    let before = programs.iter().map(|&(_, id)| cpu_seconds(id));
+    let before = before.collect::<anyhow::Result<Vec<_>>>()?;
     let output = laptop.command(argv).args(option).run()?;
+    let mut used = Vec::new();
+    for (&(name, id), before) in programs.iter().zip(before) {
+        used.push(format!("{name} {:.2} s", cpu_seconds(id)? - before));
+    }
     let report: serde_json::Value = serde_json::from_str(&output)?;
     let sum = &report["end"]["sum_received"];
     let Some(rate) = sum["bits_per_second"].as_f64() else {
         bail!("iperf3 says {}", report["error"]);
     };
     ensure!(rate > 0.0, "nothing arrived");
-    Ok(format!("{:.2} Gbit/s", rate / 1e9))
+    let used = used.join(", ");
+    Ok(format!("{:.2} Gbit/s; CPU time: {used}", rate / 1e9))
+}
+
+/// CPU time of a process so far, in user and kernel mode (proc_pid_stat(5)).
+fn cpu_seconds(process: u32) -> anyhow::Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+    // The program's name may hold spaces and parentheses; the numbers follow the last one.
+    let (_, numbers) = stat.rsplit_once(')').context("no process name in stat")?;
+    let mut times = numbers.split_whitespace().skip(11);
+    let mut next = || -> anyhow::Result<f64> { Ok(times.next().context("short stat")?.parse()?) };
+    // SAFETY: sysconf takes a plain number and has no preconditions.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    Ok((next()? + next()?) / ticks as f64)
 }

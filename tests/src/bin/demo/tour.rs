@@ -76,7 +76,7 @@ pub(crate) fn run(lab: &Lab, keep: bool, report: &mut Report) -> anyhow::Result<
     reach_services(&stage, &services, &sluice, report)?;
     let phone = segment_sizes(&stage, report)?;
     guard_the_vpc(&stage, &tunnel, &sluice, report)?;
-    throughput(&stage, report);
+    throughput(&stage, &tunnel, &sluice, report);
     where_packets_went(&sluice, report)?;
     let sluice = revoke(&mut stage, sluice, report)?;
     if keep {
@@ -178,15 +178,23 @@ fn guard_the_vpc(
     Ok(())
 }
 
-fn throughput(stage: &Stage, report: &mut Report) {
-    report.step("measure: one TCP stream, one run, on this machine; wireguard-go at the other end");
+fn throughput(stage: &Stage, tunnel: &Wireguard, sluice: &Sluice, report: &mut Report) {
+    report
+        .step("measure: one TCP stream for two seconds, with Debian's wireguard-go on the laptop");
+    let laptop = tunnel
+        .process_id()
+        .map(|id| ("the laptop's wireguard-go", id));
+    let programs: Vec<_> = [("sluice", sluice.id())]
+        .into_iter()
+        .chain(laptop)
+        .collect();
     for (direction, option) in [
         ("laptop to VPC", None),
         ("VPC to laptop", Some("--reverse")),
     ] {
         report.check(
             direction,
-            checks::throughput(&stage.site.laptop, SERVER[0], option),
+            checks::throughput(&stage.site.laptop, SERVER[0], option, &programs),
         );
     }
 }
