@@ -8,8 +8,22 @@ use core::mem::{align_of, offset_of, size_of};
 
 use crate::verdict::Verdict;
 
+macro_rules! layout {
+    ($($type:ty: $size:literal, align $align:literal { $($field:ident: $offset:literal),* })*) => {
+        $(const _: () = {
+            assert!(size_of::<$type>() == $size);
+            assert!(align_of::<$type>() == $align);
+            $(assert!(offset_of!($type, $field) == $offset);)*
+        };)*
+    };
+}
+
+mod flows;
+
+pub use flows::*;
+
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";
@@ -171,6 +185,19 @@ pub struct Settings {
     pub tun: u32,
     /// Tunnel MTU in bytes.
     pub mtu: u32,
+    /// Grows with every change of tables, routing, neighbours or policy, and is never zero: each
+    /// direction of a flow is judged anew, and its next hop found anew, by its next packet.
+    pub generation: u32,
+    /// The policy's bank in force; zero: there are no rules.
+    pub bank: u32,
+    /// Most flows that one overlay address may have.
+    pub flows_per_source: u32,
+    /// First and last port, host byte order, that a translated flow may keep from its source.
+    pub kept_ports: [u16; 2],
+    /// First and last port, host byte order, of those that translated flows get otherwise.
+    pub ports: [u16; 2],
+    /// Zero.
+    pub reserved: u32,
 }
 
 impl Settings {
@@ -199,7 +226,7 @@ pub struct Route {
 impl Route {
     /// Flag: the kernel stack must see the packets.
     pub const STACK: u32 = 1 << 0;
-    /// Flag: the kernel translates the sources.
+    /// Flag: the sources of flows that the overlay opens are translated.
     pub const SNAT: u32 = 1 << 1;
 }
 
@@ -209,6 +236,16 @@ impl Route {
 pub struct Link {
     /// MTU in bytes.
     pub mtu: u32,
+    /// How many of `v4` are used.
+    pub v4_count: u8,
+    /// How many of `v6` are used.
+    pub v6_count: u8,
+    /// Zero.
+    pub reserved: [u8; 2],
+    /// External IPv4 addresses, big-endian: what translated sources become on this link.
+    pub v4: [[u8; 4]; MAX_EXTERNAL],
+    /// External IPv6 addresses, big-endian.
+    pub v6: [[u8; 16]; MAX_EXTERNAL],
 }
 
 /// Value of [`COUNTERS`].
@@ -221,23 +258,16 @@ pub struct Counter {
     pub bytes: u64,
 }
 
-macro_rules! layout {
-    ($($type:ty: $size:literal, align $align:literal { $($field:ident: $offset:literal),* })*) => {
-        $(const _: () = {
-            assert!(size_of::<$type>() == $size);
-            assert!(align_of::<$type>() == $align);
-            $(assert!(offset_of!($type, $field) == $offset);)*
-        };)*
-    };
-}
-
 layout! {
     Address: 20, align 1 { family: 0, octets: 4 }
     Prefix: 24, align 8 { len: 0, address: 4 }
-    Settings: 16, align 4 { abi_version: 0, flags: 4, tun: 8, mtu: 12 }
+    Settings: 40, align 4 {
+        abi_version: 0, flags: 4, tun: 8, mtu: 12, generation: 16, bank: 20, flows_per_source: 24,
+        kept_ports: 28, ports: 32, reserved: 36
+    }
     Overlay: 4, align 4 { reserved: 0 }
     Route: 4, align 4 { flags: 0 }
-    Link: 4, align 4 { mtu: 0 }
+    Link: 168, align 4 { mtu: 0, v4_count: 4, v6_count: 5, reserved: 6, v4: 8, v6: 40 }
     Counter: 16, align 8 { packets: 0, bytes: 8 }
 }
 
@@ -253,5 +283,17 @@ mod pod {
         };
     }
 
-    pod!(Address, Settings, Overlay, Route, Link, Counter);
+    pod!(
+        Address,
+        Settings,
+        Overlay,
+        Route,
+        Link,
+        Counter,
+        Key4,
+        Key6,
+        Flow,
+        FragmentKey,
+        Fragment
+    );
 }

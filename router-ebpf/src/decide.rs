@@ -173,6 +173,7 @@ mod tests {
                 flags: 0,
                 tun: TUN,
                 mtu: 1420,
+                ..Settings::default()
             },
             route: Some(Route::default()),
             hop: Ok(Hop {

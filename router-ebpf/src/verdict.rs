@@ -50,7 +50,8 @@ verdicts! {
     PassUnrelated Pass "pass_unrelated" "Not a packet between subnet and overlay; the underlay is most of it.";
     SlowNotRouted Slow "slow_not_routed" "The subnet side of the packet is in no advertised route.";
     SlowStackRoute Slow "slow_stack_route" "The route is marked for the kernel stack.";
-    SlowSnat Slow "slow_snat" "The kernel translates the sources of this route.";
+    SlowSnat Slow "slow_snat" "The kernel translates the sources of this route: the link has no external address of the family.";
+    SlowNoFlow Slow "slow_no_flow" "In the middle of a TCP connection, or an ICMP error about a packet, of no flow here; the kernel may know it.";
     SlowPolicy Slow "slow_policy" "Policy rules exist, and the kernel applies them.";
     SlowScope Slow "slow_scope" "Multicast, broadcast, loopback or link-local address.";
     SlowFragment Slow "slow_fragment" "A fragment.";
@@ -65,6 +66,13 @@ verdicts! {
     SlowFib Slow "slow_fib" "The kernel's routing refuses it or needs more than a header: forwarding off, blackhole, prohibit, encapsulation.";
     DropSpoofed Drop "drop_spoofed" "From the tunnel, with a source that is no peer's.";
     DropMalformed Drop "drop_malformed" "From the tunnel, and not a whole IP packet.";
+    DropPolicy Drop "drop_policy" "A new flow that no rule of the policy allows.";
+    DropSourceLimit Drop "drop_source_limit" "A new flow of an overlay address that has as many as it may.";
+    DropTableFull Drop "drop_table_full" "A new flow, and the flow table is full.";
+    DropNatExhausted Drop "drop_nat_exhausted" "A new flow, and no port is free to translate it to.";
+    DropFragment Drop "drop_fragment" "A fragment that came before the first one, which has the ports.";
+    DropTooBig Drop "drop_too_big" "Too big for the way on; an ICMP error is sent unless there are too many.";
+    DropTtl Drop "drop_ttl" "The TTL of a reply to a translated flow ends here; an ICMP error is sent unless there are too many.";
     DropInternal Drop "drop_internal" "The kernel could not change the packet (no memory).";
 }
 

@@ -88,6 +88,7 @@ impl Kind {
                 mode: RouteMode::Fast,
             }],
             policy: Policy::default(),
+            external: Default::default(),
         })
     }
 

@@ -168,6 +168,7 @@ fn spec(tables: Tables, tun: u32, nic: u32) -> anyhow::Result<Spec> {
         overlay: Vec::new(),
         routes: Vec::new(),
         policy: Policy::default(),
+        external: Default::default(),
     };
     for family in [Family::V4, Family::V6] {
         for n in 0..tables.overlay {

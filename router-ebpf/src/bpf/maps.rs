@@ -3,15 +3,16 @@
 use core::mem::size_of;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::bpf_fib_lookup;
+use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, bpf_fib_lookup};
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, PerCpuArray};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::helpers;
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{
-    Address, Counter, Link, MAX_COUNTERS, MAX_LINKS, MAX_OVERLAY, MAX_ROUTES, Overlay, Prefix,
-    Route, Settings, Side,
+    Address, Counter, DEFAULT_ENTRIES, Flow, Fragment, FragmentKey, Key4, Key6, Link, MAX_COUNTERS,
+    MAX_FRAGMENTS, MAX_LINKS, MAX_OVERLAY, MAX_ROUTES, MAX_SOURCES, Overlay, Prefix, Route,
+    Settings, Side,
 };
 use router_ebpf::decide::{Hop, Tables, fib_failure};
 use router_ebpf::packet::Packet;
@@ -32,6 +33,19 @@ static ROUTES: LpmTrie<Address, Route, MAX_ROUTES> = LpmTrie::new();
 static LINKS: HashMap<u32, Link, MAX_LINKS> = HashMap::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Counter, MAX_COUNTERS> = PerCpuArray::new();
+
+/// Memory for flows is taken when they come.
+const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+#[btf_map]
+static FLOWS4: HashMap<Key4, Flow, DEFAULT_ENTRIES, ON_DEMAND> = HashMap::new();
+#[btf_map]
+static FLOWS6: HashMap<Key6, Flow, DEFAULT_ENTRIES, ON_DEMAND> = HashMap::new();
+#[btf_map]
+static SOURCES: HashMap<Address, u32, MAX_SOURCES, ON_DEMAND> = HashMap::new();
+#[btf_map]
+static FRAGMENTS: LruHashMap<FragmentKey, Fragment, MAX_FRAGMENTS> = LruHashMap::new();
+#[btf_map]
+static ERRORS: PerCpuArray<u64, 1> = PerCpuArray::new();
 
 /// Counts one packet of `bytes` bytes at the IP layer.
 #[inline(always)]

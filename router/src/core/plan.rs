@@ -165,6 +165,7 @@ pub fn plan(
             overlay: overlay.into_iter().collect(),
             routes: snapshot.routes.clone(),
             policy: snapshot.policy.clone(),
+            external: BTreeMap::new(),
         },
         peers: snapshot
             .peers

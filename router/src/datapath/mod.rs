@@ -8,20 +8,34 @@ pub mod ebpf;
 pub mod kernel;
 pub mod policy;
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
 use crate::control::{Policy, Route, RouteMode};
 
-/// Ports (and ICMP ids) that the kernel gives to flows which it masquerades. It is Linux's default
-/// range for the router's own sockets, with which connection tracking keeps these flows apart.
+/// Ports (and ICMP ids) that the kernel gives to flows which it masquerades while no program
+/// translates. It is Linux's default range for the router's own sockets, with which connection
+/// tracking keeps these flows apart.
 pub const KERNEL_NAT_PORTS: RangeInclusive<u16> = 32_768..=60_999;
 
-/// Ports (and ICMP ids) that the eBPF programs give to flows which they translate. Connection
-/// tracking does not know those flows, so the range touches neither [`KERNEL_NAT_PORTS`] nor the
-/// router's own sockets, and leaves well-known ports alone.
+/// Ports (and ICMP ids) that the kernel gives to flows which it masquerades beside programs that
+/// translate. Neither knows the other's flows, so no program uses a port of this range.
+pub const SLOW_NAT_PORTS: RangeInclusive<u16> = 61_000..=65_535;
+
+/// Ports (and ICMP ids) that flows keep when the eBPF programs translate them, unless another flow
+/// or a socket of the router has them toward the same destination. Well-known ports are not kept:
+/// they are the router's own services.
+pub const KEPT_NAT_PORTS: RangeInclusive<u16> = 1_024..=60_999;
+
+/// Ports (and ICMP ids) that the eBPF programs choose for flows which cannot keep theirs: apart
+/// from [`SLOW_NAT_PORTS`] and from those that Linux gives to the router's own sockets.
 pub const FAST_NAT_PORTS: RangeInclusive<u16> = 1_024..=32_767;
+
+/// Flows that one overlay address may have unless the configuration says otherwise.
+pub const FLOWS_PER_SOURCE: u32 = 16_384;
 
 /// One way of carrying clear packets.
 pub trait Datapath: Send {
@@ -74,6 +88,21 @@ pub struct Spec {
     pub routes: Vec<Route>,
     /// What peers may reach.
     pub policy: Policy,
+    /// External addresses of the subnet-side NICs by interface index, at most eight of a family:
+    /// what the eBPF programs translate sources to. Flows through a NIC that has none are
+    /// translated by the kernel.
+    pub external: BTreeMap<u32, Vec<IpAddr>>,
+}
+
+impl Spec {
+    /// The ports that the kernel gives to flows which it masquerades.
+    pub fn kernel_nat_ports(&self) -> RangeInclusive<u16> {
+        if self.external.is_empty() {
+            KERNEL_NAT_PORTS
+        } else {
+            SLOW_NAT_PORTS
+        }
+    }
 }
 
 /// Why packets of `route` take the slow path although the eBPF datapath is there; `None`: they take

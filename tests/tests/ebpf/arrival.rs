@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use lab::{Host, Lab, http, wait_until};
 use router::control::{Policy, Route, RouteMode};
-use router::datapath::ebpf::{AttachMode, Ebpf};
+use router::datapath::ebpf::{AttachMode, Ebpf, Options};
 use router::datapath::{Datapath, Spec};
 use router_ebpf::abi::Side;
 use router_ebpf::verdict::Verdict;
@@ -87,7 +87,10 @@ impl Path {
             scope.spawn(|| carry(laptop, router, &stop));
             scope.spawn(|| carry(router, laptop, &stop));
             let outcome = self.router.enter(|| {
-                let mut ebpf = Ebpf::load_for(mode)?;
+                let mut ebpf = Ebpf::load_with(Options {
+                    attach: mode,
+                    ..Options::default()
+                })?;
                 ebpf.apply(&spec()?)?;
                 work(&ebpf)?;
                 Ok(ebpf.remove()?)
@@ -113,6 +116,7 @@ fn spec() -> anyhow::Result<Spec> {
         overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
         routes: vec![fast("10.20.0.0/24")?, fast("2001:db8:20::/64")?],
         policy: Policy::default(),
+        external: Default::default(),
     })
 }
 

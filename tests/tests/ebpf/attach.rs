@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use aya::programs::{SchedClassifier, TcAttachType};
 use lab::Host;
-use router::datapath::ebpf::{AttachMode, Ebpf};
+use router::datapath::ebpf::{AttachMode, Ebpf, Options};
 use router::datapath::{Datapath, Link};
 use router_ebpf::abi::{FROM_OVERLAY, FROM_SUBNET};
 
@@ -225,7 +225,10 @@ fn a_living_daemons_filters_are_no_leftovers() {
         host.ip("tuntap add dev tun1 mode tun")?;
         host.enter(|| {
             let _first = Fixture::new(Some(AttachMode::Clsact))?;
-            let mut second = Ebpf::load_for(Some(AttachMode::Clsact))?;
+            let mut second = Ebpf::load_with(Options {
+                attach: Some(AttachMode::Clsact),
+                ..Options::default()
+            })?;
             let mut spec = _first.spec.clone();
             spec.tun = link("tun1")?;
             spec.subnet = vec![link("eth1")?];

@@ -38,17 +38,26 @@ fn the_object_keeps_its_contract() {
         })
         .collect();
     let trie = bpf_map_type::BPF_MAP_TYPE_LPM_TRIE as u32;
+    let hash = bpf_map_type::BPF_MAP_TYPE_HASH as u32;
     let wanted = BTreeMap::from([
+        (abi::FLOWS4, (hash, 16, 56, 1 << 19)),
+        (abi::FLOWS6, (hash, 40, 56, 1 << 19)),
+        (abi::SOURCES, (hash, 20, 4, 1 << 16)),
+        (
+            abi::FRAGMENTS,
+            (bpf_map_type::BPF_MAP_TYPE_LRU_HASH as u32, 40, 8, 1 << 13),
+        ),
+        (
+            abi::ERRORS,
+            (bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32, 4, 8, 1),
+        ),
         (
             abi::SETTINGS,
-            (bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, 4, 16, 1),
+            (bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, 4, 40, 1),
         ),
         (abi::OVERLAY, (trie, 24, 4, 1 << 18)),
         (abi::ROUTES, (trie, 24, 4, 1 << 14)),
-        (
-            abi::LINKS,
-            (bpf_map_type::BPF_MAP_TYPE_HASH as u32, 4, 4, 256),
-        ),
+        (abi::LINKS, (hash, 4, 168, 256)),
         (
             abi::COUNTERS,
             (
@@ -69,6 +78,7 @@ fn a_change_of_the_contract_changes_its_version() {
         router_ebpf::verdict::Verdict::ALL.len(),
         size_of::<abi::Settings>(),
         size_of::<abi::Prefix>(),
+        size_of::<abi::Flow>(),
     );
-    assert_eq!((abi::ABI_VERSION, layout), (1, (20, 16, 24)));
+    assert_eq!((abi::ABI_VERSION, layout), (2, (28, 40, 24, 56)));
 }

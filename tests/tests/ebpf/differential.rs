@@ -64,6 +64,7 @@ impl Tables for Model<'_> {
             flags: Settings::FIB_MTU,
             tun: self.fixture.spec.tun.index,
             mtu: MTU.into(),
+            ..Settings::default()
         }
     }
 
@@ -298,11 +299,19 @@ fn kernel_and_host_agree_on_any_packet() {
             anyhow::Ok(seen)
         })??;
         if cases > 1 {
-            // The first two need other settings, and nothing runs out of memory.
+            // The first two need other settings, and nothing runs out of memory; the rest is of flows.
             let rare = [
                 Verdict::SlowPolicy,
                 Verdict::SlowScope,
                 Verdict::DropInternal,
+                Verdict::SlowNoFlow,
+                Verdict::DropPolicy,
+                Verdict::DropSourceLimit,
+                Verdict::DropTableFull,
+                Verdict::DropNatExhausted,
+                Verdict::DropFragment,
+                Verdict::DropTooBig,
+                Verdict::DropTtl,
             ];
             for verdict in Verdict::ALL
                 .iter()

@@ -7,7 +7,7 @@ use aya::programs::{TestRun, TestRunOptions};
 use aya::util::KernelVersion;
 use lab::{Host, Lab};
 use router::control::{Policy, Route, RouteMode};
-use router::datapath::ebpf::{AttachMode, Ebpf};
+use router::datapath::ebpf::{AttachMode, Ebpf, Options};
 use router::datapath::{Datapath, Link, Spec};
 use router_ebpf::abi::Side;
 use router_ebpf::verdict::Verdict;
@@ -217,8 +217,12 @@ impl Fixture {
             overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
             routes,
             policy: Policy::default(),
+            external: Default::default(),
         };
-        let mut ebpf = Ebpf::load_for(mode)?;
+        let mut ebpf = Ebpf::load_with(Options {
+            attach: mode,
+            ..Options::default()
+        })?;
         ebpf.apply(&spec)?;
         Ok(Self {
             ebpf,

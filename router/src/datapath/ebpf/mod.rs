@@ -30,6 +30,24 @@ use tables::Tables;
 /// The oldest kernel that the programs are written for.
 const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
 
+/// What is decided when the programs are loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The only way to attach; `None`: tcx where the kernel has it (6.6), else clsact.
+    pub attach: Option<AttachMode>,
+    /// Most flows of each family.
+    pub flows: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            attach: None,
+            flows: abi::DEFAULT_FLOWS,
+        }
+    }
+}
+
 /// The programs and maps of one TUN device.
 pub struct Ebpf {
     programs: aya::Ebpf,
@@ -64,19 +82,21 @@ impl Ebpf {
         Ok(())
     }
 
-    /// Loads the programs. They are attached by the first [`Datapath::apply`], by tcx where the
-    /// kernel has it (6.6), else by clsact.
+    /// Loads the programs with the default [`Options`].
     pub fn load() -> Result<Self, Error> {
-        Self::load_for(None)
+        Self::load_with(Options::default())
     }
 
-    /// Loads the programs, to be attached in the given way only.
-    pub fn load_for(mode: Option<AttachMode>) -> Result<Self, Error> {
+    /// Loads the programs. They are attached by the first [`Datapath::apply`].
+    pub fn load_with(options: Options) -> Result<Self, Error> {
         Self::support()?;
+        let entries = options.flows.saturating_mul(2);
         object::check_abi(object())?;
         // Without relocations against kernel types the kernel's own BTF need not be read.
         let mut programs = EbpfLoader::new()
             .btf(None)
+            .map_max_entries(abi::FLOWS4, entries)
+            .map_max_entries(abi::FLOWS6, entries)
             .load(object())
             .map_err(|error| refused("load the eBPF maps", error))?;
         for side in Side::ALL {
@@ -88,7 +108,7 @@ impl Ebpf {
             programs,
             tables,
             counters,
-            mode,
+            mode: options.attach,
             attached: BTreeMap::new(),
             spec: None,
         })
@@ -114,6 +134,12 @@ impl Ebpf {
             packets: slot.iter().map(|cpu| cpu.packets).sum(),
             bytes: slot.iter().map(|cpu| cpu.bytes).sum(),
         })
+    }
+
+    /// Has every flow judged anew, and its next hop found anew, by its next packet: to be called
+    /// when routes, neighbours, links or addresses of the kernel have changed.
+    pub fn bump_generation(&mut self) -> Result<(), Error> {
+        self.tables.bump_generation()
     }
 
     /// The loaded program of `side`.

@@ -65,7 +65,7 @@ mod tests {
         assert_eq!(
             error.as_deref(),
             Some(
-                "read the eBPF object: its ABI version is none, the daemon's is 1: build both \
+                "read the eBPF object: its ABI version is none, the daemon's is 2: build both \
                  from one source"
             )
         );

@@ -4,6 +4,7 @@ use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
 use aya::Pod;
 use aya::maps::lpm_trie::Key;
@@ -14,7 +15,7 @@ use router_ebpf::abi::{self, Address, Prefix, Settings};
 
 use super::{failed, take_map};
 use crate::control::{Route, RouteMode};
-use crate::datapath::{Error, Spec};
+use crate::datapath::{Error, FAST_NAT_PORTS, FLOWS_PER_SOURCE, KEPT_NAT_PORTS, Spec};
 
 /// Since this kernel a FIB lookup answers with the path's MTU.
 const FIB_MTU_KERNEL: KernelVersion = KernelVersion::new(5, 12, 0);
@@ -22,6 +23,8 @@ const FIB_MTU_KERNEL: KernelVersion = KernelVersion::new(5, 12, 0);
 /// The maps.
 pub(super) struct Tables {
     settings: Array<MapData, Settings>,
+    /// What is in `settings`.
+    current: Settings,
     overlay: Mirror<Prefix, abi::Overlay, LpmTrie<MapData, Address, abi::Overlay>>,
     routes: Mirror<Prefix, abi::Route, LpmTrie<MapData, Address, abi::Route>>,
     links: Mirror<u32, abi::Link, HashMap<MapData, u32, abi::Link>>,
@@ -32,6 +35,7 @@ impl Tables {
     pub(super) fn take(programs: &mut aya::Ebpf) -> Result<Self, Error> {
         Ok(Self {
             settings: take_map(programs, abi::SETTINGS)?,
+            current: Settings::default(),
             overlay: Mirror::new(
                 take_map(programs, abi::OVERLAY)?,
                 "overlay CIDRs",
@@ -64,19 +68,71 @@ impl Tables {
             .map(|link| {
                 let mtu = mtu(&link.name)
                     .map_err(|error| failed(format!("read the MTU of {}", link.name), error))?;
-                Ok((link.index, abi::Link { mtu }))
+                let external = spec
+                    .external
+                    .get(&link.index)
+                    .map_or(&[][..], Vec::as_slice);
+                Ok((link.index, link_value(mtu, external)))
             })
             .collect::<Result<_, Error>>()?;
-        self.settings
-            .set(0, settings(spec), 0)
-            .map_err(|error| failed("write the eBPF settings", error))?;
         self.links.install(links)?;
         self.routes.install(routes)?;
-        self.overlay.install(overlay)
+        self.overlay.install(overlay)?;
+        // Last: the new generation makes the programs judge by the new tables.
+        let generation = next_generation(self.current.generation);
+        self.write(Settings {
+            generation,
+            ..settings(spec)
+        })
+    }
+
+    /// Has every flow judged anew, and its next hop found anew, by its next packet.
+    pub(super) fn bump_generation(&mut self) -> Result<(), Error> {
+        self.write(Settings {
+            generation: next_generation(self.current.generation),
+            ..self.current
+        })
+    }
+
+    fn write(&mut self, settings: Settings) -> Result<(), Error> {
+        self.settings
+            .set(0, settings, 0)
+            .map_err(|error| failed("write the eBPF settings", error))?;
+        self.current = settings;
+        Ok(())
     }
 }
 
+/// Zero is what no flow was ever judged by.
+fn next_generation(generation: u32) -> u32 {
+    generation.checked_add(1).unwrap_or(1)
+}
+
+fn link_value(mtu: u32, external: &[IpAddr]) -> abi::Link {
+    let mut link = abi::Link {
+        mtu,
+        ..abi::Link::default()
+    };
+    for address in external {
+        let (count, slot) = match address {
+            IpAddr::V4(_) => (&mut link.v4_count, link.v4.len()),
+            IpAddr::V6(_) => (&mut link.v6_count, link.v6.len()),
+        };
+        let place = usize::from(*count);
+        if place == slot {
+            continue;
+        }
+        *count += 1;
+        match address {
+            IpAddr::V4(address) => link.v4[place] = address.octets(),
+            IpAddr::V6(address) => link.v6[place] = address.octets(),
+        }
+    }
+    link
+}
+
 fn settings(spec: &Spec) -> Settings {
+    let ends = |ports: RangeInclusive<u16>| [*ports.start(), *ports.end()];
     let mut flags = 0;
     if !spec.policy.rules.is_empty() {
         flags |= Settings::POLICY;
@@ -89,6 +145,10 @@ fn settings(spec: &Spec) -> Settings {
         flags,
         tun: spec.tun.index,
         mtu: u32::from(spec.mtu),
+        flows_per_source: FLOWS_PER_SOURCE,
+        kept_ports: ends(KEPT_NAT_PORTS),
+        ports: ends(FAST_NAT_PORTS),
+        ..Settings::default()
     }
 }
 

@@ -21,10 +21,12 @@
 //! The expressions are such that `nft list ruleset` can show them: nft 1.0.6 crashes on some keys
 //! that the kernel takes, such as a concatenation with `ct original proto-dst`.
 
+use std::ops::RangeInclusive;
+
 use super::policy::Compiled;
 use super::span::Family;
 use super::tables::{FamilyTables, Tables};
-use crate::datapath::{KERNEL_NAT_PORTS, Spec};
+use crate::datapath::Spec;
 use crate::netlink::nft::{
     Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Count, Ct, Hook, Meta, REG, REG_2, Rule,
     Transaction, Verdict, WORD,
@@ -231,7 +233,7 @@ pub(super) fn write(
         }
         tx.rule("to_policy", |r| decide(r, TO.drop_policy, Verdict::Drop));
     }
-    write_translate(tx, &families, &tun);
+    write_translate(tx, &families, &tun, spec.kernel_nat_ports());
 }
 
 fn write_sets(tx: &mut Transaction<'_>, tables: &FamilyTables, restricted: bool, sets: &Sets) {
@@ -472,7 +474,12 @@ fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: 
     tx.rule(chain, |r| decide(r, TO.drop_not_routed, Verdict::Drop));
 }
 
-fn write_translate(tx: &mut Transaction<'_>, families: &[Sets; 2], tun: &[u8]) {
+fn write_translate(
+    tx: &mut Transaction<'_>,
+    families: &[Sets; 2],
+    tun: &[u8],
+    ports: RangeInclusive<u16>,
+) {
     for sets in families {
         tx.rule("translate", |r| {
             r.meta(Meta::Iif, REG)
@@ -482,8 +489,8 @@ fn write_translate(tx: &mut Transaction<'_>, families: &[Sets; 2], tun: &[u8]) {
                 .ct(sets.original_destination(), REG)
                 .lookup(&sets.snat, REG)
                 .count(MASQUERADED.name)
-                .load(REG, &KERNEL_NAT_PORTS.start().to_be_bytes())
-                .load(REG_2, &KERNEL_NAT_PORTS.end().to_be_bytes())
+                .load(REG, &ports.start().to_be_bytes())
+                .load(REG_2, &ports.end().to_be_bytes())
                 .masquerade(REG, REG_2);
         });
     }

@@ -98,6 +98,7 @@ impl Net {
             overlay: nets(&["100.64.0.0/24", "fd7a::/64"]),
             routes: vec![route("10.0.0.0/24", true), route("fd00::/64", true)],
             policy: Policy::default(),
+            external: Default::default(),
         };
         Ok(Self {
             peer,

@@ -1,0 +1,321 @@
+//! The flow table: two entries for each flow, one for each direction.
+//!
+//! The entry of a direction is found by the tuple of a packet as the program of that side sees it,
+//! and says what the packet becomes. A direction's program alone writes its entry's changing
+//! fields; user space reads both and deletes.
+
+use core::mem::{align_of, offset_of, size_of};
+
+use super::{Address, Side};
+
+/// Map of the IPv4 flows (hash from [`Key4`] to [`Flow`]).
+pub const FLOWS4: &str = "FLOWS4";
+/// Map of the IPv6 flows (hash from [`Key6`] to [`Flow`]).
+pub const FLOWS6: &str = "FLOWS6";
+/// Map of the number of flows that an overlay address has opened (hash from [`Address`] to `u32`).
+/// The programs count up, user space counts anew with every sweep.
+pub const SOURCES: &str = "SOURCES";
+/// Map from the first fragment of a packet to those behind it (LRU hash from [`FragmentKey`] to
+/// [`Fragment`]).
+pub const FRAGMENTS: &str = "FRAGMENTS";
+/// Map of when the ICMP errors that this CPU may still send would be used up (per-CPU array of one
+/// `u64`, ns of `CLOCK_MONOTONIC`).
+pub const ERRORS: &str = "ERRORS";
+
+/// Flows of each family, unless the loader sets another number.
+pub const DEFAULT_FLOWS: u32 = 1 << 18;
+/// Entries of [`FLOWS4`] and [`FLOWS6`] for [`DEFAULT_FLOWS`].
+pub const DEFAULT_ENTRIES: usize = 2 * DEFAULT_FLOWS as usize;
+/// Most overlay addresses whose flows are counted; those beyond have no limit of their own.
+pub const MAX_SOURCES: usize = 1 << 16;
+/// Fragmented packets that are remembered at a time.
+pub const MAX_FRAGMENTS: usize = 1 << 13;
+/// Most external addresses of a link and a family.
+pub const MAX_EXTERNAL: usize = 8;
+
+/// What a packet belongs to. An ICMP echo has its identifier in place of the port on the overlay
+/// side, and [`Tuple::ASKED_BY_OVERLAY`] or [`Tuple::ASKED_BY_SUBNET`] in place of the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tuple {
+    /// Source address.
+    pub source: Address,
+    /// Destination address.
+    pub destination: Address,
+    /// Source port, then destination port, big-endian.
+    pub ports: [[u8; 2]; 2],
+    /// IP protocol.
+    pub protocol: u8,
+}
+
+impl Tuple {
+    /// In place of the subnet-side port: the overlay side sends echo requests.
+    pub const ASKED_BY_OVERLAY: [u8; 2] = [0, 0];
+    /// In place of the subnet-side port: the subnet side sends echo requests.
+    pub const ASKED_BY_SUBNET: [u8; 2] = [0, 1];
+
+    /// The tuple of an answer.
+    #[inline(always)]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            ports: [self.ports[1], self.ports[0]],
+            protocol: self.protocol,
+        }
+    }
+}
+
+/// A key of [`FLOWS4`].
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key4 {
+    /// Source address, big-endian.
+    pub source: [u8; 4],
+    /// Destination address, big-endian.
+    pub destination: [u8; 4],
+    /// Source port, then destination port, big-endian; see [`Tuple`] for ICMP.
+    pub ports: [[u8; 2]; 2],
+    /// IP protocol.
+    pub protocol: u8,
+    /// [`Side`] as a number: the program that sees such packets.
+    pub side: u8,
+    /// Zero.
+    pub reserved: [u8; 2],
+}
+
+/// A key of [`FLOWS6`].
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key6 {
+    /// Source address, big-endian.
+    pub source: [u8; 16],
+    /// Destination address, big-endian.
+    pub destination: [u8; 16],
+    /// Source port, then destination port, big-endian; see [`Tuple`] for ICMP.
+    pub ports: [[u8; 2]; 2],
+    /// IP protocol.
+    pub protocol: u8,
+    /// [`Side`] as a number: the program that sees such packets.
+    pub side: u8,
+    /// Zero.
+    pub reserved: [u8; 2],
+}
+
+impl Key4 {
+    /// The key of IPv4 packets with `tuple` in the program of `side`.
+    #[inline(always)]
+    pub const fn new(side: Side, tuple: &Tuple) -> Self {
+        Self {
+            source: tuple.source.v4_octets(),
+            destination: tuple.destination.v4_octets(),
+            ports: tuple.ports,
+            protocol: tuple.protocol,
+            side: side as u8,
+            reserved: [0; 2],
+        }
+    }
+
+    /// The tuple of the packets.
+    #[inline(always)]
+    pub const fn tuple(&self) -> Tuple {
+        Tuple {
+            source: Address::v4(self.source),
+            destination: Address::v4(self.destination),
+            ports: self.ports,
+            protocol: self.protocol,
+        }
+    }
+}
+
+impl Key6 {
+    /// The key of IPv6 packets with `tuple` in the program of `side`.
+    #[inline(always)]
+    pub const fn new(side: Side, tuple: &Tuple) -> Self {
+        Self {
+            source: tuple.source.octets,
+            destination: tuple.destination.octets,
+            ports: tuple.ports,
+            protocol: tuple.protocol,
+            side: side as u8,
+            reserved: [0; 2],
+        }
+    }
+
+    /// The tuple of the packets.
+    #[inline(always)]
+    pub const fn tuple(&self) -> Tuple {
+        Tuple {
+            source: Address::v6(self.source),
+            destination: Address::v6(self.destination),
+            ports: self.ports,
+            protocol: self.protocol,
+        }
+    }
+}
+
+/// An entry of the flow table. With key and the kernel's own fields an IPv4 entry fills two cache
+/// lines.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// When a packet of this direction last passed, in ns of `CLOCK_MONOTONIC`; up to
+    /// [`Flow::COARSE`] old.
+    pub last_used: u64,
+    /// [`super::Settings::generation`] under which the flow was last judged and, from the overlay,
+    /// its next hop was found; zero: never.
+    pub generation: u32,
+    /// Interface index of the next hop; only from the overlay.
+    pub link: u32,
+    /// Last acknowledgement number that this direction has sent; only TCP.
+    pub acknowledged: u32,
+    /// MTU in bytes of the path of this direction.
+    pub mtu: u16,
+    /// Number of the clause of the policy that let the flow through; [`Flow::NO_CLAUSE`]: none.
+    pub clause: u16,
+    /// Destination, then source hardware address of the next hop; only from the overlay.
+    pub hardware: [u8; 12],
+    /// Source address that packets from the overlay get, destination address that packets from the
+    /// subnet get; as in [`Address::octets`].
+    pub address: [u8; 16],
+    /// The port (or ICMP identifier) that goes with `address`, big-endian.
+    pub port: [u8; 2],
+    /// What of TCP was seen in this direction: [`Flow::SYN`] and the like.
+    pub tcp: u8,
+    /// [`Flow::SNAT`] and [`Flow::FROM_SUBNET`].
+    pub flags: u8,
+}
+
+impl Flow {
+    /// Flag: source address and port of the overlay side are translated.
+    pub const SNAT: u8 = 1 << 0;
+    /// Flag: the subnet side has opened the flow.
+    pub const FROM_SUBNET: u8 = 1 << 1;
+
+    /// TCP: a SYN.
+    pub const SYN: u8 = 1 << 0;
+    /// TCP: a FIN.
+    pub const FIN: u8 = 1 << 1;
+    /// TCP: an RST that the other side will believe, and nothing since.
+    pub const RST: u8 = 1 << 2;
+    /// TCP: an acknowledgement without SYN.
+    pub const ACK: u8 = 1 << 3;
+
+    /// `clause` when there are no rules.
+    pub const NO_CLAUSE: u16 = u16::MAX;
+
+    /// How old `last_used` may be of a flow that is in use, in ns: it is not written more often.
+    pub const COARSE: u64 = 1_000_000_000;
+
+    /// The tuple of the other direction's packets, as the other side's program sees them; `tuple`
+    /// and `side` are those of this entry's key.
+    #[inline(always)]
+    pub const fn other(&self, side: Side, tuple: &Tuple) -> (Side, Tuple) {
+        let address = Address {
+            family: tuple.source.family,
+            octets: self.address,
+        };
+        match side {
+            Side::Overlay => {
+                let reply = Tuple {
+                    source: tuple.destination,
+                    destination: address,
+                    ports: [tuple.ports[1], self.port],
+                    protocol: tuple.protocol,
+                };
+                (Side::Subnet, reply)
+            }
+            Side::Subnet => {
+                let reply = Tuple {
+                    source: address,
+                    destination: tuple.source,
+                    ports: [self.port, tuple.ports[0]],
+                    protocol: tuple.protocol,
+                };
+                (Side::Overlay, reply)
+            }
+        }
+    }
+}
+
+/// A key of [`FRAGMENTS`].
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FragmentKey {
+    /// Source address as in [`Address::octets`].
+    pub source: [u8; 16],
+    /// Destination address as in [`Address::octets`].
+    pub destination: [u8; 16],
+    /// Identification; of IPv4 in the last two bytes.
+    pub id: [u8; 4],
+    /// IP protocol.
+    pub protocol: u8,
+    /// [`Side`] as a number.
+    pub side: u8,
+    /// 4 or 6.
+    pub family: u8,
+    /// Zero.
+    pub reserved: u8,
+}
+
+/// Value of [`FRAGMENTS`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fragment {
+    /// The ports of the packet, as in [`Tuple::ports`].
+    pub ports: [[u8; 2]; 2],
+    /// [`Fragment::STACK`].
+    pub flags: u32,
+}
+
+impl Fragment {
+    /// Flag: all fragments of the packet go to the kernel, which puts them together and cuts them
+    /// anew.
+    pub const STACK: u32 = 1 << 0;
+}
+
+layout! {
+    Key4: 16, align 8 { source: 0, destination: 4, ports: 8, protocol: 12, side: 13, reserved: 14 }
+    Key6: 40, align 8 { source: 0, destination: 16, ports: 32, protocol: 36, side: 37, reserved: 38 }
+    Flow: 56, align 8 {
+        last_used: 0, generation: 8, link: 12, acknowledged: 16, mtu: 20, clause: 22, hardware: 24,
+        address: 36, port: 52, tcp: 54, flags: 55
+    }
+    FragmentKey: 40, align 8 { source: 0, destination: 16, id: 32, protocol: 36, side: 37, family: 38, reserved: 39 }
+    Fragment: 8, align 4 { ports: 0, flags: 4 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_direction_leads_to_the_other() {
+        let tuple = Tuple {
+            source: Address::v4([100, 64, 0, 2]),
+            destination: Address::v4([10, 0, 0, 2]),
+            ports: [[1, 2], [3, 4]],
+            protocol: 6,
+        };
+        let forward = Flow {
+            address: Address::v4([10, 0, 0, 9]).octets,
+            port: [5, 6],
+            ..Flow::default()
+        };
+        let (side, reply) = forward.other(Side::Overlay, &tuple);
+        let wanted = Tuple {
+            source: Address::v4([10, 0, 0, 2]),
+            destination: Address::v4([10, 0, 0, 9]),
+            ports: [[3, 4], [5, 6]],
+            protocol: 6,
+        };
+        assert_eq!((side, reply), (Side::Subnet, wanted));
+        let backward = Flow {
+            address: tuple.source.octets,
+            port: tuple.ports[0],
+            ..Flow::default()
+        };
+        assert_eq!(backward.other(side, &reply), (Side::Overlay, tuple));
+        assert_eq!(Key4::new(side, &reply).tuple(), reply);
+        assert_eq!(tuple.reversed().reversed(), tuple);
+    }
+}
