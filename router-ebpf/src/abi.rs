@@ -23,7 +23,7 @@ mod flows;
 pub use flows::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";
@@ -32,6 +32,8 @@ pub const ABI_SECTION: &str = "sluice.abi";
 pub const FROM_OVERLAY: &str = "sluice_from_overlay";
 /// Name of the program on the subnet-side NICs' ingress, also the name of its clsact filter.
 pub const FROM_SUBNET: &str = "sluice_from_subnet";
+/// Name of the program that tells what the policy says of a packet; never attached.
+pub const POLICY_PROBE: &str = "sluice_policy";
 
 /// Map of one [`Settings`] (array).
 pub const SETTINGS: &str = "SETTINGS";
@@ -188,7 +190,7 @@ pub struct Settings {
     /// Grows with every change of tables, routing, neighbours or policy, and is never zero: each
     /// direction of a flow is judged anew, and its next hop found anew, by its next packet.
     pub generation: u32,
-    /// The policy's bank in force; zero: there are no rules.
+    /// The bank of the policy in force (see [`crate::policy`]); zero: there are no rules.
     pub bank: u32,
     /// Most flows that one overlay address may have.
     pub flows_per_source: u32,

@@ -170,7 +170,6 @@ mod tests {
         Fake {
             settings: Settings {
                 abi_version: crate::abi::ABI_VERSION,
-                flags: 0,
                 tun: TUN,
                 mtu: 1420,
                 ..Settings::default()

@@ -13,5 +13,6 @@ pub mod decide;
 pub mod memory;
 pub mod mss;
 pub mod packet;
+pub mod policy;
 pub mod rewrite;
 pub mod verdict;

@@ -16,6 +16,7 @@ use router_ebpf::abi::{
 };
 use router_ebpf::decide::{Hop, Tables, fib_failure};
 use router_ebpf::packet::Packet;
+use router_ebpf::policy::{self, MAX_HITS, MAX_PREFIXES, MAX_SETS, Rules, Set};
 use router_ebpf::verdict::Verdict;
 
 const AF_INET: u8 = 2;
@@ -33,6 +34,12 @@ static ROUTES: LpmTrie<Address, Route, MAX_ROUTES> = LpmTrie::new();
 static LINKS: HashMap<u32, Link, MAX_LINKS> = HashMap::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Counter, MAX_COUNTERS> = PerCpuArray::new();
+#[btf_map]
+static POLICY: LpmTrie<Address, u32, MAX_PREFIXES> = LpmTrie::new();
+#[btf_map]
+static POLICY_SETS: HashMap<u32, Set, MAX_SETS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+#[btf_map]
+static POLICY_HITS: PerCpuArray<u64, MAX_HITS> = PerCpuArray::new();
 
 /// Memory for flows is taken when they come.
 const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -56,6 +63,15 @@ pub(crate) fn count(side: Side, verdict: Verdict, bytes: u32) {
             (*counter).packets += 1;
             (*counter).bytes += u64::from(bytes);
         }
+    }
+}
+
+/// Counts one new flow that a clause of the policy in `bank` lets through.
+#[inline(always)]
+pub(crate) fn count_hit(bank: u32, clause: u32) {
+    if let Some(hits) = POLICY_HITS.get_ptr_mut(policy::hit(bank, clause)) {
+        // SAFETY: as in `count`.
+        unsafe { *hits += 1 };
     }
 }
 
@@ -130,6 +146,16 @@ impl Tables for Maps<'_> {
             mtu,
             hardware,
         })
+    }
+}
+
+impl Rules for Maps<'_> {
+    #[inline(always)]
+    fn set(&self, key: &Prefix) -> Option<&Set> {
+        let number = POLICY.get(self::key(key))?;
+        // SAFETY: user space never changes a set that a program may find: it fills those of the
+        // other bank, and removes them when no program uses that bank any more.
+        unsafe { POLICY_SETS.get(*number) }
     }
 }
 

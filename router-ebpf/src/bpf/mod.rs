@@ -9,8 +9,9 @@ use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{ABI_VERSION, Side};
-use router_ebpf::decide::decide;
+use router_ebpf::decide::{Tables as _, decide};
 use router_ebpf::packet::{Frame as _, parse};
+use router_ebpf::policy::{self, NewFlow};
 use router_ebpf::rewrite;
 use router_ebpf::verdict::{Class, Verdict};
 
@@ -36,6 +37,31 @@ pub(crate) fn sluice_from_overlay(ctx: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn sluice_from_subnet(ctx: TcContext) -> i32 {
     run(Side::Subnet, ctx)
+}
+
+/// For tests and measurements, never attached: tells what the policy says of a packet (with an
+/// Ethernet header) as if it began a flow, and counts it so. Zero: nothing lets it through; else
+/// one more than the number of the clause that does.
+#[classifier]
+pub(crate) fn sluice_policy(ctx: TcContext) -> i32 {
+    let maps = Maps::new(&ctx);
+    let bank = maps.settings().bank;
+    let Ok(packet) = parse(&Skb::new(&ctx, Side::Subnet)) else {
+        return 0;
+    };
+    let flow = NewFlow {
+        source: packet.source,
+        destination: packet.destination,
+        protocol: packet.protocol,
+        port: packet.ports[1],
+    };
+    match policy::clause(&maps, bank, &flow) {
+        Some(clause) => {
+            maps::count_hit(bank, clause);
+            clause as i32 + 1
+        }
+        None => 0,
+    }
 }
 
 #[inline(always)]

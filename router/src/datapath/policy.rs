@@ -1,8 +1,9 @@
 //! The meaning of the policy in plain code: what every datapath must agree with.
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 
-use crate::control::{Destination, Policy, Rule};
+use crate::control::{Policy, Rule};
 
 /// TCP.
 pub const TCP: u8 = libc::IPPROTO_TCP as u8;
@@ -31,32 +32,32 @@ pub fn icmp(ipv4: bool) -> u8 {
     }
 }
 
-/// The destination ports that `rule` lets through to `destination` for an IP protocol; `None` when
-/// none. Protocols without ports are let through whole or not at all.
+/// The ports that `rule` lets through for an IP protocol to a destination that it names with the
+/// ports `named`; `None` when none. Protocols without ports are let through whole or not at all.
 ///
 /// ICMP is let through wherever anything is, whatever the rule's protocols are: who may use a
 /// service may ping its host. Other protocols than TCP and UDP need a rule for all ports.
 pub fn ports(
     rule: &Rule,
-    destination: &Destination,
+    named: &RangeInclusive<u16>,
     protocol: u8,
     ipv4: bool,
 ) -> Option<(u16, u16)> {
     const ALL: (u16, u16) = (0, u16::MAX);
-    if destination.ports.is_empty() {
+    if named.is_empty() {
         return None;
     }
     if protocol == icmp(ipv4) {
         return Some(ALL);
     }
-    let ports = (*destination.ports.start(), *destination.ports.end());
+    let ports = (*named.start(), *named.end());
     let with_ports = matches!(protocol, TCP | UDP);
-    let named = if rule.protocols.is_empty() {
+    let meant = if rule.protocols.is_empty() {
         with_ports
     } else {
         rule.protocols.contains(&protocol)
     };
-    (named && (with_ports || ports == ALL)).then_some(ports)
+    (meant && (with_ports || ports == ALL)).then_some(ports)
 }
 
 /// Whether `policy` lets a new flow through. Without rules it has no say: then the routes decide
@@ -68,9 +69,12 @@ pub fn allows(policy: &Policy, flow: &NewFlow) -> bool {
         || policy.rules.iter().filter(inside).any(|rule| {
             rule.destinations.iter().any(|destination| {
                 destination.cidr.contains(&flow.destination)
-                    && ports(rule, destination, flow.protocol, ipv4).is_some_and(|(first, last)| {
-                        !matches!(flow.protocol, TCP | UDP) || (first..=last).contains(&flow.port)
-                    })
+                    && ports(rule, &destination.ports, flow.protocol, ipv4).is_some_and(
+                        |(first, last)| {
+                            !matches!(flow.protocol, TCP | UDP)
+                                || (first..=last).contains(&flow.port)
+                        },
+                    )
             })
         })
 }
@@ -79,6 +83,7 @@ pub fn allows(policy: &Policy, flow: &NewFlow) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::control::Destination;
 
     fn rule(protocols: &[u8], destination: &str, ports: std::ops::RangeInclusive<u16>) -> Policy {
         Policy {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use aya_obj::generated::bpf_map_type;
 use aya_obj::{Object, ProgramSection};
 use router::datapath::ebpf::object;
-use router_ebpf::abi;
+use router_ebpf::{abi, policy};
 
 #[test]
 fn the_object_keeps_its_contract() {
@@ -20,7 +20,7 @@ fn the_object_keeps_its_contract() {
             (name.as_str(), classifier)
         })
         .collect();
-    let wanted = [abi::FROM_OVERLAY, abi::FROM_SUBNET].map(|name| (name, true));
+    let wanted = [abi::FROM_OVERLAY, abi::FROM_SUBNET, abi::POLICY_PROBE].map(|name| (name, true));
     assert_eq!(programs, BTreeMap::from(wanted));
 
     // Type, bytes of key and of value, entries. `.rodata` and the like would be maps too.
@@ -55,6 +55,17 @@ fn the_object_keeps_its_contract() {
             abi::SETTINGS,
             (bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, 4, 40, 1),
         ),
+        (policy::POLICY, (trie, 24, 4, 1 << 18)),
+        (policy::POLICY_SETS, (hash, 4, 520, 1 << 15)),
+        (
+            policy::POLICY_HITS,
+            (
+                bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32,
+                4,
+                8,
+                2 * 4096,
+            ),
+        ),
         (abi::OVERLAY, (trie, 24, 4, 1 << 18)),
         (abi::ROUTES, (trie, 24, 4, 1 << 14)),
         (abi::LINKS, (hash, 4, 168, 256)),
@@ -80,5 +91,5 @@ fn a_change_of_the_contract_changes_its_version() {
         size_of::<abi::Prefix>(),
         size_of::<abi::Flow>(),
     );
-    assert_eq!((abi::ABI_VERSION, layout), (2, (28, 40, 24, 56)));
+    assert_eq!((abi::ABI_VERSION, layout), (3, (28, 40, 24, 56)));
 }

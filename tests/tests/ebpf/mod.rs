@@ -8,4 +8,5 @@ mod differential;
 mod fixture;
 mod frames;
 mod packets;
+mod policy;
 mod verdicts;

@@ -4,8 +4,10 @@
 //! nothing of ours outlives the daemon unnoticed.
 
 mod attach;
+mod banks;
 mod clsact;
 mod object;
+pub mod policy;
 mod tables;
 
 use std::collections::BTreeMap;
@@ -100,7 +102,7 @@ impl Ebpf {
             .load(object())
             .map_err(|error| refused("load the eBPF maps", error))?;
         for side in Side::ALL {
-            load_program(&mut programs, side)?;
+            load_program(&mut programs, side.program())?;
         }
         let tables = Tables::take(&mut programs)?;
         let counters = take_map(&mut programs, abi::COUNTERS)?;
@@ -140,6 +142,17 @@ impl Ebpf {
     /// when routes, neighbours, links or addresses of the kernel have changed.
     pub fn bump_generation(&mut self) -> Result<(), Error> {
         self.tables.bump_generation()
+    }
+
+    /// New flows that each rule of the policy in force has let through, in the policy's order.
+    pub fn rule_hits(&self) -> Result<Vec<u64>, Error> {
+        self.tables.rule_hits()
+    }
+
+    /// The program that tells what the policy says of a packet, loaded when it is asked for: only
+    /// tests and measurements run it.
+    pub fn policy_probe(&mut self) -> Result<&SchedClassifier, Error> {
+        load_program(&mut self.programs, abi::POLICY_PROBE)
     }
 
     /// The loaded program of `side`.
@@ -239,23 +252,24 @@ impl Datapath for Ebpf {
     }
 }
 
-fn load_program(programs: &mut aya::Ebpf, side: Side) -> Result<(), Error> {
-    let context = format!("load {}", side.program());
-    let program = programs.program_mut(side.program());
+fn load_program<'a>(programs: &'a mut aya::Ebpf, name: &str) -> Result<&'a SchedClassifier, Error> {
+    let context = format!("load {name}");
+    let program = programs.program_mut(name);
     let program = program.ok_or_else(|| failed(&context, "the object does not have it"))?;
     let program: &mut SchedClassifier = program
         .try_into()
         .map_err(|error| failed(&context, error))?;
-    program.load().map_err(|error| match error {
-        ProgramError::LoadError {
+    match program.load() {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(program),
+        Err(ProgramError::LoadError {
             io_error,
             verifier_log,
-        } => {
-            tracing::debug!(program = side.program(), %verifier_log, "refused by the verifier");
-            refused(context, io_error)
+        }) => {
+            tracing::debug!(program = name, %verifier_log, "refused by the verifier");
+            Err(refused(context, io_error))
         }
-        error => refused(context, error),
-    })
+        Err(error) => Err(refused(context, error)),
+    }
 }
 
 fn take_map<M>(programs: &mut aya::Ebpf, name: &str) -> Result<M, Error>

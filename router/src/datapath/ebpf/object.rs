@@ -64,10 +64,10 @@ mod tests {
         let error = check_abi(&foreign).err().map(|error| error.to_string());
         assert_eq!(
             error.as_deref(),
-            Some(
-                "read the eBPF object: its ABI version is none, the daemon's is 2: build both \
-                 from one source"
-            )
+            Some(&*format!(
+                "read the eBPF object: its ABI version is none, the daemon's is {ABI_VERSION}: \
+                 build both from one source"
+            ))
         );
     }
 }

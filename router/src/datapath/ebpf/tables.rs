@@ -13,6 +13,7 @@ use aya::util::KernelVersion;
 use ipnet::IpNet;
 use router_ebpf::abi::{self, Address, Prefix, Settings};
 
+use super::banks::Banks;
 use super::{failed, take_map};
 use crate::control::{Route, RouteMode};
 use crate::datapath::{Error, FAST_NAT_PORTS, FLOWS_PER_SOURCE, KEPT_NAT_PORTS, Spec};
@@ -25,6 +26,7 @@ pub(super) struct Tables {
     settings: Array<MapData, Settings>,
     /// What is in `settings`.
     current: Settings,
+    policy: Banks,
     overlay: Mirror<Prefix, abi::Overlay, LpmTrie<MapData, Address, abi::Overlay>>,
     routes: Mirror<Prefix, abi::Route, LpmTrie<MapData, Address, abi::Route>>,
     links: Mirror<u32, abi::Link, HashMap<MapData, u32, abi::Link>>,
@@ -36,6 +38,7 @@ impl Tables {
         Ok(Self {
             settings: take_map(programs, abi::SETTINGS)?,
             current: Settings::default(),
+            policy: Banks::take(programs)?,
             overlay: Mirror::new(
                 take_map(programs, abi::OVERLAY)?,
                 "overlay CIDRs",
@@ -75,6 +78,7 @@ impl Tables {
                 Ok((link.index, link_value(mtu, external)))
             })
             .collect::<Result<_, Error>>()?;
+        let bank = self.policy.stage(&spec.policy)?;
         self.links.install(links)?;
         self.routes.install(routes)?;
         self.overlay.install(overlay)?;
@@ -82,8 +86,16 @@ impl Tables {
         let generation = next_generation(self.current.generation);
         self.write(Settings {
             generation,
+            bank,
             ..settings(spec)
-        })
+        })?;
+        self.policy.commit();
+        Ok(())
+    }
+
+    /// New flows let through by each rule of the policy in force.
+    pub(super) fn rule_hits(&self) -> Result<Vec<u64>, Error> {
+        self.policy.hits()
     }
 
     /// Has every flow judged anew, and its next hop found anew, by its next packet.
@@ -163,7 +175,8 @@ fn route_value(route: &Route) -> abi::Route {
     abi::Route { flags }
 }
 
-fn prefix(cidr: &IpNet) -> Prefix {
+/// The key of a CIDR.
+pub(super) fn prefix(cidr: &IpNet) -> Prefix {
     let address = match cidr.network() {
         IpAddr::V4(address) => Address::v4(address.octets()),
         IpAddr::V6(address) => Address::v6(address.octets()),
@@ -201,7 +214,7 @@ fn mtu(name: &str) -> io::Result<u32> {
 }
 
 /// A map of keys and values as [`Mirror`] needs it.
-trait Store<K, V> {
+pub(super) trait Store<K, V> {
     fn put(&mut self, key: &K, value: &V) -> Result<(), MapError>;
     fn delete(&mut self, key: &K) -> Result<(), MapError>;
 }
@@ -235,7 +248,7 @@ where
 }
 
 /// A map, and what is in it.
-struct Mirror<K, V, M> {
+pub(super) struct Mirror<K, V, M> {
     map: M,
     content: BTreeMap<K, V>,
     what: &'static str,
@@ -243,7 +256,7 @@ struct Mirror<K, V, M> {
 }
 
 impl<K: Ord + Copy, V: PartialEq + Copy, M: Store<K, V>> Mirror<K, V, M> {
-    fn new(map: M, what: &'static str, max: usize) -> Self {
+    pub(super) fn new(map: M, what: &'static str, max: usize) -> Self {
         Self {
             map,
             content: BTreeMap::new(),
@@ -254,7 +267,7 @@ impl<K: Ord + Copy, V: PartialEq + Copy, M: Store<K, V>> Mirror<K, V, M> {
 
     /// Makes the map hold `wanted`: what is new or changed first, so that no lookup of an entry
     /// that stays ever misses it.
-    fn install(&mut self, wanted: BTreeMap<K, V>) -> Result<(), Error> {
+    pub(super) fn install(&mut self, wanted: BTreeMap<K, V>) -> Result<(), Error> {
         let context = format!("write the eBPF map of {}", self.what);
         if wanted.len() > self.max {
             let (count, max) = (wanted.len(), self.max);

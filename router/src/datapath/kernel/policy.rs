@@ -96,7 +96,7 @@ fn flows(rules: &[&Rule], family: Family) -> Vec<Flows> {
                 continue;
             };
             for protocol in &protocols {
-                if let Some(ports) = ports(rule, destination, *protocol, ipv4) {
+                if let Some(ports) = ports(rule, &destination.ports, *protocol, ipv4) {
                     by_protocol
                         .entry(*protocol)
                         .or_default()
