@@ -227,8 +227,9 @@ impl Engine {
     }
 
     /// Makes `specs` the list of peers. Peers that stay keep their sessions and the endpoints they
-    /// roamed to; a changed endpoint in a spec counts as news. Removed peers are gone when this
-    /// returns. On error nothing has changed.
+    /// roamed to; a changed endpoint in a spec counts as news. A changed preshared key ends the
+    /// session, and nothing else of the peer. Removed peers are gone when this returns. On error
+    /// nothing has changed.
     pub fn set_peers(&self, specs: &[PeerSpec]) -> Result<(), Error> {
         let mut state = self.state();
         check(specs, &state.public)?;
@@ -242,7 +243,8 @@ impl Engine {
         self.apply(changes)
     }
 
-    /// Changes the private key. Sessions end; peers come back by themselves.
+    /// Changes the private key. No packet is sealed or opened with the old one once this returns:
+    /// each session ends when it is next used or looked at. Peers come back by themselves.
     pub fn set_private_key(&self, private_key: &PrivateKey) -> Result<(), Error> {
         let mut state = self.state();
         let local = Arc::new(LocalKey::new(private_key));
@@ -370,18 +372,11 @@ fn interval(spec: &PeerSpec) -> Option<Duration> {
 impl State {
     /// Brings the known peers in line with `specs`, and notes for each worker what changes.
     fn diff(&mut self, specs: &[PeerSpec], changes: &mut [Change]) -> Result<(), Error> {
-        let wanted: HashMap<PublicKey, &PeerSpec> =
-            specs.iter().map(|spec| (spec.public_key, spec)).collect();
-        let gone = |known: &Known| {
-            // A preshared key cannot be changed within a session: the peer starts anew.
-            wanted
-                .get(&known.spec.public_key)
-                .is_none_or(|spec| spec.preshared_key != known.spec.preshared_key)
-        };
+        let wanted: HashSet<PublicKey> = specs.iter().map(|spec| spec.public_key).collect();
         let mut load = vec![0usize; changes.len()];
         let (free, indices) = (&mut self.free, &mut self.indices);
         self.peers.retain(|_, known| {
-            if gone(known) {
+            if !wanted.contains(&known.spec.public_key) {
                 changes[known.worker].remove.push(known.id);
                 free.push(known.id);
                 indices.remove(&known.index);
@@ -400,6 +395,10 @@ impl State {
                 }
                 if interval(spec) != interval(&known.spec) {
                     change.keepalives.push((known.id, interval(spec)));
+                }
+                if spec.preshared_key != known.spec.preshared_key {
+                    let key = spec.preshared_key.clone();
+                    change.preshared_keys.push((known.id, key));
                 }
                 known.spec = spec.clone();
                 continue;

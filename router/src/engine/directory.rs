@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::peer::Setup;
 use super::routes::{PeerId, Routes};
 use crate::wireguard::LocalKey;
-use crate::wireguard::keys::PublicKey;
+use crate::wireguard::keys::{PresharedKey, PublicKey};
 
 /// What all workers know: who owns which address and key. Replaced whole, never changed.
 #[derive(Debug)]
@@ -49,6 +49,8 @@ pub(super) struct Change {
     pub(super) endpoints: Vec<(PeerId, SocketAddr)>,
     /// New keepalive intervals.
     pub(super) keepalives: Vec<(PeerId, Option<Duration>)>,
+    /// New preshared keys.
+    pub(super) preshared_keys: Vec<(PeerId, Option<PresharedKey>)>,
     /// The directory from now on.
     pub(super) directory: Option<Arc<Directory>>,
     /// Our key from now on.

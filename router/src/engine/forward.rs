@@ -165,7 +165,12 @@ impl Forwarder {
             self.indices.insert(index, id);
             self.peers.insert(id, Peer::new(setup));
             if wants_keepalive {
-                self.wake(id, now, io);
+                self.wake(id, now);
+            }
+        }
+        for (id, key) in change.preshared_keys {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.set_preshared_key(key);
             }
         }
         for (id, remote) in change.endpoints {
@@ -179,7 +184,7 @@ impl Forwarder {
         for (id, interval) in change.keepalives {
             if let Some(peer) = self.peers.get_mut(id) {
                 peer.set_keepalive(interval);
-                self.wake(id, now, io);
+                self.wake(id, now);
             }
         }
         self.flush(io);
@@ -313,7 +318,7 @@ impl Forwarder {
         now: Duration,
         io: &mut impl Port,
     ) {
-        self.wake(id, now, io);
+        self.wake(id, now);
         let Some(peer) = self.peers.get_mut(id) else {
             self.counters.add(Counter::DropNoPeer, 1);
             return;
@@ -329,9 +334,9 @@ impl Forwarder {
         };
         let gso = peer.gso;
         let tunnel = peer.tunnel(&self.local);
-        if tunnel.ready() {
+        if tunnel.ready(now) {
             let mut lane = self.batch.lane(io, endpoint, Some(id), ecn, gso);
-            let bytes = tunnel.seal(&mut segments, &mut lane);
+            let bytes = tunnel.seal(&mut segments, now, &mut lane);
             peer.sent(bytes, now);
             return;
         }
@@ -421,7 +426,7 @@ impl Forwarder {
             self.counters.add(Counter::DropIndex, count);
             return;
         };
-        self.wake(id, now, io);
+        self.wake(id, now);
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };
@@ -434,7 +439,8 @@ impl Forwarder {
             counters: &self.counters,
             io,
         };
-        let (bytes, completed) = peer.tunnel(&self.local).open(messages, &mut inner);
+        let tunnel = peer.tunnel(&self.local);
+        let (bytes, completed) = tunnel.open(index, messages, now, &mut inner);
         if bytes > 0 {
             self.heard(id, origin, bytes, completed, now, io);
         }

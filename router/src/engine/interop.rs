@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use fixture::{DEADLINE, Namespace, Pair, echo, lone, noise, rooted, spec, unique, until};
 
 use super::{Counter, Engine, Error, Failure, Options, PeerSpec};
-use crate::wireguard::keys::PrivateKey;
+use crate::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};
 
 fn ping(pair: &Pair) {
     pair.laptop.run("ping", "-c 3 -i 0.2 -W 10 10.9.0.1");
@@ -192,6 +192,27 @@ fn peers_change_without_touching_others() {
         .find(|stats| stats.public_key == a.public_key)
         .unwrap();
     assert_eq!(stats.endpoint, moved.endpoint);
+
+    // Another preshared key is no reason to forget where the peer is.
+    let rekeyed = PeerSpec {
+        preshared_key: Some(PresharedKey::from_bytes([1; 32])),
+        ..a.clone()
+    };
+    engine.set_peers(&[rekeyed, c.clone()]).unwrap();
+    let stats = engine.peer_stats();
+    let rekeyed = stats.iter().find(|stats| stats.public_key == a.public_key);
+    assert_eq!(rekeyed.unwrap().endpoint, moved.endpoint);
+    for bytes in [[0; 32], PrivateKey::from_bytes([1; 32]).public().0] {
+        let spec = PeerSpec {
+            public_key: PublicKey(bytes),
+            ..a.clone()
+        };
+        let refused = engine.set_peers(&[spec]).unwrap_err();
+        assert!(
+            matches!(refused, Error::LowOrderKey(_) | Error::OwnKey(_)),
+            "{refused}"
+        );
+    }
 
     let refused = engine
         .set_private_key(&PrivateKey::from_bytes([4; 32]))

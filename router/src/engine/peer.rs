@@ -79,6 +79,8 @@ pub(super) struct Peer {
     preshared_key: Option<PresharedKey>,
     /// Made when first needed: it is large, and costs key exchanges.
     tunnel: Option<Box<Tunnel>>,
+    /// The tunnel has yet to take `preshared_key`: at its next use, for it costs key exchanges.
+    has_new_key: bool,
     endpoint: Option<Endpoint>,
     /// Whether the kernel cuts up messages on the way to the endpoint.
     pub(super) gso: bool,
@@ -102,6 +104,7 @@ impl Peer {
             public_key: setup.public_key,
             preshared_key: setup.preshared_key,
             tunnel: None,
+            has_new_key: false,
             endpoint: None,
             gso: true,
             keepalive: setup.keepalive,
@@ -122,29 +125,36 @@ impl Peer {
 
     /// The session layer, made if it is not there yet.
     pub(super) fn tunnel(&mut self, local: &LocalKey) -> &mut Tunnel {
+        let preshared = self.preshared_key.as_ref();
         let tunnel = self.tunnel.get_or_insert_with(|| {
-            Box::new(Tunnel::new(
-                local,
-                &self.public_key,
-                self.preshared_key.as_ref(),
-                self.index,
-            ))
+            Box::new(Tunnel::new(local, &self.public_key, preshared, self.index))
         });
         tunnel.set_local(local);
+        if std::mem::take(&mut self.has_new_key) {
+            tunnel.set_preshared(local, preshared);
+        }
         tunnel
     }
 
     /// The session layer for a new handshake, made anew if its clock is behind.
     pub(super) fn tunnel_to_initiate(&mut self, local: &LocalKey) -> &mut Tunnel {
-        self.tunnel = self.tunnel.take().filter(|tunnel| !tunnel.is_behind());
-        self.tunnel(local)
+        let tunnel = self.tunnel(local);
+        if tunnel.is_behind() {
+            tunnel.renew(local);
+        }
+        tunnel
     }
 
-    /// The session layer, if it has been needed, and whether it took a new private key just now.
+    /// Takes a new preshared key. Its session ends; all else stays.
+    pub(super) fn set_preshared_key(&mut self, key: Option<PresharedKey>) {
+        self.preshared_key = key;
+        self.has_new_key = self.tunnel.is_some();
+    }
+
+    /// The session layer, if it has been needed, and whether it took a new key just now.
     pub(super) fn existing_tunnel(&mut self, local: &LocalKey) -> Option<(&mut Tunnel, bool)> {
-        let tunnel = self.tunnel.as_deref_mut()?;
-        let renewed = tunnel.set_local(local);
-        Some((tunnel, renewed))
+        let renewed = self.tunnel.as_deref_mut()?.set_local(local) || self.has_new_key;
+        Some((self.tunnel(local), renewed))
     }
 
     /// Whether the session layer has been needed.

@@ -104,15 +104,16 @@ pub(super) struct TunSteering {
     installed: HashMap<IpNet, u32>,
 }
 
-/// Allowed IPs that a family's map holds at most.
-const ENTRIES: u32 = 1 << 20;
+/// Allowed IPs that a family's map may hold, most first. Linux before 5.11 charges a map's memory in
+/// advance to the user's RLIMIT_MEMLOCK, often 64 KiB; what does not fit is handed over instead.
+const ENTRIES: [u32; 4] = [1 << 20, 1 << 16, 1 << 12, 1 << 8];
 
 impl TunSteering {
     /// Loads the program and gives it to the device. All queues share it.
     pub(super) fn attach(queue: &Queue) -> io::Result<Self> {
         let this = Self {
-            v4: bpf::lpm_trie(4, ENTRIES)?,
-            v6: bpf::lpm_trie(16, ENTRIES)?,
+            v4: largest_trie(4)?,
+            v6: largest_trie(16)?,
             installed: HashMap::new(),
         };
         let program = bpf::load(&by_destination(this.v4.as_raw_fd(), this.v6.as_raw_fd()))?;
@@ -172,6 +173,20 @@ impl TunSteering {
             }
         }
     }
+}
+
+/// The largest map that the kernel grants.
+fn largest_trie(length: u32) -> io::Result<OwnedFd> {
+    let mut result = Err(io::ErrorKind::InvalidInput.into());
+    for entries in ENTRIES {
+        result = bpf::lpm_trie(length, entries);
+        // EPERM, not ENOMEM, is what a used-up RLIMIT_MEMLOCK gives.
+        match &result {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOMEM)) => {}
+            _ => break,
+        }
+    }
+    result
 }
 
 /// Looks the destination up; gives its worker, or 0.

@@ -197,7 +197,10 @@ mod tests {
             let own = LocalKey::new(&PrivateKey::from_bytes([2; 32]));
             let mut client = Tunnel::new(&own, &local.public(), None, 5);
             let mut message = [0; INITIATION];
-            assert_eq!(client.initiate(&mut message), Some(INITIATION));
+            assert_eq!(
+                client.initiate(Duration::ZERO, &mut message),
+                Some(INITIATION)
+            );
             Self {
                 local,
                 limiter: Limiter::new(),
@@ -236,7 +239,9 @@ mod tests {
         assert_eq!(verdict, Verdict::Cookie(COOKIE));
         let mut answer = [0; INITIATION];
         assert_eq!(
-            fixture.client.handshake(&reply, &mut answer),
+            fixture
+                .client
+                .handshake(&reply, Duration::ZERO, &mut answer),
             Ok((None, false))
         );
         fixture.client.initiate_again(&mut fixture.message);

@@ -32,7 +32,7 @@ impl Forwarder {
             peer.completed();
             self.counters.add(Counter::HandshakesCompleted, 1);
         }
-        if peer.staged.is_empty() || !peer.tunnel(&self.local).ready() {
+        if peer.staged.is_empty() || !peer.tunnel(&self.local).ready(now) {
             return;
         }
         let mut queue = std::mem::take(&mut peer.staged);
@@ -41,7 +41,8 @@ impl Forwarder {
             .batch
             .lane(io, origin.endpoint(), Some(id), 0, peer.gso);
         let mut staged = Staged::new(&mut queue);
-        let bytes = peer.tunnel(&self.local).seal(&mut staged, &mut lane);
+        let tunnel = peer.tunnel(&self.local);
+        let bytes = tunnel.seal(&mut staged, now, &mut lane);
         peer.sent(bytes, now);
     }
 
@@ -112,12 +113,13 @@ impl Forwarder {
         now: Duration,
         io: &mut impl Port,
     ) {
-        self.wake(id, now, io);
+        self.wake(id, now);
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };
         let mut answer = [0; INITIATION];
-        match peer.tunnel(&self.local).handshake(message, &mut answer) {
+        let tunnel = peer.tunnel(&self.local);
+        match tunnel.handshake(message, now, &mut answer) {
             Ok((Some(length), completed)) => {
                 let bytes = message.len() as u64;
                 self.heard(id, origin, bytes, completed, now, io);
@@ -156,18 +158,14 @@ impl Forwarder {
         counter == Counter::HandshakesReceived
     }
 
-    /// Starts a peer's timers if they rest. boringtun tells time by them, so this comes before any
-    /// other call for the peer.
-    pub(super) fn wake(&mut self, id: PeerId, now: Duration, io: &mut impl Port) {
+    /// Starts a peer's timers if they rest.
+    pub(super) fn wake(&mut self, id: PeerId, now: Duration) {
         if let Some(peer) = self.peers.get_mut(id)
             && !peer.active
         {
             peer.active = true;
             peer.used = now;
             self.active.push(id);
-            if peer.has_tunnel() {
-                self.tick_peer(id, now, io);
-            }
         }
     }
 
@@ -181,8 +179,8 @@ impl Forwarder {
         let mut due = None;
         if let Some((tunnel, renewed)) = peer.existing_tunnel(&self.local) {
             self.exchanges += usize::from(renewed);
-            let tick = tunnel.tick(&mut out);
-            ready = tunnel.ready();
+            let tick = tunnel.tick(now, &mut out);
+            ready = tunnel.ready(now);
             due = tick.message;
             if tick.gave_up {
                 self.staged -= peer.staged.len();
@@ -222,7 +220,8 @@ impl Forwarder {
         };
         let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso);
         let mut keepalive = Keepalive(false);
-        let bytes = peer.tunnel(&self.local).seal(&mut keepalive, &mut lane);
+        let tunnel = peer.tunnel(&self.local);
+        let bytes = tunnel.seal(&mut keepalive, now, &mut lane);
         peer.sent(bytes, now);
     }
 
@@ -233,7 +232,8 @@ impl Forwarder {
         };
         let mut out = [0; INITIATION];
         if peer.endpoint().is_some()
-            && let Some(length) = peer.tunnel_to_initiate(&self.local).initiate(&mut out)
+            && let tunnel = peer.tunnel_to_initiate(&self.local)
+            && let Some(length) = tunnel.initiate(now, &mut out)
         {
             self.exchanges += 1;
             self.send(id, &out[..length], now, io);

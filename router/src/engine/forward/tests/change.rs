@@ -1,0 +1,188 @@
+//! Where packets go, and changes of the peers.
+
+use super::*;
+
+#[test]
+fn endpoints_follow_authentic_datagrams_only() {
+    let (mut client, mut router) = connected();
+    let moved = SocketAddr::from(([198, 51, 100, 7], 4444));
+    client.transmit(&up(1));
+    let mut forged = client.wire.datagrams[0].bytes.clone();
+    *forged.last_mut().unwrap() ^= 1;
+    router.receive(moved, &forged, 0);
+    assert_eq!(router.count(Counter::DropAuth), 1);
+    assert_eq!(router.shared.stats().endpoint, Some(client.address));
+
+    let authentic = client.wire.datagrams.remove(0).bytes;
+    router.receive(moved, &authentic, 0);
+    assert_eq!(router.shared.stats().endpoint, Some(moved));
+    router.transmit(&down(1));
+    assert_eq!(router.wire.datagrams.pop().unwrap().to, moved);
+
+    // The same datagram from somewhere else again: replayed, so not believed.
+    router.receive(client.address, &authentic, 0);
+    assert_eq!(router.shared.stats().endpoint, Some(moved));
+}
+
+#[test]
+fn removed_peers_end_at_once() {
+    let (mut client, mut router) = connected();
+    client.transmit(&up(1));
+    router.change(Change {
+        remove: vec![THEM],
+        directory: Some(Arc::new(Directory {
+            routes: Routes::new([]),
+            keys: HashMap::new(),
+            owners: vec![],
+        })),
+        ..Change::default()
+    });
+    settle(&mut client, &mut router);
+    router.transmit(&down(1));
+    assert_eq!(router.wire.packets, [] as [Vec<u8>; 0]);
+    assert_eq!(router.wire.datagrams, []);
+    assert_eq!(
+        router.drops(),
+        [
+            (Counter::DropIndex.label(), 1),
+            (Counter::DropNoPeer.label(), 1)
+        ]
+    );
+}
+
+#[test]
+fn a_new_private_key_ends_sessions() {
+    let (mut client, mut router) = connected();
+    router.change(Change {
+        local: Some(Arc::new(LocalKey::new(&PrivateKey::from_bytes([77; 32])))),
+        ..Change::default()
+    });
+    client.transmit(&up(1));
+    settle(&mut client, &mut router);
+    assert_eq!(router.wire.packets, [] as [Vec<u8>; 0]);
+    assert_eq!(router.drops(), [(Counter::DropExpired.label(), 1)]);
+}
+
+#[test]
+fn congestion_marks_cross_the_tunnel_and_dscp_does_not() {
+    let (mut client, mut router) = connected();
+    let packet = |tos| {
+        let flow = Flow {
+            tos,
+            ..Flow::new(false, true)
+        };
+        flow.packet(5, 6, 0x10, b"payload")
+    };
+    client.transmit(&packet(0xba));
+    let datagram = client.wire.datagrams.remove(0);
+    assert_eq!(datagram.ecn, 2);
+    router.receive(client.address, &datagram.bytes, 3);
+    assert_eq!(router.wire.packets, [packet(0xbb)]);
+}
+
+#[test]
+fn what_belongs_to_another_worker_is_handed_over() {
+    let place = |worker| Place { worker, workers: 2 };
+    let mut client = End::new(1);
+    let (mut owner, mut other) = (End::placed(2, place(0)), End::placed(2, place(1)));
+    client.meet(&owner, &["10.0.0.0/24", "fd00::/64"], true, None);
+    owner.meet(&client, &["10.0.0.2/32", "fd00::2/128"], false, None);
+    other.change(Change {
+        directory: Some(owner.forwarder.directory.clone()),
+        ..Change::default()
+    });
+    let carry = |owner: &mut End, other: &mut End| {
+        for (worker, content, mut bytes) in std::mem::take(&mut other.wire.handed) {
+            assert_eq!(worker, 0);
+            let length = bytes.len();
+            bytes.resize(length + SLACK, 0);
+            let wire = &mut owner.wire;
+            owner
+                .forwarder
+                .accept(content, &mut bytes, length, owner.now, wire);
+            owner.forwarder.flush(wire);
+        }
+    };
+
+    // The initiation arrives at the wrong worker, and everything after it.
+    for serial in 0..3 {
+        client.transmit(&up(serial));
+        for _ in 0..2 {
+            for datagram in std::mem::take(&mut client.wire.datagrams) {
+                other.receive(client.address, &datagram.bytes, 0);
+            }
+            carry(&mut owner, &mut other);
+            for datagram in std::mem::take(&mut owner.wire.datagrams) {
+                client.receive(owner.address, &datagram.bytes, 0);
+            }
+        }
+    }
+    assert_eq!(owner.wire.packets, (0..3).map(up).collect::<Vec<_>>());
+    other.transmit(&down(1));
+    carry(&mut owner, &mut other);
+    settle(&mut client, &mut owner);
+    assert_eq!(client.wire.packets, [down(1)]);
+    for end in [&owner, &other, &client] {
+        assert_eq!(end.drops(), []);
+    }
+
+    other.wire.stuffed = true;
+    other.transmit(&down(1));
+    assert_eq!(other.drops(), [(Counter::DropHandOver.label(), 1)]);
+}
+
+#[test]
+fn a_mapped_endpoint_is_an_ipv4_endpoint() {
+    let (mut client, mut router) = (End::new(1), End::new(2));
+    let plain = router.address;
+    router.address = "[::ffff:192.0.2.2]:51820".parse().unwrap();
+    client.meet(&router, &["10.0.0.0/24"], true, None);
+    client.transmit(&up(0));
+    assert_eq!(client.wire.datagrams[0].to, plain);
+}
+
+#[test]
+fn a_new_preshared_key_ends_the_session_and_nothing_else() {
+    let (mut client, mut router) = (End::new(1), End::new(2));
+    client.meet(&router, &["10.0.0.0/24", "fd00::/64"], true, None);
+    router.meet(&client, &["10.0.0.2/32", "fd00::2/128"], false, None);
+    client.transmit(&up(0));
+    let captured = client.wire.datagrams[0].clone();
+    settle(&mut client, &mut router);
+    let moved = SocketAddr::from(([198, 51, 100, 7], 4444));
+    client.address = moved;
+    client.transmit(&up(1));
+    settle(&mut client, &mut router);
+    let before = router.shared.stats();
+    assert_eq!(before.endpoint, Some(moved));
+
+    let key = PresharedKey::from_bytes([10; 32]);
+    let change = || Change {
+        preshared_keys: vec![(THEM, Some(key.clone()))],
+        ..Change::default()
+    };
+    router.change(change());
+    // What was captured before is no handshake now, from wherever it comes.
+    router.receive(([203, 0, 113, 1], 1).into(), &captured.bytes, 0);
+    assert_eq!(router.count(Counter::DropHandshake), 1);
+    client.transmit(&up(2));
+    settle(&mut client, &mut router);
+    assert_eq!(router.count(Counter::DropExpired), 1);
+    let after = router.shared.stats();
+    assert_eq!(after.endpoint, Some(moved));
+    assert_eq!(
+        (after.rx_bytes, after.last_handshake),
+        (before.rx_bytes, before.last_handshake)
+    );
+
+    // The other end has the old key yet.
+    router.wire.packets.clear();
+    router.transmit(&down(3));
+    settle(&mut client, &mut router);
+    assert_eq!(client.wire.packets, [] as [Vec<u8>; 0]);
+    client.change(change());
+    router.tick(Duration::from_secs(6));
+    settle(&mut client, &mut router);
+    assert_eq!(client.wire.packets, [down(3)]);
+    assert_eq!(router.wire.packets, [] as [Vec<u8>; 0]);
+}
