@@ -6,6 +6,8 @@
 mod change;
 mod handshake;
 mod hostile;
+mod simulation;
+mod timing;
 
 use super::*;
 use crate::engine::batch::Message;

@@ -186,3 +186,103 @@ fn a_new_preshared_key_ends_the_session_and_nothing_else() {
     assert_eq!(client.wire.packets, [down(3)]);
     assert_eq!(router.wire.packets, [] as [Vec<u8>; 0]);
 }
+
+#[test]
+fn an_allowed_ip_moves_between_peers_who_stay_connected() {
+    let (mut first, mut second, mut router) = (End::new(1), End::new(3), End::new(2));
+    for client in [&mut first, &mut second] {
+        client.meet(&router, &["10.0.0.0/24"], true, None);
+    }
+    let shared = [&first, &second].map(|client| Arc::new(Shared::new(client.key.public())));
+    let setups = [&first, &second].into_iter().zip(&shared).zip(0..);
+    let setups = setups.map(|((client, shared), id)| Setup {
+        id,
+        public_key: client.key.public(),
+        preshared_key: Some(PresharedKey::from_bytes([9; 32])),
+        index: 100 + id,
+        endpoint: None,
+        keepalive: None,
+        shared: shared.clone(),
+    });
+    let add = setups.collect();
+    let directory = |owner: PeerId| {
+        let routes = [("10.0.0.2/32", owner), ("10.0.0.3/32", 1)];
+        let keys = [(first.key.public(), 0), (second.key.public(), 1)];
+        Some(Arc::new(Directory {
+            routes: Routes::new(routes.map(|(cidr, id)| (cidr.parse().unwrap(), id))),
+            keys: HashMap::from(keys),
+            owners: vec![0, 0],
+        }))
+    };
+    let (before, after) = (directory(0), directory(1));
+    router.change(Change {
+        add,
+        directory: before,
+        ..Change::default()
+    });
+    for client in [&mut first, &mut second] {
+        client.transmit(&up(0));
+        settle(client, &mut router);
+    }
+    // The second has no right to the address yet.
+    assert_eq!(std::mem::take(&mut router.wire.packets), [up(0)]);
+    assert_eq!(router.drops(), [(Counter::DropSource.label(), 1)]);
+
+    router.change(Change {
+        directory: after,
+        ..Change::default()
+    });
+    for client in [&mut first, &mut second] {
+        client.transmit(&up(2));
+        settle(client, &mut router);
+    }
+    assert_eq!(router.wire.packets, [up(2)]);
+    assert_eq!(router.drops(), [(Counter::DropSource.label(), 2)]);
+    router.transmit(&down(2));
+    settle(&mut second, &mut router);
+    assert_eq!(second.wire.packets, [down(2)]);
+    for client in [&first, &second] {
+        assert_eq!(
+            client.count(Counter::HandshakesCompleted),
+            1,
+            "nobody was disturbed"
+        );
+    }
+}
+
+#[test]
+fn both_ends_take_new_private_keys_while_packets_flow() {
+    let (mut client, mut router) = connected();
+    router.key = PrivateKey::from_bytes([77; 32]);
+    router.change(Change {
+        local: Some(Arc::new(LocalKey::new(&router.key))),
+        ..Change::default()
+    });
+    client.transmit(&up(1));
+    settle(&mut client, &mut router);
+    client.change(Change {
+        remove: vec![THEM],
+        ..Change::default()
+    });
+    client.meet(&router, &["10.0.0.0/24", "fd00::/64"], true, None);
+    client.transmit(&up(2));
+    settle(&mut client, &mut router);
+    assert_eq!(router.wire.packets, [up(2)], "the router kept its peer");
+
+    client.key = PrivateKey::from_bytes([78; 32]);
+    client.change(Change {
+        local: Some(Arc::new(LocalKey::new(&client.key))),
+        ..Change::default()
+    });
+    router.change(Change {
+        remove: vec![THEM],
+        ..Change::default()
+    });
+    router.meet(&client, &["10.0.0.2/32", "fd00::2/128"], false, None);
+    client.transmit(&up(3));
+    settle(&mut client, &mut router);
+    assert_eq!(router.wire.packets, [up(2), up(3)]);
+    router.transmit(&down(3));
+    settle(&mut client, &mut router);
+    assert_eq!(client.wire.packets, [down(3)]);
+}
