@@ -1,6 +1,9 @@
 //! The handle of a running engine: what the control side asks, and what it reads.
 
+mod live;
+
 use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -18,7 +21,7 @@ use super::peer::{Setup, Shared};
 use super::routes::{PeerId, Routes};
 use super::steer::{self, TunSteering};
 use super::tun::Device;
-use super::udp::{Bind, Underlay};
+use super::udp::{Bind, Sockets, Underlay};
 use super::worker::{Command, Waker, Worker};
 use super::{Error, Failure, Features, Options, PeerSpec, PeerStats};
 use crate::wireguard::LocalKey;
@@ -33,7 +36,6 @@ use crate::wireguard::message::is_low_order;
 pub struct Engine {
     device: String,
     index: u32,
-    port: u16,
     features: Features,
     workers: Vec<Handle>,
     state: Mutex<State>,
@@ -67,6 +69,10 @@ fn default_workers() -> usize {
 /// What is in force.
 #[derive(Debug)]
 struct State {
+    /// What the sockets were bound to, with the port that they have.
+    bind: Bind,
+    /// The sockets of each worker.
+    sockets: Vec<Arc<Sockets>>,
     public: PublicKey,
     peers: HashMap<PublicKey, Known>,
     /// Numbers that were in use and are free now.
@@ -114,12 +120,33 @@ impl Engine {
         let workers = options.workers.unwrap_or_else(default_workers);
         let workers = workers.clamp(1, WORKERS);
         let device = Device::create(&options.device, options.mtu, workers, options.offload)?;
-        let underlay = Underlay::bind(Bind {
+        Self::start_on(device, &options, private_key)
+    }
+
+    /// The same on a TUN device that somebody else has made: its name, MTU and kind stay as they
+    /// are, and one worker serves its one queue.
+    pub fn start_on_tun(
+        tun: OwnedFd,
+        options: &Options,
+        private_key: &PrivateKey,
+    ) -> Result<Self, Error> {
+        Self::start_on(Device::adopt(tun, options.mtu)?, options, private_key)
+    }
+
+    fn start_on(
+        device: Device,
+        options: &Options,
+        private_key: &PrivateKey,
+    ) -> Result<Self, Error> {
+        let workers = device.queues.len();
+        let mut bind = Bind {
             port: options.listen_port,
             mark: options.fwmark,
             workers,
             offload: options.offload,
-        })?;
+        };
+        let underlay = Underlay::bind(bind)?;
+        bind.port = underlay.port;
         let (mut udp_steering, mut tun_steering) = (false, None);
         if workers > 1 {
             udp_steering = steer::udp(&underlay.sockets)
@@ -135,7 +162,6 @@ impl Engine {
         let mut engine = Self {
             device: device.name,
             index: device.index,
-            port: underlay.port,
             features: Features {
                 workers,
                 vnet_header: device.offload.vnet,
@@ -150,6 +176,8 @@ impl Engine {
             },
             workers: Vec::new(),
             state: Mutex::new(State {
+                bind,
+                sockets: Vec::new(),
                 public: local.public(),
                 peers: HashMap::new(),
                 free: Vec::new(),
@@ -163,10 +191,12 @@ impl Engine {
             .collect::<Result<Vec<_>, _>>()
             .map_err(Error::Start)?;
         let exchanges = exchange::connect(&wakers);
+        let sockets: Vec<_> = underlay.sockets.into_iter().map(Arc::new).collect();
+        engine.state().sockets.clone_from(&sockets);
         let parts = device
             .queues
             .into_iter()
-            .zip(underlay.sockets)
+            .zip(sockets)
             .zip(exchanges)
             .zip(wakers);
         for (worker, (((queue, sockets), exchange), waker)) in parts.enumerate() {
@@ -176,7 +206,7 @@ impl Engine {
             let worker = Worker {
                 forwarder: Forwarder::new(
                     place,
-                    options.mtu,
+                    device.mtu,
                     local.clone(),
                     device.offload,
                     underlay.gso,
@@ -218,7 +248,7 @@ impl Engine {
 
     /// The UDP port in use, host byte order.
     pub fn listen_port(&self) -> u16 {
-        self.port
+        self.state().bind.port
     }
 
     /// What the kernel granted.

@@ -53,6 +53,8 @@ pub(super) struct Change {
     pub(super) preshared_keys: Vec<(PeerId, Option<PresharedKey>)>,
     /// The directory from now on.
     pub(super) directory: Option<Arc<Directory>>,
+    /// The device's MTU from now on, in bytes.
+    pub(super) mtu: Option<u16>,
     /// Our key from now on.
     pub(super) local: Option<Arc<LocalKey>>,
 }

@@ -155,6 +155,9 @@ impl Forwarder {
         if let Some(directory) = change.directory {
             self.directory = directory;
         }
+        if let Some(mtu) = change.mtu {
+            self.mtu = mtu.into();
+        }
         if let Some(local) = change.local {
             // Tunnels take it at their next use: each costs a key exchange.
             self.local = local;

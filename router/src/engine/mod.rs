@@ -132,6 +132,11 @@ pub enum Error {
         "open /dev/net/tun: {0}; the tun module must be loaded, and in a container the device must be passed in"
     )]
     TunOpen(#[source] io::Error),
+    /// A descriptor that was passed in is no TUN device, or not of the right kind.
+    #[error(
+        "the descriptor passed in is no TUN device without packet information (IFF_TUN, IFF_NO_PI): {0}"
+    )]
+    TunPassed(#[source] io::Error),
     /// The device could not be set up.
     #[error("{what} the TUN device {device}: {source}")]
     Device {
@@ -152,6 +157,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The firewall mark was refused.
+    #[error("set the firewall mark of the underlay: {0}")]
+    Mark(#[source] io::Error),
     /// A thread or a descriptor could not be had.
     #[error("start a worker: {0}")]
     Start(#[source] io::Error),

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use tracing::trace;
 
@@ -13,7 +14,7 @@ use super::udp_io::Sender;
 
 /// One worker's way to the underlay.
 pub(super) struct Outlet<'a> {
-    sockets: &'a Sockets,
+    sockets: Arc<Sockets>,
     sender: Sender,
     counters: &'a Counters,
     /// Peers whose sticky source the kernel refused.
@@ -24,7 +25,7 @@ pub(super) struct Outlet<'a> {
 
 impl<'a> Outlet<'a> {
     /// A way out through a worker's sockets.
-    pub(super) fn new(sockets: &'a Sockets, counters: &'a Counters) -> Self {
+    pub(super) fn new(sockets: Arc<Sockets>, counters: &'a Counters) -> Self {
         Self {
             sockets,
             sender: Sender::new(),
@@ -32,6 +33,11 @@ impl<'a> Outlet<'a> {
             stale: Vec::new(),
             uncut: Vec::new(),
         }
+    }
+
+    /// From now on messages go out by these sockets.
+    pub(super) fn rebind(&mut self, sockets: Arc<Sockets>) {
+        self.sockets = sockets;
     }
 
     fn send_to(&mut self, socket: &OwnedFd, arena: &[u8], mut messages: &[Message]) {
@@ -133,7 +139,7 @@ impl<'a> Outlet<'a> {
 
 impl UdpSink for Outlet<'_> {
     fn send(&mut self, arena: &[u8], messages: &[Message]) {
-        let sockets = self.sockets;
+        let sockets = Arc::clone(&self.sockets);
         for run in messages.chunk_by(|a, b| v4(a) == v4(b)) {
             let socket = if v4(&run[0]) {
                 &sockets.v4
@@ -178,20 +184,21 @@ mod tests {
     /// Sends one message of `segments` datagrams to a socket on loopback, which must get all of
     /// `arrive`.
     fn send(segments: usize, local: Ipv4Addr, to: [u8; 4], arrive: usize) -> Outcome {
-        let underlay = Underlay::bind(Bind {
+        let mut underlay = Underlay::bind(Bind {
             port: 0,
             mark: 0,
             workers: 1,
             offload: true,
         })
         .unwrap();
+        let sockets = Arc::new(underlay.sockets.remove(0));
         let server = UdpSocket::bind("127.0.0.1:0").unwrap();
         server
             .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
         let port = server.local_addr().unwrap().port();
         let counters = Counters::new();
-        let mut outlet = Outlet::new(&underlay.sockets[0], &counters);
+        let mut outlet = Outlet::new(sockets, &counters);
         let arena: Vec<u8> = (0..segments).flat_map(|at| [at as u8; SIZE]).collect();
         let message = Message {
             offset: 0,

@@ -3,11 +3,12 @@
 use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 
 use super::Error;
 use super::coalesce::Offload;
+use super::vnet;
 
 /// Offloads to ask for, most wanted first. The kernel refuses a set that it does not know whole.
 const OFFLOADS: [libc::c_uint; 3] = [
@@ -25,6 +26,8 @@ pub(super) struct Device {
     pub(super) name: String,
     /// Interface index.
     pub(super) index: u32,
+    /// MTU in bytes.
+    pub(super) mtu: u16,
     /// What may be read and written.
     pub(super) offload: Offload,
     /// One for each worker.
@@ -112,45 +115,90 @@ impl Device {
         for _ in 1..queues {
             files.push(open_queue(&name, base | multi | vnet)?.0);
         }
-        let mut granted = 0;
-        if offload {
-            granted = OFFLOADS
-                .into_iter()
-                .find(|flags| set_offload(&files[0], *flags).is_ok())
-                .unwrap_or(0);
-        }
-        let index = configure(&name, mtu)?;
+        let offload = negotiate(&files[0], offload);
+        let mut request = request(&name)?;
+        request.ifr_ifru.ifru_mtu = mtu.into();
+        on_interface(libc::SIOCSIFMTU, &mut request)
+            .map_err(|source| Error::device("set the MTU of", &name, source))?;
+        let index = index(&name)?;
         Ok(Self {
             name,
             index,
-            offload: Offload {
-                vnet: offload,
-                tcp: granted & libc::TUN_F_TSO4 != 0,
-                udp: granted & libc::TUN_F_USO4 != 0,
-            },
+            mtu,
+            offload,
             queues: files.into_iter().map(Queue).collect(),
+        })
+    }
+
+    /// Takes over a queue of a device that somebody else has made. `mtu` is assumed where the
+    /// device is in another network namespace and cannot be asked.
+    pub(super) fn adopt(tun: OwnedFd, mtu: u16) -> Result<Self, Error> {
+        // SAFETY: an all-zero ifreq is a valid value of this plain C struct.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        ioctl(tun.as_fd(), libc::TUNGETIFF, &mut request).map_err(Error::TunPassed)?;
+        // SAFETY: TUNGETIFF has written this member.
+        let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+        let kind = libc::IFF_TUN | libc::IFF_NO_PI;
+        if flags & (libc::IFF_TUN | libc::IFF_TAP | libc::IFF_NO_PI) != kind {
+            return Err(Error::TunPassed(io::ErrorKind::InvalidInput.into()));
+        }
+        // SAFETY: no pointers are passed, and the descriptor is open.
+        let done = unsafe {
+            let flags = libc::fcntl(tun.as_raw_fd(), libc::F_GETFL);
+            libc::fcntl(tun.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK)
+        };
+        if done < 0 {
+            return Err(Error::TunPassed(io::Error::last_os_error()));
+        }
+        // SAFETY: the kernel has written a NUL-terminated name; the array is longer than any name.
+        let name = unsafe { CStr::from_ptr(request.ifr_name.as_ptr()) };
+        let name = name.to_string_lossy().into_owned();
+        let vnet = flags & libc::IFF_VNET_HDR != 0;
+        if vnet {
+            let mut size = vnet::LEN as libc::c_int;
+            ioctl(tun.as_fd(), libc::TUNSETVNETHDRSZ, &mut size).map_err(Error::TunPassed)?;
+        }
+        let file = File::from(tun);
+        let found = index(&name);
+        let mtu = match (&found, on_interface(libc::SIOCGIFMTU, &mut request)) {
+            // SAFETY: SIOCGIFMTU has written this member.
+            (Ok(_), Ok(())) => u16::try_from(unsafe { request.ifr_ifru.ifru_mtu }).unwrap_or(mtu),
+            _ => mtu,
+        };
+        Ok(Self {
+            index: found.unwrap_or(0),
+            mtu,
+            offload: negotiate(&file, vnet),
+            queues: vec![Queue(file)],
+            name,
         })
     }
 }
 
-/// Sets the MTU and finds the interface index.
-fn configure(name: &str, mtu: u16) -> Result<u32, Error> {
-    let error = |what| move |source| Error::device(what, name, source);
-    let socket = super::udp::socket(libc::AF_INET).map_err(error("configure"))?;
+/// Asks for offloads, which only go with a virtio-net header.
+fn negotiate(queue: &File, vnet: bool) -> Offload {
+    let granted = OFFLOADS
+        .into_iter()
+        .filter(|_| vnet)
+        .find(|flags| set_offload(queue, *flags).is_ok())
+        .unwrap_or(0);
+    Offload {
+        vnet,
+        tcp: granted & libc::TUN_F_TSO4 != 0,
+        udp: granted & libc::TUN_F_USO4 != 0,
+    }
+}
+
+/// Asks something of the interface that `request` names; netdevice(7).
+fn on_interface(code: libc::c_ulong, request: &mut libc::ifreq) -> io::Result<()> {
+    let socket = super::udp::socket(libc::AF_INET)?;
+    ioctl(socket.as_fd(), code as libc::Ioctl, request)
+}
+
+fn index(name: &str) -> Result<u32, Error> {
     let mut request = request(name)?;
-    request.ifr_ifru.ifru_mtu = mtu.into();
-    ioctl(
-        socket.as_fd(),
-        libc::SIOCSIFMTU as libc::Ioctl,
-        &mut request,
-    )
-    .map_err(error("set the MTU of"))?;
-    ioctl(
-        socket.as_fd(),
-        libc::SIOCGIFINDEX as libc::Ioctl,
-        &mut request,
-    )
-    .map_err(error("find the index of"))?;
+    on_interface(libc::SIOCGIFINDEX, &mut request)
+        .map_err(|source| Error::device("find the index of", name, source))?;
     // SAFETY: SIOCGIFINDEX has written this member.
     let index = unsafe { request.ifr_ifru.ifru_ifindex };
     Ok(index as u32)

@@ -139,6 +139,21 @@ pub(super) struct Sockets {
     pub(super) v6: Option<OwnedFd>,
 }
 
+impl Sockets {
+    /// Sets the firewall mark of what they send (`SO_MARK`); 0 for none.
+    pub(super) fn set_mark(&self, mark: u32) -> io::Result<()> {
+        [&self.v4, &self.v6]
+            .into_iter()
+            .flatten()
+            .try_for_each(|fd| set_mark(fd, mark))
+    }
+}
+
+fn set_mark(fd: &OwnedFd, mark: u32) -> io::Result<()> {
+    let mark = mark as libc::c_int;
+    set_option(fd, libc::SOL_SOCKET, libc::SO_MARK, mark)
+}
+
 /// The underlay of all workers.
 #[derive(Debug)]
 pub(super) struct Underlay {
@@ -263,12 +278,7 @@ fn open_one(
         Ipv6Addr::UNSPECIFIED.into()
     };
     if bind.mark != 0 {
-        set_option(
-            &fd,
-            libc::SOL_SOCKET,
-            libc::SO_MARK,
-            bind.mark as libc::c_int,
-        )?;
+        set_mark(&fd, bind.mark)?;
     }
     if shared {
         set_option(&fd, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;

@@ -42,6 +42,8 @@ const TOKEN_TUN: u64 = 3;
 pub(super) enum Command {
     /// Apply a change, then say so.
     Apply(Change, Done<()>),
+    /// Talk to the underlay through these sockets, then say so.
+    Rebind(Arc<Sockets>, Done<()>),
     /// End the thread.
     Stop,
 }
@@ -81,7 +83,7 @@ impl Waker {
 pub(super) struct Worker {
     pub(super) forwarder: Forwarder,
     pub(super) queue: Queue,
-    pub(super) sockets: Sockets,
+    pub(super) sockets: Arc<Sockets>,
     pub(super) waker: Arc<Waker>,
     pub(super) inbox: Inbox<Command>,
     pub(super) exchange: Exchange,
@@ -94,17 +96,19 @@ impl Worker {
     /// Runs until told to stop, or until the device is gone.
     pub(super) fn run(mut self) -> Result<(), Failure> {
         let epoll = Epoll::new().map_err(Failure::Poll)?;
-        let watch = |fd, token| epoll.add(fd, token).map_err(Failure::Poll);
+        let watch = |fd: BorrowedFd<'_>, token| epoll.add(fd, token).map_err(Failure::Poll);
         watch(self.waker.0.as_fd(), TOKEN_WAKE)?;
         watch(self.queue.as_fd(), TOKEN_TUN)?;
-        for (socket, token) in [(&self.sockets.v4, TOKEN_V4), (&self.sockets.v6, TOKEN_V6)] {
-            if let Some(socket) = socket {
-                watch(socket.as_fd(), token)?;
-            }
-        }
+        let watch_sockets = |sockets: &Sockets| {
+            [(&sockets.v4, TOKEN_V4), (&sockets.v6, TOKEN_V6)]
+                .into_iter()
+                .filter_map(|(socket, token)| Some((socket.as_ref()?, token)))
+                .try_for_each(|(socket, token)| watch(socket.as_fd(), token))
+        };
+        watch_sockets(&self.sockets)?;
         let mut port = Port {
             queue: &self.queue,
-            outlet: Outlet::new(&self.sockets, &self.counters),
+            outlet: Outlet::new(self.sockets.clone(), &self.counters),
             exchange: self.exchange,
             counters: &self.counters,
         };
@@ -134,8 +138,18 @@ impl Worker {
                     }
                     _ => {
                         self.waker.clear();
-                        if !obey(&mut self.forwarder, &mut port, &self.inbox, now) {
-                            return Ok(());
+                        loop {
+                            match obey(&mut self.forwarder, &mut port, &self.inbox, now) {
+                                Obeyed::All => break,
+                                Obeyed::Stop => return Ok(()),
+                                Obeyed::Rebind(sockets, done) => {
+                                    // The old ones leave the epoll set as they close.
+                                    watch_sockets(&sockets)?;
+                                    port.outlet.rebind(sockets.clone());
+                                    self.sockets = sockets;
+                                    let _ = done.send(());
+                                }
+                            }
                         }
                         accept(&mut self.forwarder, &mut port, &self.waker, now);
                         continue;
@@ -162,13 +176,23 @@ impl Worker {
     }
 }
 
-/// Carries out commands. False when it is time to stop.
+/// How far [`obey`] came.
+enum Obeyed {
+    /// Nothing is left to do.
+    All,
+    /// It is time to stop.
+    Stop,
+    /// The worker itself must change its sockets; more commands may wait.
+    Rebind(Arc<Sockets>, Done<()>),
+}
+
+/// Carries out commands.
 fn obey(
     forwarder: &mut Forwarder,
     port: &mut Port<'_>,
     inbox: &Inbox<Command>,
     now: Duration,
-) -> bool {
+) -> Obeyed {
     loop {
         match inbox.try_recv() {
             Ok(Command::Apply(change, done)) => {
@@ -176,8 +200,9 @@ fn obey(
                 // The caller may have given up waiting.
                 let _ = done.send(());
             }
-            Err(TryRecvError::Empty) => return true,
-            Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
+            Ok(Command::Rebind(sockets, done)) => return Obeyed::Rebind(sockets, done),
+            Err(TryRecvError::Empty) => return Obeyed::All,
+            Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Obeyed::Stop,
         }
     }
 }

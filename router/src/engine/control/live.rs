@@ -1,0 +1,77 @@
+//! What can change while the engine runs, beside the peers and the key: port, mark, MTU, and
+//! endpoints that somebody insists on.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, mpsc};
+
+use tracing::info;
+
+use super::{Bind, Change, Command, Engine, Error, Underlay, steer};
+use crate::wireguard::keys::PublicKey;
+
+impl Engine {
+    /// Listens on another UDP port, host byte order; with 0 the system chooses one. The sockets are
+    /// made in the network namespace of the calling thread. On error the old port stays in use.
+    pub fn set_listen_port(&self, port: u16) -> Result<(), Error> {
+        let mut state = self.state();
+        if port != 0 && port == state.bind.port {
+            return Ok(());
+        }
+        let bind = Bind { port, ..state.bind };
+        let underlay = Underlay::bind(bind)?;
+        if bind.workers > 1
+            && let Err(error) = steer::udp(&underlay.sockets)
+        {
+            info!(%error, "no steering of datagrams to workers");
+        }
+        state.bind.port = underlay.port;
+        state.sockets = underlay.sockets.into_iter().map(Arc::new).collect();
+        let (done, waiting) = mpsc::channel();
+        for (worker, sockets) in self.workers.iter().zip(&state.sockets) {
+            worker.tell(Command::Rebind(sockets.clone(), done.clone()))?;
+        }
+        drop(done);
+        for _ in &self.workers {
+            waiting.recv().map_err(|_| Error::Worker)?;
+        }
+        Ok(())
+    }
+
+    /// Changes the firewall mark of underlay packets (`SO_MARK`); 0 for none. On error the old mark
+    /// stays.
+    pub fn set_fwmark(&self, mark: u32) -> Result<(), Error> {
+        let mut state = self.state();
+        let set = |mark| state.sockets.iter().try_for_each(|s| s.set_mark(mark));
+        if let Err(error) = set(mark) {
+            // What could be set before can be set again.
+            let _ = set(state.bind.mark);
+            return Err(Error::Mark(error));
+        }
+        state.bind.mark = mark;
+        Ok(())
+    }
+
+    /// Tells the engine that the device's MTU has changed, in bytes: packets are padded no further.
+    pub fn set_mtu(&self, mtu: u16) -> Result<(), Error> {
+        let change = |_| Change {
+            mtu: Some(mtu),
+            ..Change::default()
+        };
+        let _state = self.state();
+        self.apply(self.workers.iter().map(change).collect())
+    }
+
+    /// Sends to these endpoints from now on, also where a peer has roamed away from the endpoint
+    /// that [`Engine::set_peers`] knows. Unknown peers are passed over.
+    pub fn set_endpoints(&self, endpoints: &[(PublicKey, SocketAddr)]) -> Result<(), Error> {
+        let mut state = self.state();
+        let mut changes: Vec<Change> = self.workers.iter().map(|_| Change::default()).collect();
+        for (key, endpoint) in endpoints {
+            if let Some(known) = state.peers.get_mut(key) {
+                known.spec.endpoint = Some(*endpoint);
+                changes[known.worker].endpoints.push((known.id, *endpoint));
+            }
+        }
+        self.apply(changes)
+    }
+}
