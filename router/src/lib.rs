@@ -10,4 +10,5 @@ pub mod engine;
 pub mod netlink;
 pub mod runtime;
 pub mod telemetry;
+pub mod uapi;
 pub mod wireguard;

@@ -7,6 +7,7 @@ mod facts;
 mod lock;
 mod notify;
 mod status;
+mod uapi;
 
 use std::future::pending;
 use std::io;
@@ -34,6 +35,7 @@ use crate::engine::{self, Engine};
 use crate::netlink::sysctl::Sysctls;
 use crate::netlink::{self, Change, Changes, FWMARK, Netlink, RuleSpec};
 use crate::telemetry::Metrics;
+use crate::uapi::{Question, Server};
 
 /// Our routing table.
 const TABLE: u32 = 51_820;
@@ -132,6 +134,9 @@ struct Daemon {
 
     requests: mpsc::Receiver<api::Request>,
     _server: api::Server,
+    /// From wg(8). Its socket is a courtesy: without it the router routes as well.
+    questions: mpsc::Receiver<Question>,
+    _wireguard_socket: Option<Server>,
     started: Instant,
     ready: bool,
     /// Dropped last: nobody may take the device before everything else is gone.
@@ -172,6 +177,9 @@ impl Daemon {
             index,
             name: name.to_owned(),
         };
+        let (sender, questions) = mpsc::channel(16);
+        let wireguard_socket = Server::start(&tun.name, sender)
+            .inspect_err(|error| tracing::warn!("`wg` will not see this router: {error}"));
         let mut daemon = Self {
             kernel: Kernel::new(&local.device),
             sysctls,
@@ -192,6 +200,8 @@ impl Daemon {
             datapath_reason,
             requests,
             _server: server,
+            questions,
+            _wireguard_socket: wireguard_socket.ok(),
             started,
             ready: false,
             _lock: lock,
@@ -260,6 +270,7 @@ impl Daemon {
                     // The client may have gone meanwhile.
                     let _ = answer.send(self.status());
                 }
+                Some(question) = self.questions.recv() => self.answer(question),
                 failure = self.engine.failed() => return Err(Error::EngineFailed(failure)),
                 () = deadline_or_never(deadline) => {}
             }

@@ -304,7 +304,7 @@ impl Host {
     }
 
     /// A device name for a tunnel, unique on this machine.
-    pub(crate) fn tunnel_name(&self) -> String {
+    pub fn tunnel_name(&self) -> String {
         let n = self.lab.tunnels.fetch_add(1, Ordering::Relaxed);
         sweep::wireguard_device(&self.lab.id, n)
     }

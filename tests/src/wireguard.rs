@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use crate::command::{Cmd, Process};
@@ -137,9 +138,11 @@ impl Host {
             // Or wireguard-go fills its log with advice.
             .env("WG_PROCESS_FOREGROUND", "1");
         let mut process = self.spawn("wireguard", command)?;
-        // It answers `wg` some time after it has started, and only then is its device there.
+        // It answers `wg` some time after it has started, and only then is its device there. `wg`
+        // must not come too early: it removes a socket that has a name and does not listen yet.
+        let socket = format!("/run/wireguard/{device}.sock");
         process.ready(Duration::from_secs(10), "the device to answer `wg`", || {
-            self.run(["wg", "show", &device]).is_ok()
+            UnixStream::connect(&socket).is_ok() && self.run(["wg", "show", &device]).is_ok()
         })?;
         self.configure_wireguard(Some(process), device, tunnel)
     }

@@ -5,3 +5,4 @@ mod ebpf;
 mod lab_itself;
 mod netlink;
 mod router;
+mod wireguard;

@@ -5,6 +5,7 @@ mod files;
 mod init;
 mod keys;
 mod logging;
+mod wireguard;
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -66,6 +67,9 @@ enum Command {
         #[arg(long, value_name = "PATH", default_value_os_t = config::default_socket(config::DEFAULT_DEVICE))]
         socket: PathBuf,
     },
+    /// Make a plain WireGuard device, without routing or policy, that `wg` and wg-quick configure: a
+    /// drop-in for wireguard-go. It runs in the background until the device is deleted.
+    Wireguard(wireguard::Args),
     /// Print a new private key.
     Genkey,
     /// Print a new preshared key.
@@ -76,7 +80,7 @@ enum Command {
 
 /// Parses the command line, runs the subcommand that it names and reports what went wrong.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::parse_from(wireguard::arguments(std::env::args_os()));
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -114,6 +118,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::CheckConfig { file } => print(&check_config(&file)?),
         Command::AddPeer(args) => add_peer::add_peer(&args),
         Command::Status { json, socket } => print(&api::print_status(&socket, json)?),
+        Command::Wireguard(args) => wireguard::wireguard(&args, cli.log.as_deref()),
         Command::Genkey => keys::genkey(),
         Command::Genpsk => keys::genpsk(),
         Command::Pubkey => keys::pubkey(),
