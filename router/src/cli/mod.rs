@@ -2,6 +2,7 @@
 
 mod add_peer;
 mod files;
+mod import;
 mod init;
 mod keys;
 mod logging;
@@ -58,6 +59,9 @@ enum Command {
     /// Make a key pair for a new peer, add it to the configuration, and print the peer's own
     /// configuration for wg-quick.
     AddPeer(add_peer::Args),
+    /// Make a configuration out of a file of wg-quick, and tell line by line what it could not carry
+    /// over.
+    Import(import::Args),
     /// Ask the running router how it is.
     Status {
         /// As JSON, for scripts.
@@ -117,6 +121,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Init { dir, force } => print(&init::init(&dir, force)?),
         Command::CheckConfig { file } => print(&check_config(&file)?),
         Command::AddPeer(args) => add_peer::add_peer(&args),
+        Command::Import(args) => print(&import::import(&args)?),
         Command::Status { json, socket } => print(&api::print_status(&socket, json)?),
         Command::Wireguard(args) => wireguard::wireguard(&args, cli.log.as_deref()),
         Command::Genkey => keys::genkey(),
