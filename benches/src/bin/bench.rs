@@ -94,14 +94,21 @@ impl Arguments {
     }
 
     fn list(&self, entries: &[&SuiteEntry], context: &Context) -> anyhow::Result<ExitCode> {
+        let mut out = std::io::stdout().lock();
         for entry in entries {
-            println!("{}: {}", entry.name, entry.about);
             let suite = self.suite(entry, context)?;
-            for case in &suite.cases {
-                println!("  {}", title(case.id()));
-            }
-            for skipped in &suite.skipped {
-                println!("  {}: not here: {}", title(&skipped.id), skipped.why);
+            let cases = suite.cases.iter().map(|case| title(case.id()));
+            let skipped = suite
+                .skipped
+                .iter()
+                .map(|skipped| format!("{}: not here: {}", title(&skipped.id), skipped.why));
+            let lines: String = cases
+                .chain(skipped)
+                .map(|line| format!("  {line}\n"))
+                .collect();
+            // A reader that has seen enough, such as `head`, is no error.
+            if write!(out, "{}: {}\n{lines}", entry.name, entry.about).is_err() {
+                break;
             }
         }
         Ok(ExitCode::SUCCESS)

@@ -10,6 +10,7 @@ use anyhow::bail;
 use lab::{Host, Lab, Tunnel, Wireguard};
 
 use super::Icmp;
+use crate::scale::crowd::Crowd;
 use crate::wireguard::programs::Program;
 use crate::wireguard::router::{Job, PORT, Router, key_pair};
 
@@ -143,6 +144,7 @@ impl Site {
                 lan: "lan",
                 clamp: plan.clamp,
                 cpus: None,
+                crowd: Crowd::NONE,
             },
         )?;
         let tunnel = Tunnel::new(&client_key)

@@ -18,6 +18,8 @@ pub struct Crowd {
     pub routes: u32,
     /// Policy rules.
     pub rules: u32,
+    /// Worker threads; `None` for as many as the router chooses.
+    pub workers: Option<u32>,
 }
 
 impl Crowd {
@@ -26,6 +28,14 @@ impl Crowd {
         peers: 1,
         routes: 1,
         rules: 0,
+        workers: None,
+    };
+
+    /// Nothing.
+    pub const NONE: Self = Self {
+        peers: 0,
+        routes: 0,
+        ..Self::ONE
     };
 
     /// The router's configuration.
@@ -33,10 +43,26 @@ impl Crowd {
         let mut config = Config::new()?;
         config.addresses = vec!["100.64.0.1/10".to_owned()];
         config.log = "warn";
-        config.peers = (0..self.peers).map(peer).collect();
-        config.routes = (0..self.routes).map(route).collect();
-        config.rules = (0..self.rules).map(rule).collect();
+        config.workers = self.workers.map(|workers| workers as usize);
+        config.peers = self.peers().collect();
+        config.routes = self.routes().collect();
+        config.rules = self.rules().collect();
         Ok(config)
+    }
+
+    /// Its peers, all silent.
+    pub fn peers(self) -> impl Iterator<Item = Peer> {
+        (0..self.peers).map(peer)
+    }
+
+    /// Its routes, none of which holds the networks of the other suites.
+    pub fn routes(self) -> impl Iterator<Item = Route> {
+        (0..self.routes).map(route)
+    }
+
+    /// Its rules, for its own peers and routes.
+    pub fn rules(self) -> impl Iterator<Item = Rule> {
+        (0..self.rules).map(rule)
     }
 }
 
@@ -97,6 +123,7 @@ mod tests {
             peers: 100,
             routes: 100,
             rules: 100,
+            workers: None,
         };
         let folder = tempfile::tempdir().unwrap();
         let config = crowd.config().unwrap();

@@ -1,18 +1,23 @@
-//! What grows with the number of peers, routes and rules.
+//! What grows with the number of peers, routes, rules, flows and workers.
 
 pub mod crowd;
 mod daemon;
 
-use crate::case::{CaseId, Chart, ChartKind, Context, Effort, Implementation, Suite, SuiteEntry};
+use crate::case::{
+    CaseId, Chart, ChartKind, Context, Effort, Implementation, Skipped, Suite, SuiteEntry,
+};
+use crate::{cpu, wireguard};
 use crowd::Crowd;
 use daemon::Daemon;
 
 const SUITE: &str = "scale";
+/// Flows of the packets where their number is not what grows.
+const FLOWS: u32 = 256;
 
 /// The suite, as the command line knows it.
 pub(crate) const ENTRY: SuiteEntry = SuiteEntry {
     name: SUITE,
-    about: "start, reload and memory against peers, routes and rules",
+    about: "packets, start, reload and memory against peers, flows, routes, rules and workers",
     build: suite,
 };
 
@@ -36,7 +41,43 @@ fn suite(context: &Context) -> anyhow::Result<Suite> {
             }));
         }
     }
+    let mut add = |axis: &str, count: u32, crowd: Crowd, flows: u32| {
+        let id = CaseId::new(SUITE, format!("packets-{axis}"), Implementation::sluice(""));
+        let id = id.at(axis, count.into());
+        match wireguard::scaled(context, id.clone(), crowd, flows) {
+            Ok(case) => suite.cases.push(case),
+            Err(why) => suite.skipped.push(Skipped { id, why }),
+        }
+    };
+    for (axis, counts) in axes(context.effort) {
+        for &count in counts {
+            let mut crowd = Crowd::NONE;
+            *axis.of(&mut crowd) = count;
+            add(axis.name(), count, crowd, FLOWS);
+        }
+    }
+    for &flows in flows(context.effort) {
+        add("flows", flows, Crowd::NONE, flows);
+    }
+    if context.effort != Effort::Quick {
+        for workers in 1..=cpu::affinity()?.len() as u32 {
+            let crowd = Crowd {
+                workers: Some(workers),
+                ..Crowd::NONE
+            };
+            add("workers", workers, crowd, FLOWS);
+        }
+    }
     Ok(suite)
+}
+
+/// Live flows of the generator. More than its ports the suite `prog` has.
+fn flows(effort: Effort) -> &'static [u32] {
+    match effort {
+        Effort::Smoke => &[10],
+        Effort::Quick => &[50_000],
+        Effort::Full => &[1, 100, 1_000, 10_000, 50_000],
+    }
 }
 
 /// What is made many of.
@@ -86,22 +127,41 @@ fn axes(effort: Effort) -> [(Axis, &'static [u32]); 3] {
 }
 
 fn charts() -> Vec<Chart> {
-    let lines = |name: &str, title: &str, metric| Chart {
+    let lines = |name: &str, title: &str, metric, cases: &[(&str, &str)]| Chart {
         name: format!("{SUITE}-{name}"),
         title: title.to_owned(),
         metric,
-        kind: ChartKind::Lines(vec![("daemon-peers".to_owned(), "peers".to_owned())]),
+        kind: ChartKind::Lines(
+            cases
+                .iter()
+                .map(|(case, label)| ((*case).to_owned(), (*label).to_owned()))
+                .collect(),
+        ),
     };
+    let daemon: &[(&str, &str)] = &[("daemon-peers", "peers")];
     vec![
         lines(
             "start",
             "From start to ready, 10 allowed IPs per peer (less is better)",
             "start",
+            daemon,
         ),
         lines(
             "memory",
             "Resident memory, 10 allowed IPs per peer (less is better)",
             "resident",
+            daemon,
+        ),
+        lines(
+            "packets",
+            "Router CPU per 64-byte UDP packet, µs (less is better)",
+            "router-cpu",
+            &[
+                ("packets-peers", "peers"),
+                ("packets-flows", "flows"),
+                ("packets-routes", "routes"),
+                ("packets-rules", "rules"),
+            ],
         ),
     ]
 }

@@ -16,6 +16,7 @@ use super::programs::Program;
 use super::router::{Job, PORT, Router, key_pair};
 use crate::cpu::{self, Cores, Snapshot, Usage};
 use crate::generator::{Generator, Peer, Target};
+use crate::scale::crowd::Crowd;
 
 const UNDERLAY_CLIENT: &str = "192.0.2.1";
 const UNDERLAY_ROUTER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
@@ -23,8 +24,8 @@ const ROUTER_INSIDE: &str = "10.80.0.1";
 /// The server behind the router.
 pub(super) const SERVER: Ipv4Addr = Ipv4Addr::new(10, 80, 0, 2);
 const NETWORK: &str = "10.80.0.0/24";
-const OVERLAY: &str = "100.64.0.0/16";
-const OVERLAY_ROUTER: &str = "100.64.0.1/16";
+const OVERLAY: &str = "100.64.0.0/10";
+const OVERLAY_ROUTER: &str = "100.64.0.1/10";
 const OVERLAY_CLIENT: &str = "100.64.0.2/32";
 /// Tunnel MTU in bytes, what WireGuard's tools choose on Ethernet.
 const MTU: u16 = 1420;
@@ -68,11 +69,13 @@ pub(super) struct Cost {
 }
 
 impl Bed {
-    /// Builds the network, and starts `program` as its router and `client` as its client.
+    /// Builds the network, and starts `program` as its router, with `crowd` in its
+    /// configuration if it is Sluice, and `client` as its client.
     pub(super) fn new(
         program: &Program,
         client: &[std::ffi::OsString],
         placement: Placement,
+        crowd: Crowd,
     ) -> anyhow::Result<Self> {
         let lab = Lab::new()?;
         let (laptop, host, server) = (
@@ -111,7 +114,7 @@ impl Bed {
         for n in 1..=PEERS {
             let private =
                 router::wireguard::keys::PrivateKey::generate().context("generate a key")?;
-            let address = Ipv4Addr::new(100, 64, 1, n);
+            let address = Ipv4Addr::new(100, 127, 1, n);
             keys.push((private.public().to_string(), format!("{address}/32")));
             peers.push(Peer { private, address });
         }
@@ -127,6 +130,7 @@ impl Bed {
                 lan: "lan",
                 clamp: true,
                 cpus: router_cpus.as_deref(),
+                crowd,
             },
         )?;
         let endpoint = SocketAddr::from((UNDERLAY_ROUTER, PORT));

@@ -23,6 +23,7 @@ use crate::case::{
 };
 use crate::cpu::Cores;
 use crate::generator::{self, Direction, Load, Peer, Rate};
+use crate::scale::crowd::Crowd;
 
 use bed::{Bed, Pinned, Placement};
 use programs::{Candidate, Program, REFERENCE};
@@ -92,6 +93,7 @@ fn build(context: &Context) -> anyhow::Result<Suite> {
                         program: program.clone(),
                         client: client.clone(),
                         placement,
+                        crowd: Crowd::NONE,
                         bed: RefCell::new(None),
                     })
                 };
@@ -238,11 +240,50 @@ fn charts() -> Vec<Chart> {
     ]
 }
 
+/// 64-byte packets of `flows` flows up through Sluice with `crowd` in its configuration; or why that
+/// cannot be measured here. With a number of workers in the crowd the scheduler places them, and the
+/// router is flooded; else it has a CPU to itself, and what comes is paced.
+pub(crate) fn scaled(
+    context: &Context,
+    id: CaseId,
+    crowd: Crowd,
+    flows: u32,
+) -> Result<Box<dyn Case>, String> {
+    let alone = !context.cores.ends.contains(&context.cores.router);
+    let (placement, rate) = match crowd.workers {
+        Some(_) => (Placement::Free, Rate::Flood),
+        None if alone => (Placement::Apart(context.cores.clone()), Rate::Paced(PACED)),
+        None => return Err("the router needs a CPU to itself, and there is only one".to_owned()),
+    };
+    let client = programs::client().map_err(|why| format!("the client: {why}"))?;
+    let peers = if crowd.workers.is_some() {
+        bed::PEERS
+    } else {
+        1
+    };
+    let bed = Lazy {
+        program: Program::Sluice {
+            mode: "ebpf",
+            snat: true,
+        },
+        client,
+        placement,
+        crowd,
+        bed: RefCell::new(None),
+    };
+    Ok(Box::new(BedCase {
+        id,
+        what: udp(Direction::Up, 64, flows, peers, rate),
+        bed: Rc::new(bed),
+    }))
+}
+
 /// A bed that is built when it is first needed, and again after something broke.
 struct Lazy {
     program: Program,
     client: Vec<OsString>,
     placement: Placement,
+    crowd: Crowd,
     bed: RefCell<Option<Bed>>,
 }
 
@@ -265,6 +306,7 @@ impl Case for BedCase {
                 &self.bed.program,
                 &self.bed.client,
                 self.bed.placement.clone(),
+                self.bed.crowd,
             )?,
         };
         let outcome = self.measure(&bed, round);
@@ -279,12 +321,10 @@ impl BedCase {
     fn measure(&self, bed: &Bed, round: Round) -> Result<Vec<Measurement>, Failure> {
         let _pinned = bed.at_the_ends()?;
         let before = bed.router().paths()?;
+        let apart = matches!(self.bed.placement, Placement::Apart(_));
         let mut measured = match self.what {
-            What::Tcp(streams) => {
-                let apart = matches!(self.bed.placement, Placement::Apart(_));
-                tcp::run(bed, streams, round, apart)?
-            }
-            What::Udp(datagrams) => udp::run(bed, datagrams, round)?,
+            What::Tcp(streams) => tcp::run(bed, streams, round, apart)?,
+            What::Udp(datagrams) => udp::run(bed, datagrams, round, apart)?,
             What::RoundTrips { loaded } => latency::round_trips(bed, round, loaded)?,
             What::Connections => latency::connections(bed, round)?,
         };

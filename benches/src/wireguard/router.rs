@@ -7,6 +7,7 @@ use lab::{Host, Keypair, Tunnel, Wireguard};
 
 use super::programs::Program;
 use crate::cpu;
+use crate::scale::crowd::Crowd;
 
 /// The router's UDP port.
 pub(crate) const PORT: u16 = 51820;
@@ -32,6 +33,8 @@ pub(crate) struct Job<'a> {
     pub(crate) clamp: bool,
     /// The CPUs it may use; `None` for all.
     pub(crate) cpus: Option<&'a [usize]>,
+    /// What else Sluice has in its configuration.
+    pub(crate) crowd: Crowd,
 }
 
 /// A running router.
@@ -145,7 +148,8 @@ impl Job<'_> {
         config.addresses = vec![self.address.to_owned()];
         config.mtu = self.mtu;
         config.datapath = mode;
-        config.workers = self.cpus.map(<[usize]>::len);
+        let workers = self.crowd.workers.map(|workers| workers as usize);
+        config.workers = workers.or(self.cpus.map(<[usize]>::len));
         config.log = "warn";
         config.peers = (0..)
             .zip(self.peers)
@@ -160,6 +164,17 @@ impl Job<'_> {
             snat,
             mode: "fast",
         }];
+        if self.crowd.rules > 0 {
+            // The last rule, so that a router which tries one after the other tries them all.
+            config.rules = self.crowd.rules().collect();
+            config.rules.push(sluice::Rule {
+                from: self.peers.iter().map(|(_, ip)| ip.clone()).collect(),
+                to: vec![format!("{}:*", self.network)],
+                protocols: Vec::new(),
+            });
+        }
+        config.peers.extend(self.crowd.peers());
+        config.routes.extend(self.crowd.routes());
         Ok(config)
     }
 

@@ -10,6 +10,9 @@ use crate::generator::{Direction, Load, Rate, Summary};
 /// compared.
 pub(super) const PACED: u32 = 60_000;
 
+/// The metric that only a router with a CPU to itself has.
+const ROUTER_CPU: &str = "router-cpu";
+
 /// A UDP load.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Datagrams {
@@ -34,6 +37,7 @@ pub(super) fn run(
     bed: &Bed,
     datagrams: Datagrams,
     round: Round,
+    with_cost: bool,
 ) -> Result<Vec<Measurement>, Failure> {
     let Datagrams { load, peers } = datagrams;
     let (settle, measure) = times(round);
@@ -52,13 +56,11 @@ pub(super) fn run(
     if received == 0 {
         return Err(Failure::Wrong(format!("none of {sent} packets arrived")));
     }
-    Ok(measurements(
-        bed,
-        &summary,
-        (sent, received),
-        cost,
-        load.rate,
-    ))
+    let mut measured = measurements(bed, &summary, (sent, received), cost, load.rate);
+    if !with_cost {
+        measured.retain(|measured| measured.metric != ROUTER_CPU);
+    }
+    Ok(measured)
 }
 
 /// What must not happen to any router, however loaded.
@@ -98,13 +100,13 @@ fn measurements(
     let cpu = 1e6 * cost.cpu.as_secs_f64() / received as f64;
     let mut measured = match rate {
         Rate::Paced(_) => vec![
-            Measurement::lower("router-cpu", "µs/packet", cpu),
+            Measurement::lower(ROUTER_CPU, "µs/packet", cpu),
             Measurement::fact("delivered", "packets/s", per_second(received)),
             Measurement::lower("lost", "%", share(summary.lost(), summary.sent)),
         ],
         Rate::Flood => vec![
             Measurement::higher("delivered", "packets/s", per_second(received)),
-            Measurement::lower("router-cpu", "µs/packet", cpu),
+            Measurement::lower(ROUTER_CPU, "µs/packet", cpu),
             Measurement::fact("offered", "packets/s", per_second(sent)),
         ],
     };
