@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use crate::{demo, machine, run, setup, test};
+use crate::{bench, demo, machine, run, setup, test};
 
 /// Runs the task: every step even after one has failed, so that one run shows everything; but
 /// nothing without set-up.
@@ -48,6 +48,7 @@ pub(crate) fn main() -> Result<ExitCode> {
     });
     steps.run("tests", || passed("tests", test::all(false, None)?));
     steps.run("demo", || passed("the demo", demo::run(&[])?));
+    steps.run("benchmark works", bench::check);
     steps.run("static binary", || {
         run::show(run::cargo().args([
             "build",
