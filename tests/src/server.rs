@@ -86,7 +86,13 @@ fn accept(listener: &TcpListener, stop: &AtomicBool, open: &Mutex<Vec<TcpStream>
 fn echo(socket: &UdpSocket, stop: &AtomicBool) {
     let mut buffer = vec![0; 65_536];
     while !stop.load(Ordering::SeqCst) {
-        // An ICMP error for an earlier answer surfaces here; it concerns that answer alone.
+        // What wakes this thread at its end is a datagram without a sender, at which the standard
+        // library panics; so it only looks here. An ICMP error for an earlier answer surfaces here
+        // too; it concerns that answer alone.
+        let waiting = socket.peek(&mut buffer[..1]);
+        if waiting.is_err() || stop.load(Ordering::SeqCst) {
+            continue;
+        }
         if let Ok((len, from)) = socket.recv_from(&mut buffer) {
             let _ = socket.send_to(&buffer[..len], from);
         }

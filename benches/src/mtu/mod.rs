@@ -100,17 +100,17 @@ fn cells(effort: Effort) -> Vec<Cell> {
         path,
         icmp,
     };
+    let mut cells = Vec::new();
     if effort != Effort::Full {
-        let mut cells = vec![
-            cell(Kind::Http, 1420, 1500, Icmp::Lost),
-            cell(Kind::ShrinkingSubnet, 1420, 1500, Icmp::Delivered),
-        ];
+        cells.push(cell(Kind::Http, 1420, 1500, Icmp::Lost));
         if effort == Effort::Smoke {
-            cells.push(cell(Kind::Stream, 1280, 1500, Icmp::Lost));
+            cells.extend([
+                cell(Kind::ShrinkingSubnet, 1420, 1500, Icmp::Delivered),
+                cell(Kind::Stream, 1280, 1500, Icmp::Lost),
+            ]);
         }
         return cells;
     }
-    let mut cells = Vec::new();
     for tunnel in [1280, 1420, 8920] {
         for path in [1280, 1500, 9001] {
             for icmp in [Icmp::Delivered, Icmp::Lost] {
