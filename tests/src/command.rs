@@ -163,14 +163,23 @@ impl Cmd {
             bail!("an empty command");
         };
         let path = match program.to_str() {
-            Some(name) if !name.contains('/') => requirements::find(name)
-                .with_context(|| format!("{name} is not installed; `cargo xtask setup` brings it"))?
-                .into_os_string(),
+            Some(name) if !name.contains('/') => {
+                // Said where it is installed too, or only a fresh machine would notice.
+                if !requirements::is_known(name) {
+                    bail!(
+                        "{name} is not in tests/src/requirements.rs, so set-up does not bring it"
+                    );
+                }
+                requirements::find(name)
+                    .with_context(|| {
+                        format!("{name} is not installed; `cargo xtask setup` brings it")
+                    })?
+                    .into_os_string()
+            }
             _ => program.clone(),
         };
         let mut command = Command::new(path);
         command
-            .arg0(program)
             .args(arguments)
             .envs(self.env.iter().map(|(k, v)| (k, v)))
             .stdin(input(&self.stdin)?)

@@ -51,6 +51,7 @@ pub const REQUIREMENTS: &[Requirement] = &[
     tests("nft", "nftables"),
     tests("wireguard-go", "wireguard-go"),
     tests("wg", "wireguard-tools"),
+    tests("conntrack", "conntrack"),
     demo("nginx", "nginx"),
     demo("curl", "curl"),
     demo("psql", "postgresql-client"),
@@ -58,6 +59,28 @@ pub const REQUIREMENTS: &[Requirement] = &[
     demo("postgres", "postgresql"),
     demo("iperf3", "iperf3"),
 ];
+
+/// Programs that no Debian or Ubuntu system is without.
+const ESSENTIAL: &[&str] = &[
+    "cat",
+    "id",
+    "kill",
+    "mount",
+    "sh",
+    "sha256sum",
+    "sleep",
+    "true",
+    "unshare",
+];
+
+/// Programs that are used only where they are.
+const OPTIONAL: &[&str] = &["bpftool"];
+
+/// Whether a program is listed here: a machine that has been set up has it, or it is not needed.
+pub fn is_known(program: &str) -> bool {
+    [ESSENTIAL, OPTIONAL].concat().contains(&program)
+        || REQUIREMENTS.iter().any(|r| r.program == program)
+}
 
 /// Finds a program on the search path, in the system's own folders (a plain `su` leaves `/usr/sbin`
 /// out of the path), or among PostgreSQL's, of which the newest version is taken.

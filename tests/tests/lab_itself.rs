@@ -226,7 +226,7 @@ fn commands_report_what_happened() {
         let message = format!("{:?}", late.unwrap_err());
         assert!(message.contains("begun"), "{message}");
         let missing = host.run(["no-such-program"]).unwrap_err();
-        assert!(format!("{missing:?}").contains("not installed"));
+        assert!(format!("{missing:?}").contains("requirements.rs"));
         let user = host.command(["id", "-u"]).user(65534, 65534).run()?;
         assert_eq!(user.trim(), "65534");
         let mut early = host.spawn("early", host.command(["sh", "-c", "echo bye; exit 1"]))?;
