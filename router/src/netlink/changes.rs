@@ -8,6 +8,9 @@ use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::MulticastGroup;
 
+use super::neighbours::Known;
+use super::{Error, Netlink};
+
 /// How long changes are gathered: a link that comes up brings dozens.
 const GATHER: Duration = Duration::from_millis(100);
 
@@ -23,7 +26,7 @@ pub enum Change {
     Route,
     /// A routing rule came or went (some network managers remove rules that they do not know).
     Rule,
-    /// A neighbour was found, moved or lost.
+    /// A neighbour was found, moved or lost; not each step of its life.
     Neighbour,
 }
 
@@ -59,6 +62,7 @@ type Notice = (NetlinkMessage<RouteNetlinkMessage>, netlink_sys::SocketAddr);
 pub struct Changes {
     notices: Box<dyn Stream<Item = Notice> + Send + Unpin>,
     own_ports: [u32; 2],
+    neighbours: Known,
     pending: u8,
 }
 
@@ -85,8 +89,17 @@ impl Changes {
         Ok(Self {
             notices: Box::new(notices),
             own_ports,
+            neighbours: Known::default(),
             pending: 0,
         })
+    }
+
+    /// Takes the neighbours that are there already for known, so that it is news when one is lost.
+    pub async fn know_neighbours(&mut self, netlink: &Netlink) -> Result<(), Error> {
+        for message in netlink.neighbours().await? {
+            self.neighbours.learn(&message, false);
+        }
+        Ok(())
     }
 
     /// The next change; each part at most once in 100 ms. `None` when the subscription ended,
@@ -118,7 +131,13 @@ impl Changes {
             NetlinkPayload::InnerMessage(inner)
                 if !self.own_ports.contains(&message.header.port_number) =>
             {
-                self.pending |= Change::of(inner).map_or(0, Change::bit);
+                use RouteNetlinkMessage as M;
+                let is_news = match inner {
+                    M::NewNeighbour(message) => self.neighbours.learn(message, false),
+                    M::DelNeighbour(message) => self.neighbours.learn(message, true),
+                    _ => true,
+                };
+                self.pending |= Change::of(inner).filter(|_| is_news).map_or(0, Change::bit);
             }
             _ => {}
         }

@@ -6,6 +6,7 @@
 
 mod changes;
 mod leftovers;
+mod neighbours;
 pub(crate) mod nft;
 mod routes;
 mod rules;

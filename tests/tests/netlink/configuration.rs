@@ -379,3 +379,72 @@ fn changes_by_others_are_told_and_our_own_are_not() {
         })
     });
 }
+
+#[test]
+fn neighbours_that_programs_use_are_kept_fresh() {
+    const STRANGER: &str = "192.0.2.77";
+    lab::test(|lab| {
+        let router = router(lab)?;
+        connect(&router, async |netlink, _| {
+            let eth0 = index(&netlink, "eth0").await?;
+            router.run(["ping", "-c1", "-W5", "192.0.2.254"])?;
+            let shown = |address: &str| router.ip(&format!("neigh show {address} dev eth0"));
+            let line = shown("192.0.2.254")?;
+            let text = line
+                .split_whitespace()
+                .skip_while(|word| *word != "lladdr")
+                .nth(1);
+            let bytes = text.context("no hardware address")?.split(':');
+            let bytes = bytes.map(|byte| u8::from_str_radix(byte, 16));
+            let hardware = bytes.collect::<Result<Vec<_>, _>>()?;
+            let used = std::collections::HashSet::from([(eth0, hardware[..].try_into()?)]);
+            let stale = |address: &str, hardware: &str| {
+                router.ip(&format!(
+                    "neigh replace {address} lladdr {hardware} dev eth0 nud stale"
+                ))
+            };
+            stale("192.0.2.254", text.context("no hardware address")?)?;
+            stale(STRANGER, "02:00:00:00:00:77")?;
+
+            netlink.probe_neighbours(&used).await?;
+            ensure!(!shown("192.0.2.254")?.contains("STALE"), "it was not asked");
+            lab::wait_until(std::time::Duration::from_secs(30), "an answer", || {
+                shown("192.0.2.254").is_ok_and(|line| line.contains("REACHABLE"))
+            })?;
+            ensure!(shown(STRANGER)?.contains("STALE"), "it is not in use");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn each_step_of_a_neighbours_life_is_no_change() {
+    lab::test(|lab| {
+        let router = router(lab)?;
+        let set = |address: &str, last: u8, state: &str| {
+            router.ip(&format!(
+                "neigh replace {address} lladdr 02:00:00:00:00:{last:02x} dev eth0 nud {state}"
+            ))
+        };
+        set("192.0.2.100", 1, "reachable")?;
+        connect(&router, async |netlink, mut changes| {
+            changes.know_neighbours(&netlink).await?;
+            let mut changed = async |wait: u64| {
+                let limit = std::time::Duration::from_secs(wait);
+                let next = tokio::time::timeout(limit, changes.next()).await;
+                next.is_ok_and(|change| change == Some(Change::Neighbour))
+            };
+            for state in ["stale", "reachable", "permanent", "stale"] {
+                set("192.0.2.100", 1, state)?;
+            }
+            // All that is told of it comes before this.
+            router.ip("route add 10.77.0.0/16 dev eth0")?;
+            ensure!(!changed(10).await, "the same hardware address");
+            set("192.0.2.100", 2, "stale")?;
+            ensure!(changed(10).await, "another hardware address");
+            router.ip("neigh del 192.0.2.100 dev eth0")?;
+            ensure!(changed(10).await, "no hardware address");
+            Ok(())
+        })
+    });
+}
