@@ -6,6 +6,7 @@
 
 pub mod ebpf;
 pub mod kernel;
+pub mod limits;
 pub mod policy;
 
 use std::collections::BTreeMap;

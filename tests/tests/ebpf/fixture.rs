@@ -221,6 +221,7 @@ impl Fixture {
         };
         let mut ebpf = Ebpf::load_with(Options {
             attach: mode,
+            sweep: false,
             ..Options::default()
         })?;
         ebpf.apply(&spec)?;

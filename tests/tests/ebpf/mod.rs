@@ -9,4 +9,5 @@ mod fixture;
 mod frames;
 mod packets;
 mod policy;
+mod sweep;
 mod verdicts;

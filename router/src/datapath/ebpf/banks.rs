@@ -1,5 +1,7 @@
 //! The policy in the programs' maps, and its change.
 
+use std::sync::Arc;
+
 use aya::maps::{HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues};
 use aya::util::nr_cpus;
 use router_ebpf::abi::{Address, Prefix};
@@ -28,7 +30,7 @@ pub(super) struct Banks {
 #[derive(Default)]
 struct Filled {
     policy: Policy,
-    compiled: Compiled,
+    compiled: Arc<Compiled>,
     /// By rule: new flows that it let through before these tables were in force.
     before: Vec<u64>,
 }
@@ -62,12 +64,13 @@ impl Banks {
         };
         let mut staged = Filled {
             policy: policy.clone(),
-            compiled: Compiled::default(),
+            compiled: Arc::default(),
             before: self.carried(policy)?,
         };
         if !policy.rules.is_empty() {
-            staged.compiled = Compiled::new(policy, other)
-                .map_err(|error| failed("compile the policy", error))?;
+            let compiled = Compiled::new(policy, other);
+            staged.compiled =
+                Arc::new(compiled.map_err(|error| failed("compile the policy", error))?);
         }
         let bank = staged.compiled.bank();
         let outcome = self
@@ -81,13 +84,14 @@ impl Banks {
         Ok(bank)
     }
 
-    /// The settings name the bank of the last [`Banks::stage`]: clears the other one.
-    pub(super) fn commit(&mut self) {
-        if let Some(staged) = self.staged.take() {
-            self.current = staged;
-            wait_for_programs();
-            self.tidy();
-        }
+    /// The settings name the bank of the last [`Banks::stage`]: clears the other one. Tells the
+    /// policy if it is another now, and has rules.
+    pub(super) fn commit(&mut self) -> Option<Arc<Compiled>> {
+        self.current = self.staged.take()?;
+        wait_for_programs();
+        self.tidy();
+        let compiled = &self.current.compiled;
+        (compiled.bank() != 0).then(|| Arc::clone(compiled))
     }
 
     /// New flows let through by each rule of the policy in force, in its order. A rule that a new
@@ -135,7 +139,7 @@ impl Banks {
     /// Makes the maps hold what is in force, and `beside` it. Sets come before the prefixes that
     /// name them, and go after them.
     fn write(&mut self, beside: Option<&Compiled>) -> Result<(), Error> {
-        let both = || std::iter::once(&self.current.compiled).chain(beside);
+        let both = || std::iter::once(&*self.current.compiled).chain(beside);
         let prefixes = both().flat_map(Compiled::prefixes).collect();
         let sets = both().flat_map(Compiled::sets).collect();
         if beside.is_some() {

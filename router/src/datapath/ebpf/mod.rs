@@ -6,16 +6,21 @@
 mod attach;
 mod banks;
 mod clsact;
+mod flows;
+mod listing;
 mod object;
 pub mod policy;
+mod sweep;
+mod sweeper;
 mod tables;
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use std::io;
+use std::sync::Arc;
 
 use aya::EbpfLoader;
-use aya::maps::{MapType, PerCpuArray};
+use aya::maps::{MapError, MapType, PerCpuArray};
 use aya::programs::{ProgramError, ProgramType, SchedClassifier};
 use aya::sys::SyscallError;
 use aya::util::KernelVersion;
@@ -23,10 +28,15 @@ use router_ebpf::abi::{self, Side};
 use router_ebpf::verdict::Verdict;
 
 pub use attach::AttachMode;
+pub use listing::{FlowFilter, FlowTables, FlowView};
 pub use object::object;
+pub use sweeper::{Ended, FamilyReport, FlowReport};
 
+use super::limits::Limits;
 use super::{Counter, Datapath, Error, Link, Spec};
 use attach::Attachment;
+use flows::Table;
+use sweeper::Sweeper;
 use tables::Tables;
 
 /// The oldest kernel that the programs are written for.
@@ -37,15 +47,18 @@ const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
 pub struct Options {
     /// The only way to attach; `None`: tcx where the kernel has it (6.6), else clsact.
     pub attach: Option<AttachMode>,
-    /// Most flows of each family.
-    pub flows: u32,
+    /// The limits of the flow table.
+    pub limits: Limits,
+    /// Whether flows end when they are due. Without, whoever fills the table empties it.
+    pub sweep: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
             attach: None,
-            flows: abi::DEFAULT_FLOWS,
+            limits: Limits::default(),
+            sweep: true,
         }
     }
 }
@@ -54,6 +67,8 @@ impl Default for Options {
 pub struct Ebpf {
     programs: aya::Ebpf,
     tables: Tables,
+    flows: Arc<FlowTables>,
+    sweeper: Option<Sweeper>,
     counters: PerCpuArray<aya::maps::MapData, abi::Counter>,
     /// How programs are attached; `None` until the first one has shown what the kernel offers.
     mode: Option<AttachMode>,
@@ -92,7 +107,7 @@ impl Ebpf {
     /// Loads the programs. They are attached by the first [`Datapath::apply`].
     pub fn load_with(options: Options) -> Result<Self, Error> {
         Self::support()?;
-        let entries = options.flows.saturating_mul(2);
+        let entries = options.limits.flows.saturating_mul(2);
         object::check_abi(object())?;
         // Without relocations against kernel types the kernel's own BTF need not be read.
         let mut programs = EbpfLoader::new()
@@ -104,11 +119,22 @@ impl Ebpf {
         for side in Side::ALL {
             load_program(&mut programs, side.program())?;
         }
-        let tables = Tables::take(&mut programs)?;
+        let tables = Tables::take(&mut programs, options.limits.flows_per_source)?;
+        let flows = FlowTables {
+            v4: Table::take(&mut programs, abi::FLOWS4)?,
+            v6: Table::take(&mut programs, abi::FLOWS6)?,
+            sources: Table::take(&mut programs, abi::SOURCES)?,
+        };
+        let sweeper = match options.sweep {
+            true => Some(start_sweeper(&flows, &options.limits)?),
+            false => None,
+        };
         let counters = take_map(&mut programs, abi::COUNTERS)?;
         Ok(Self {
             programs,
             tables,
+            flows: Arc::new(flows),
+            sweeper,
             counters,
             mode: options.attach,
             attached: BTreeMap::new(),
@@ -149,6 +175,16 @@ impl Ebpf {
         self.tables.rule_hits()
     }
 
+    /// How the flow table is; `None` when nobody sweeps it.
+    pub fn flow_report(&self) -> Option<FlowReport> {
+        self.sweeper.as_ref().map(Sweeper::report)
+    }
+
+    /// The flow table, for reading.
+    pub fn flows(&self) -> Arc<FlowTables> {
+        Arc::clone(&self.flows)
+    }
+
     /// The program that tells what the policy says of a packet, loaded when it is asked for: only
     /// tests and measurements run it.
     pub fn policy_probe(&mut self) -> Result<&SchedClassifier, Error> {
@@ -170,7 +206,10 @@ impl Ebpf {
                 .map_err(|error| failed("remove what a dead daemon left attached", error))?;
         }
         // Maps first: a program must not judge by another network's tables.
-        self.tables.install(spec)?;
+        let changed = self.tables.install(spec)?;
+        if let (Some(policy), Some(sweeper)) = (changed, &self.sweeper) {
+            sweeper.judge(policy);
+        }
         let wanted = wanted(spec);
         for (key @ (_, program), link) in &wanted {
             if self.attached.contains_key(key) {
@@ -250,6 +289,19 @@ impl Datapath for Ebpf {
         }
         outcome
     }
+}
+
+fn start_sweeper(flows: &FlowTables, limits: &Limits) -> Result<Sweeper, Error> {
+    let maps = || -> Result<_, MapError> {
+        Ok(sweeper::Maps {
+            v4: flows.v4.try_clone()?,
+            v6: flows.v6.try_clone()?,
+            sources: flows.sources.try_clone()?,
+        })
+    };
+    let context = "sweep the flow table";
+    let maps = maps().map_err(|error| failed(context, error))?;
+    Sweeper::start(maps, limits).map_err(|error| failed(context, error))
 }
 
 fn load_program<'a>(programs: &'a mut aya::Ebpf, name: &str) -> Result<&'a SchedClassifier, Error> {

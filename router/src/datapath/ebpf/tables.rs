@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
 use aya::Pod;
 use aya::maps::lpm_trie::Key;
@@ -14,9 +15,10 @@ use ipnet::IpNet;
 use router_ebpf::abi::{self, Address, Prefix, Settings};
 
 use super::banks::Banks;
+use super::policy::Compiled;
 use super::{failed, take_map};
 use crate::control::{Route, RouteMode};
-use crate::datapath::{Error, FAST_NAT_PORTS, FLOWS_PER_SOURCE, KEPT_NAT_PORTS, Spec};
+use crate::datapath::{Error, FAST_NAT_PORTS, KEPT_NAT_PORTS, Spec};
 
 /// Since this kernel a FIB lookup answers with the path's MTU.
 const FIB_MTU_KERNEL: KernelVersion = KernelVersion::new(5, 12, 0);
@@ -27,6 +29,7 @@ pub(super) struct Tables {
     /// What is in `settings`.
     current: Settings,
     policy: Banks,
+    flows_per_source: u32,
     overlay: Mirror<Prefix, abi::Overlay, LpmTrie<MapData, Address, abi::Overlay>>,
     routes: Mirror<Prefix, abi::Route, LpmTrie<MapData, Address, abi::Route>>,
     links: Mirror<u32, abi::Link, HashMap<MapData, u32, abi::Link>>,
@@ -34,11 +37,12 @@ pub(super) struct Tables {
 
 impl Tables {
     /// Takes the maps out of the loaded object.
-    pub(super) fn take(programs: &mut aya::Ebpf) -> Result<Self, Error> {
+    pub(super) fn take(programs: &mut aya::Ebpf, flows_per_source: u32) -> Result<Self, Error> {
         Ok(Self {
             settings: take_map(programs, abi::SETTINGS)?,
             current: Settings::default(),
             policy: Banks::take(programs)?,
+            flows_per_source,
             overlay: Mirror::new(
                 take_map(programs, abi::OVERLAY)?,
                 "overlay CIDRs",
@@ -53,8 +57,8 @@ impl Tables {
         })
     }
 
-    /// Makes the maps say what `spec` says.
-    pub(super) fn install(&mut self, spec: &Spec) -> Result<(), Error> {
+    /// Makes the maps say what `spec` says. Tells the policy if it is another now, and has rules.
+    pub(super) fn install(&mut self, spec: &Spec) -> Result<Option<Arc<Compiled>>, Error> {
         let overlay = spec
             .overlay
             .iter()
@@ -87,10 +91,10 @@ impl Tables {
         self.write(Settings {
             generation,
             bank,
+            flows_per_source: self.flows_per_source,
             ..settings(spec)
         })?;
-        self.policy.commit();
-        Ok(())
+        Ok(self.policy.commit())
     }
 
     /// New flows let through by each rule of the policy in force.
@@ -157,7 +161,6 @@ fn settings(spec: &Spec) -> Settings {
         flags,
         tun: spec.tun.index,
         mtu: u32::from(spec.mtu),
-        flows_per_source: FLOWS_PER_SOURCE,
         kept_ports: ends(KEPT_NAT_PORTS),
         ports: ends(FAST_NAT_PORTS),
         ..Settings::default()

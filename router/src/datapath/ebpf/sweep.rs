@@ -1,0 +1,483 @@
+//! Which flows end, and when: one pass over the flow table.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
+use std::time::Duration;
+
+use router_ebpf::abi::{Address, Flow, Prefix, Side, Tuple};
+use router_ebpf::packet::{ICMP, ICMPV6, TCP};
+use router_ebpf::policy::NewFlow;
+
+use super::flows::{Key, Store, partner};
+use super::policy::Compiled;
+use crate::datapath::limits::Timeouts;
+
+/// Above this share of the table, in percent, flows that are hardly in use end early...
+const PRESSURE: u64 = 80;
+/// ...until the table is emptier than this.
+const RELIEF: u64 = 70;
+
+/// Timeout under pressure of TCP connections that are half open or over. Shorter than RFC 5382
+/// allows a NAT that has room: the alternative is to refuse new flows.
+const HALF_OPEN: Duration = Duration::from_secs(30);
+
+/// A next hop counts as used when a packet has gone to it not longer ago.
+const IN_USE: Duration = Duration::from_secs(30);
+
+/// Every so many passes each entry is compared with its partner.
+const THOROUGH: u32 = 12;
+
+/// What a pass has seen and done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Tally {
+    /// Flows that remain.
+    pub(super) flows: u64,
+    /// Flows that were idle for too long.
+    pub(super) expired: u64,
+    /// Flows that were ended early, to make room.
+    pub(super) early: u64,
+    /// Flows that the policy no longer allows.
+    pub(super) denied: u64,
+    /// Entries without a partner.
+    pub(super) strays: u64,
+    /// Flows of each overlay address.
+    pub(super) sources: HashMap<Address, u32>,
+    /// Interface and hardware address of the next hops in use.
+    pub(super) next_hops: HashSet<(u32, [u8; 6])>,
+}
+
+/// What is kept from one pass over the table of a family to the next.
+#[derive(Debug)]
+pub(super) struct Sweep<K> {
+    timeouts: Timeouts,
+    /// Most flows.
+    capacity: u64,
+    pressure: bool,
+    passes: u32,
+    /// Entries whose partner was missing: a flow that begins looks so for a moment.
+    suspects: HashSet<K>,
+}
+
+impl<K: Key + std::hash::Hash> Sweep<K> {
+    pub(super) fn new(timeouts: Timeouts, capacity: u32) -> Self {
+        Self {
+            timeouts,
+            capacity: capacity.into(),
+            pressure: false,
+            passes: 0,
+            suspects: HashSet::new(),
+        }
+    }
+
+    /// Whether flows that are hardly in use end early.
+    pub(super) fn pressure(&self) -> bool {
+        self.pressure
+    }
+
+    /// Goes over the whole table at `now` (ns of `CLOCK_MONOTONIC`) and ends what is due; with
+    /// `policy`, also what it does not allow.
+    pub(super) fn pass(
+        &mut self,
+        store: &mut impl Store<K, Flow>,
+        now: u64,
+        policy: Option<&Compiled>,
+    ) -> io::Result<Tally> {
+        let mut tally = Tally::default();
+        let mut missing = HashSet::new();
+        let thorough = self.is_thorough();
+        let (mut cursor, mut entries) = (None, Vec::new());
+        loop {
+            store.read(&mut cursor, &mut entries)?;
+            for (key, flow) in &entries {
+                let suspect = self.suspects.contains(key);
+                if key.side() == Side::Overlay {
+                    self.judge(store, now, policy, (key, flow), &mut tally)?;
+                } else if (thorough || suspect) && store.get(&partner(key, flow))?.is_none() {
+                    if suspect {
+                        store.remove(key)?;
+                        tally.strays += 1;
+                    } else {
+                        missing.insert(*key);
+                    }
+                }
+            }
+            if cursor.is_none() {
+                break;
+            }
+        }
+        self.suspects = missing;
+        self.passes = self.passes.wrapping_add(1);
+        let share = 100 * tally.flows / self.capacity.max(1);
+        self.pressure = share >= PRESSURE || (self.pressure && share >= RELIEF);
+        Ok(tally)
+    }
+
+    /// Ends the flow of an entry of the overlay side, or counts it.
+    fn judge(
+        &self,
+        store: &mut impl Store<K, Flow>,
+        now: u64,
+        policy: Option<&Compiled>,
+        (key, flow): (&K, &Flow),
+        tally: &mut Tally,
+    ) -> io::Result<()> {
+        let tuple = key.tuple();
+        if policy.is_some_and(|policy| policy.rule(&opening(&tuple, flow)).is_none()) {
+            tally.denied += 1;
+            return end(store, key, flow);
+        }
+        // Reading the partner is a system call: only where this direction alone does not tell.
+        if self.is_thorough() || idle(now, flow.last_used) > self.shortest() {
+            let Some(other) = store.get(&partner(key, flow))? else {
+                // It is made first and goes last.
+                tally.strays += 1;
+                return store.remove(key);
+            };
+            let idle = idle(now, flow.last_used.max(other.last_used));
+            if idle > self.timeout(tuple.protocol, flow, &other, false) {
+                tally.expired += 1;
+                return end(store, key, flow);
+            }
+            if self.pressure && idle > self.timeout(tuple.protocol, flow, &other, true) {
+                tally.early += 1;
+                return end(store, key, flow);
+            }
+        }
+        tally.flows += 1;
+        *tally.sources.entry(tuple.source).or_default() += 1;
+        if flow.link != 0 && idle(now, flow.last_used) < IN_USE {
+            let [a, b, c, d, e, f, ..] = flow.hardware;
+            tally.next_hops.insert((flow.link, [a, b, c, d, e, f]));
+        }
+        Ok(())
+    }
+
+    /// Whether this pass compares each entry with its partner.
+    fn is_thorough(&self) -> bool {
+        self.passes.is_multiple_of(THOROUGH)
+    }
+
+    fn shortest(&self) -> Duration {
+        let Timeouts {
+            tcp,
+            tcp_transitory,
+            udp,
+            icmp,
+        } = self.timeouts;
+        let least = tcp.min(tcp_transitory).min(udp).min(icmp);
+        if self.pressure {
+            least.min(HALF_OPEN)
+        } else {
+            least
+        }
+    }
+
+    /// How long a flow may be idle, given both its entries.
+    fn timeout(&self, protocol: u8, flow: &Flow, other: &Flow, pressure: bool) -> Duration {
+        match protocol {
+            TCP if !is_established(flow.tcp, other.tcp) => {
+                let usual = self.timeouts.tcp_transitory;
+                if pressure {
+                    usual.min(HALF_OPEN)
+                } else {
+                    usual
+                }
+            }
+            TCP => self.timeouts.tcp,
+            ICMP | ICMPV6 => self.timeouts.icmp,
+            _ if pressure => self.timeouts.udp.min(Timeouts::LEAST.udp),
+            _ => self.timeouts.udp,
+        }
+    }
+}
+
+/// What the policy was asked when the flow of an entry of the overlay side began.
+fn opening(tuple: &Tuple, flow: &Flow) -> NewFlow {
+    let tuple = if flow.flags & Flow::FROM_SUBNET == 0 {
+        *tuple
+    } else {
+        tuple.reversed()
+    };
+    NewFlow {
+        source: Prefix::host(tuple.source),
+        destination: Prefix::host(tuple.destination),
+        protocol: tuple.protocol,
+        port: tuple.ports[1],
+    }
+}
+
+/// Whether a TCP connection is established, by what both directions have sent (RFC 5382 section 5,
+/// RFC 7857 section 2: as long as one side may still send, it is).
+pub(super) fn is_established(one: u8, other: u8) -> bool {
+    let (both, any) = (one & other, one | other);
+    let open = |seen: u8| seen & (Flow::SYN | Flow::ACK) != 0;
+    open(one)
+        && open(other)
+        && any & Flow::ACK != 0
+        && both & Flow::FIN == 0
+        && any & Flow::RST == 0
+}
+
+/// Removes a flow by its entry of the overlay side. That of the subnet side holds the translated port: it goes last, so that
+/// nothing is sent from a port which another flow may have got meanwhile.
+fn end<K: Key>(store: &mut impl Store<K, Flow>, key: &K, flow: &Flow) -> io::Result<()> {
+    store.remove(key)?;
+    store.remove(&partner(key, flow))
+}
+
+fn idle(now: u64, last_used: u64) -> Duration {
+    Duration::from_nanos(now.saturating_sub(last_used))
+}
+
+/// Sets the number of flows of each source to what was counted. The programs count up meanwhile:
+/// what is lost thereby, the next pass finds.
+pub(super) fn recount(
+    store: &mut impl Store<Address, u32>,
+    counted: &HashMap<Address, u32>,
+) -> io::Result<()> {
+    let (mut cursor, mut entries) = (None, Vec::new());
+    let mut wrong = BTreeMap::new();
+    loop {
+        store.read(&mut cursor, &mut entries)?;
+        for (source, count) in &entries {
+            let real = counted.get(source).copied().unwrap_or(0);
+            if real != *count || real == 0 {
+                wrong.insert(*source, real);
+            }
+        }
+        if cursor.is_none() {
+            break;
+        }
+    }
+    for (source, real) in wrong {
+        if real == 0 {
+            store.remove(&source)?;
+        } else {
+            store.put(&source, &real)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+    use router_ebpf::abi::Key4;
+
+    use super::super::flows::memory::Memory;
+    use super::*;
+    use crate::control::{Destination, Policy, Rule};
+
+    const SECOND: u64 = 1_000_000_000;
+    /// A day after boot, so that times may lie before it.
+    const NOW: u64 = 86_400 * SECOND;
+    const UDP: u8 = 17;
+
+    type Flows = Memory<Key4, Flow>;
+
+    fn tuple(protocol: u8, host: u8, port: u16) -> Tuple {
+        Tuple {
+            source: Address::v4([100, 64, 0, host]),
+            destination: Address::v4([10, 0, 0, 1]),
+            ports: [port.to_be_bytes(), [0, 53]],
+            protocol,
+        }
+    }
+
+    /// Adds a translated flow, idle for so many seconds in each direction.
+    fn add(flows: &mut Flows, tuple: &Tuple, idle: [u64; 2], tcp: [u8; 2]) {
+        let flow = |direction: usize, address: Address, port| Flow {
+            last_used: NOW - idle[direction] * SECOND,
+            address: address.octets,
+            port,
+            tcp: tcp[direction],
+            flags: Flow::SNAT,
+            link: 3,
+            hardware: [1; 12],
+            ..Flow::default()
+        };
+        // The port tells apart what one external address stands for.
+        let [high, low] = tuple.ports[0];
+        let port = [high | tuple.source.octets[3] << 4, low];
+        let overlay = flow(0, Address::v4([10, 0, 0, 9]), port);
+        let key = Key4::new(Side::Overlay, tuple);
+        flows.0.insert(
+            partner(&key, &overlay),
+            flow(1, tuple.source, tuple.ports[0]),
+        );
+        flows.0.insert(key, overlay);
+    }
+
+    fn sweep(capacity: u32) -> Sweep<Key4> {
+        Sweep::new(Timeouts::default(), capacity)
+    }
+
+    fn remains(protocol: u8, idle: [u64; 2], tcp: [u8; 2], pressure: bool) -> bool {
+        let mut flows = Memory::new(BTreeMap::new());
+        add(&mut flows, &tuple(protocol, 2, 1), idle, tcp);
+        let mut sweep = sweep(100);
+        sweep.pressure = pressure;
+        let tally = sweep.pass(&mut flows, NOW, None).unwrap();
+        assert_eq!(flows.0.len() as u64, 2 * tally.flows, "half a flow is left");
+        assert_eq!(tally.flows + tally.expired + tally.early, 1);
+        tally.flows == 1
+    }
+
+    #[test]
+    fn each_protocol_and_state_has_its_timeout() {
+        const SYN: u8 = Flow::SYN;
+        const OPEN: u8 = Flow::SYN | Flow::ACK;
+        const FIN: u8 = OPEN | Flow::FIN;
+        for (protocol, tcp, usual, under_pressure) in [
+            (UDP, [0, 0], 300, 120),
+            (ICMP, [0, 0], 60, 60),
+            (TCP, [SYN, 0], 240, 30),
+            (TCP, [SYN, SYN], 240, 30),
+            (TCP, [OPEN, SYN], 7440, 7440),
+            (TCP, [OPEN, OPEN], 7440, 7440),
+            // Without its beginning, as of a flow without translation.
+            (TCP, [Flow::ACK, Flow::ACK], 7440, 7440),
+            (TCP, [FIN, OPEN], 7440, 7440),
+            (TCP, [FIN, FIN], 240, 30),
+            (TCP, [OPEN | Flow::RST, OPEN], 240, 30),
+            (TCP, [OPEN, OPEN | Flow::RST], 240, 30),
+        ] {
+            for (pressure, timeout) in [(false, usual), (true, under_pressure)] {
+                let what = format!("{protocol} {tcp:?} pressure {pressure}");
+                // Either direction keeps the flow.
+                assert!(remains(protocol, [timeout, 9000], tcp, pressure), "{what}");
+                assert!(remains(protocol, [9000, timeout], tcp, pressure), "{what}");
+                assert!(
+                    !remains(protocol, [timeout + 1; 2], tcp, pressure),
+                    "{what}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn pressure_comes_with_a_full_table_and_goes_with_an_empty_one() {
+        let mut flows = Memory::new(BTreeMap::new());
+        let mut sweep = sweep(10);
+        let mut pressure_at = |flows: &mut Flows, count: u16| {
+            flows.0.clear();
+            for port in 0..count {
+                add(flows, &tuple(UDP, 2, port), [1, 1], [0, 0]);
+            }
+            sweep.pass(flows, NOW, None).unwrap();
+            sweep.pressure()
+        };
+        let seen = [7, 8, 7, 6, 7].map(|count| pressure_at(&mut flows, count));
+        assert_eq!(seen, [false, true, true, false, false]);
+    }
+
+    #[test]
+    fn what_a_new_policy_does_not_allow_ends() {
+        let policy = Policy {
+            rules: vec![Rule {
+                sources: vec!["100.64.0.2/32".parse().unwrap()],
+                destinations: vec![Destination {
+                    cidr: "10.0.0.0/8".parse().unwrap(),
+                    ports: 53..=53,
+                }],
+                protocols: vec![],
+            }],
+        };
+        let policy = Compiled::new(&policy, 1).unwrap();
+        let mut flows = Memory::new(BTreeMap::new());
+        add(&mut flows, &tuple(UDP, 2, 7), [0, 0], [0, 0]);
+        add(&mut flows, &tuple(UDP, 3, 7), [0, 0], [0, 0]);
+        // From the subnet, to the same peer: no rule is for that.
+        let inward = tuple(UDP, 2, 8);
+        add(&mut flows, &inward, [0, 0], [0, 0]);
+        let key = Key4::new(Side::Overlay, &inward);
+        flows.0.get_mut(&key).unwrap().flags = Flow::FROM_SUBNET;
+
+        let tally = sweep(100).pass(&mut flows, NOW, Some(&policy)).unwrap();
+        assert_eq!((tally.flows, tally.denied), (1, 2));
+        assert!(
+            flows
+                .0
+                .contains_key(&Key4::new(Side::Overlay, &tuple(UDP, 2, 7)))
+        );
+        assert_eq!(flows.0.len(), 2);
+    }
+
+    #[test]
+    fn an_entry_without_its_partner_goes_but_not_one_that_is_being_made() {
+        let mut flows = Memory::new(BTreeMap::new());
+        add(&mut flows, &tuple(UDP, 2, 7), [0, 0], [0, 0]);
+        add(&mut flows, &tuple(UDP, 2, 8), [0, 0], [0, 0]);
+        let made = Key4::new(Side::Overlay, &tuple(UDP, 2, 8));
+        let entry = flows.0.remove(&made).unwrap();
+        let mut sweep = sweep(100);
+        let tally = sweep.pass(&mut flows, NOW, None).unwrap();
+        assert_eq!((tally.flows, tally.strays, flows.0.len()), (1, 0, 3));
+        // It is made now.
+        flows.0.insert(made, entry);
+        let tally = sweep.pass(&mut flows, NOW, None).unwrap();
+        assert_eq!((tally.flows, tally.strays, flows.0.len()), (2, 0, 4));
+
+        let overlay = Key4::new(Side::Overlay, &tuple(UDP, 2, 7));
+        flows.0.remove(&overlay).unwrap();
+        flows.0.remove(&partner(&made, &entry)).unwrap();
+        let passes = (0..2 * THOROUGH).map(|_| sweep.pass(&mut flows, NOW, None).unwrap());
+        assert_eq!(passes.map(|tally| tally.strays).sum::<u64>(), 2);
+        assert!(flows.0.is_empty());
+    }
+
+    #[test]
+    fn next_hops_in_use_are_told() {
+        let mut flows = Memory::new(BTreeMap::new());
+        add(&mut flows, &tuple(UDP, 2, 7), [29, 0], [0, 0]);
+        let tally = sweep(100).pass(&mut flows, NOW, None).unwrap();
+        assert_eq!(tally.next_hops, HashSet::from([(3, [1; 6])]));
+        let tally = sweep(100).pass(&mut flows, NOW + 2 * SECOND, None).unwrap();
+        assert!(tally.next_hops.is_empty());
+    }
+
+    proptest! {
+        /// Whatever the table holds: what is left is whole, live, and rightly counted.
+        #[test]
+        fn a_pass_leaves_whole_live_flows(
+            all in proptest::collection::btree_map(
+                (prop_oneof![Just(UDP), Just(ICMP), Just(TCP)], 1u8..5, 0u16..50),
+                ([0u64..9000, 0u64..9000], [0u8..16, 0u8..16]),
+                0..60,
+            ),
+            counted in proptest::collection::btree_map(1u8..9, 1u32..9, 0..6),
+        ) {
+            let mut flows = Memory::new(BTreeMap::new());
+            for ((protocol, host, port), (idle, tcp)) in &all {
+                add(&mut flows, &tuple(*protocol, *host, *port), *idle, *tcp);
+            }
+            prop_assert_eq!(flows.0.len(), 2 * all.len());
+            let tally = sweep(1000).pass(&mut flows, NOW, None).unwrap();
+            prop_assert_eq!(tally.strays, 0);
+            prop_assert_eq!(tally.flows + tally.expired, all.len() as u64);
+            for ((protocol, host, port), (idle, tcp)) in &all {
+                let key = Key4::new(Side::Overlay, &tuple(*protocol, *host, *port));
+                let timeout = match *protocol {
+                    UDP => 300,
+                    ICMP => 60,
+                    _ if is_established(tcp[0], tcp[1]) => 7440,
+                    _ => 240,
+                };
+                let live = idle[0].min(idle[1]) <= timeout;
+                prop_assert_eq!(flows.0.contains_key(&key), live);
+            }
+            // The counts become right, whatever they were.
+            let address = |host: u8| Address::v4([100, 64, 0, host]);
+            let mut sources = Memory::new(counted.iter().map(|(h, c)| (address(*h), *c)).collect());
+            recount(&mut sources, &tally.sources).unwrap();
+            for (source, count) in &sources.0 {
+                prop_assert_eq!(tally.sources.get(source), Some(count));
+            }
+            let total: u32 = tally.sources.values().sum();
+            prop_assert_eq!(u64::from(total), tally.flows);
+        }
+    }
+}

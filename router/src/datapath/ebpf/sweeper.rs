@@ -1,0 +1,214 @@
+//! The thread that sweeps the flow table.
+
+use std::collections::HashSet;
+use std::io;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use router_ebpf::abi::{Address, Flow, Key4, Key6};
+
+use super::flows::Table;
+use super::policy::Compiled;
+use super::sweep::{Sweep, Tally, recount};
+use crate::datapath::limits::Limits;
+
+/// From the end of one pass to the beginning of the next.
+const PAUSE: Duration = Duration::from_secs(5);
+/// The same under pressure.
+const SHORT_PAUSE: Duration = Duration::from_secs(1);
+
+/// The flow table as the last pass has left it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlowReport {
+    /// IPv4, then IPv6.
+    pub families: [FamilyReport; 2],
+    /// Flows ended since the start.
+    pub ended: Ended,
+    /// How long the last pass took.
+    pub took: Duration,
+    /// Why the last pass was not completed.
+    pub error: Option<String>,
+    /// Interface index and hardware address of the next hops that flows use.
+    pub next_hops: HashSet<(u32, [u8; 6])>,
+}
+
+/// The flows of one address family.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FamilyReport {
+    /// Flows in the table.
+    pub flows: u64,
+    /// Most flows.
+    pub capacity: u64,
+    /// Whether flows that are hardly in use end early.
+    pub pressure: bool,
+}
+
+/// Flows that the sweeps have ended, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ended {
+    /// Idle for too long.
+    pub expired: u64,
+    /// Hardly in use, when the table was nearly full.
+    pub early: u64,
+    /// No longer allowed by the policy.
+    pub denied: u64,
+    /// Half a flow, left over from one that was ended while it was made.
+    pub strays: u64,
+}
+
+impl Ended {
+    fn add(&mut self, tally: &Tally) {
+        self.expired += tally.expired;
+        self.early += tally.early;
+        self.denied += tally.denied;
+        self.strays += tally.strays;
+    }
+}
+
+/// What the sweeper works on: handles of its own on the maps.
+pub(super) struct Maps {
+    pub(super) v4: Table<Key4, Flow>,
+    pub(super) v6: Table<Key6, Flow>,
+    pub(super) sources: Table<Address, u32>,
+}
+
+/// The running thread; it ends with this handle.
+pub(super) struct Sweeper {
+    /// `None` only while it is dropped.
+    policies: Option<Sender<Arc<Compiled>>>,
+    report: Arc<Mutex<FlowReport>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Sweeper {
+    /// Starts the thread.
+    pub(super) fn start(maps: Maps, limits: &Limits) -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel();
+        let report = Arc::new(Mutex::new(FlowReport::default()));
+        let mut work = Work {
+            maps,
+            v4: Sweep::new(limits.timeouts, limits.flows),
+            v6: Sweep::new(limits.timeouts, limits.flows),
+            capacity: limits.flows.into(),
+            report: Arc::clone(&report),
+        };
+        let thread = thread::Builder::new()
+            .name("sluice-sweep".to_owned())
+            .spawn(move || work.run(&receiver))?;
+        Ok(Self {
+            policies: Some(sender),
+            report,
+            thread: Some(thread),
+        })
+    }
+
+    /// Has all flows judged by `policy` at once.
+    pub(super) fn judge(&self, policy: Arc<Compiled>) {
+        if let Some(policies) = &self.policies {
+            // The thread ends only after this handle, or by a panic, which has told its reason.
+            let _ = policies.send(policy);
+        }
+    }
+
+    /// What the last pass has found.
+    pub(super) fn report(&self) -> FlowReport {
+        let report = self.report.lock();
+        report.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Sweeper {
+    fn drop(&mut self) {
+        self.policies = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Work {
+    maps: Maps,
+    v4: Sweep<Key4>,
+    v6: Sweep<Key6>,
+    capacity: u64,
+    report: Arc<Mutex<FlowReport>>,
+}
+
+impl Work {
+    fn run(&mut self, policies: &Receiver<Arc<Compiled>>) {
+        let mut policy = None;
+        loop {
+            let started = Instant::now();
+            let outcome = self.pass(policy.as_deref());
+            self.publish(outcome, started.elapsed());
+            let pause = if self.v4.pressure() || self.v6.pressure() {
+                SHORT_PAUSE
+            } else {
+                PAUSE
+            };
+            policy = match policies.recv_timeout(pause) {
+                // Only the newest counts.
+                Ok(first) => Some(policies.try_iter().last().unwrap_or(first)),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+        }
+    }
+
+    fn pass(&mut self, policy: Option<&Compiled>) -> io::Result<[Tally; 2]> {
+        let v4 = self.v4.pass(&mut self.maps.v4, monotonic()?, policy)?;
+        let v6 = self.v6.pass(&mut self.maps.v6, monotonic()?, policy)?;
+        let mut counted = v4.sources.clone();
+        // The families have no address in common.
+        counted.extend(&v6.sources);
+        recount(&mut self.maps.sources, &counted)?;
+        Ok([v4, v6])
+    }
+
+    fn publish(&self, outcome: io::Result<[Tally; 2]>, took: Duration) {
+        let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
+        report.took = took;
+        match outcome {
+            Ok([v4, v6]) => {
+                let families = [(&v4, self.v4.pressure()), (&v6, self.v6.pressure())];
+                report.families = families.map(|(tally, pressure)| FamilyReport {
+                    flows: tally.flows,
+                    capacity: self.capacity,
+                    pressure,
+                });
+                report.ended.add(&v4);
+                report.ended.add(&v6);
+                report.next_hops = v4.next_hops.union(&v6.next_hops).copied().collect();
+                report.error = None;
+                let ended = v4.denied + v6.denied;
+                if ended > 0 {
+                    tracing::info!(
+                        flows = ended,
+                        "flows ended that the policy no longer allows"
+                    );
+                }
+            }
+            Err(error) => {
+                if report.error.is_none() {
+                    tracing::warn!(%error, "the flow table could not be swept; trying again");
+                }
+                report.error = Some(error.to_string());
+            }
+        }
+    }
+}
+
+/// `CLOCK_MONOTONIC` in ns: the clock of the programs.
+pub(super) fn monotonic() -> io::Result<u64> {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the kernel fills one `timespec`.
+    if unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64)
+}
