@@ -4,6 +4,7 @@
 //! from the API and the core's own deadlines. Packets never pass here.
 
 mod facts;
+mod fastpath;
 mod lock;
 mod notify;
 mod status;
@@ -21,6 +22,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
+use self::fastpath::choose_datapath;
 use self::lock::DeviceLock;
 pub use self::lock::LockError;
 use crate::api;
@@ -41,6 +43,9 @@ use crate::uapi::{Question, Server};
 const TABLE: u32 = 51_820;
 /// Changes of the network come in swarms; this long after the first one they are looked at.
 const SETTLE: Duration = Duration::from_millis(200);
+/// Between two looks at the neighbours that flows go to. The kernel doubts one after half a minute
+/// (`base_reachable_time_ms`), and takes some seconds to find out.
+const NEIGHBOURS: Duration = Duration::from_secs(10);
 
 /// Why the daemon could not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +125,7 @@ struct Daemon {
     names: Names,
     lookups: JoinSet<(String, u16, Result<Vec<SocketAddr>, String>)>,
     facts_due: Option<Instant>,
+    neighbours_due: Instant,
     facts: Facts,
 
     netlink: Netlink,
@@ -153,12 +159,13 @@ impl Daemon {
         }
         let local = &config.local;
         let lock = DeviceLock::take(&local.device)?;
-        let (netlink, changes) = Netlink::connect()?;
+        let (netlink, mut changes) = Netlink::connect()?;
+        changes.know_neighbours(&netlink).await?;
         let sysctls = Sysctls::open(&lock.journal());
         let facts = facts::gather(&netlink, &config.snapshot, None).await?;
         check(&config, &facts)?;
 
-        let (ebpf, datapath_reason) = choose_datapath(local.datapath)?;
+        let (ebpf, datapath_reason) = choose_datapath(local.datapath, local.limits)?;
         let (sender, requests) = mpsc::channel(16);
         let server = api::Server::start(&local.socket, local.http, Metrics::default(), sender)?;
         let engine = Engine::start(
@@ -191,6 +198,7 @@ impl Daemon {
             names: Names::default(),
             lookups: JoinSet::new(),
             facts_due: None,
+            neighbours_due: started + NEIGHBOURS,
             facts,
             netlink,
             changes,
@@ -249,15 +257,18 @@ impl Daemon {
                     notify::notify("READY=1");
                 }
                 () = self.source.changed() => self.reload().await,
-                change = self.changes.next() => match change {
-                    Some(Change::Rule) => self.core.invalidate(Part::Rules),
-                    Some(Change::Neighbour) => {}
-                    Some(Change::Link | Change::Address | Change::Route) => {
-                        self.facts_due.get_or_insert(Instant::now() + SETTLE);
+                change = self.changes.next() => {
+                    match change {
+                        Some(Change::Rule) => self.core.invalidate(Part::Rules),
+                        Some(Change::Neighbour) => {}
+                        Some(Change::Link | Change::Address | Change::Route) => {
+                            self.facts_due.get_or_insert(Instant::now() + SETTLE);
+                        }
+                        // The subscription ends only with the runtime.
+                        None => return Ok(()),
                     }
-                    // The subscription ends only with the runtime.
-                    None => return Ok(()),
-                },
+                    self.renew_next_hops();
+                }
                 Some(Ok((host, port, answer))) = self.lookups.join_next() => {
                     if let Err(error) = &answer {
                         tracing::warn!(host, error, "the name of a peer's endpoint does not resolve");
@@ -266,10 +277,13 @@ impl Daemon {
                         self.replan();
                     }
                 }
-                Some(api::Request::Status(answer)) = self.requests.recv() => {
-                    // The client may have gone meanwhile.
-                    let _ = answer.send(self.status());
-                }
+                // The client may have gone meanwhile.
+                Some(request) = self.requests.recv() => match request {
+                    api::Request::Status(answer) => drop(answer.send(self.status())),
+                    api::Request::Flows(answer) => {
+                        drop(answer.send(self.ebpf.as_ref().map(Ebpf::flows)));
+                    }
+                },
                 Some(question) = self.questions.recv() => self.answer(question),
                 failure = self.engine.failed() => return Err(Error::EngineFailed(failure)),
                 () = deadline_or_never(deadline) => {}
@@ -297,6 +311,10 @@ impl Daemon {
                 }
             }
         }
+        if self.neighbours_due <= now {
+            self.neighbours_due = now + NEIGHBOURS;
+            self.look_after_neighbours().await;
+        }
         while let Some((host, port)) = self.names.poll_due(now) {
             self.lookups.spawn(async move {
                 let answer = tokio::net::lookup_host((host.as_str(), port)).await;
@@ -312,6 +330,13 @@ impl Daemon {
             if let Err(error) = &outcome {
                 tracing::warn!(part = part.label(), "{error}");
             }
+            // Changes of our own are not told.
+            if matches!(
+                part,
+                Part::Device | Part::Forwarding | Part::Routes | Part::Rules
+            ) {
+                self.renew_next_hops();
+            }
             self.core.handle_done(action, outcome, Instant::now());
         }
         if !self.ready && self.core.settled() {
@@ -326,6 +351,7 @@ impl Daemon {
             self.core.poll_timeout(),
             self.names.poll_timeout(),
             self.facts_due,
+            self.ebpf.as_ref().map(|_| self.neighbours_due),
         ]
         .into_iter()
         .flatten()
@@ -486,21 +512,4 @@ fn check(config: &Config, facts: &Facts) -> Result<(), Error> {
             .collect::<Vec<_>>()
             .join("\n"),
     ))
-}
-
-fn choose_datapath(mode: DatapathMode) -> Result<(Option<Ebpf>, String), Error> {
-    if mode == DatapathMode::Kernel {
-        return Ok((None, "the configuration asks for it".to_owned()));
-    }
-    match Ebpf::load() {
-        Ok(ebpf) => Ok((
-            Some(ebpf),
-            "the kernel and the rights allow eBPF".to_owned(),
-        )),
-        Err(error) if mode == DatapathMode::Auto => {
-            tracing::warn!(%error, "no eBPF here");
-            Ok((None, format!("no eBPF here: {error}")))
-        }
-        Err(error) => Err(Error::Datapath(error)),
-    }
 }

@@ -258,6 +258,12 @@ impl Host {
 }
 
 impl Sluice {
+    /// The fast path's flows.
+    pub fn flows(&self) -> anyhow::Result<Value> {
+        let answer = http::get_local(&self.files.socket, "/flows?limit=100")?;
+        Ok(serde_json::from_slice(&answer)?)
+    }
+
     /// The status document.
     pub fn status(&self) -> anyhow::Result<Value> {
         status(&self.files.socket)

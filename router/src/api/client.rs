@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::flows::{self, Question};
+
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The daemon could not be asked.
@@ -21,6 +23,12 @@ pub enum ClientError {
         /// The cause.
         source: io::Error,
     },
+    /// The daemon has no such answer, and says why.
+    #[error("{reason}")]
+    Refused {
+        /// Its sentence.
+        reason: String,
+    },
     /// An answer that is no status document.
     #[error(
         "{path}: the answer is no status document ({reason}); is another program at this socket?"
@@ -31,6 +39,20 @@ pub enum ClientError {
         /// What was wrong with it.
         reason: String,
     },
+}
+
+/// Asks a running daemon for flows and renders them: as JSON, or as a table for a person.
+pub fn print_flows(socket: &Path, question: &Question, json: bool) -> Result<String, ClientError> {
+    let body = get(socket, &format!("/flows?{}", question.query()))?;
+    let answer: Value = serde_json::from_str(&body).map_err(|error| ClientError::Answer {
+        path: socket.to_owned(),
+        reason: error.to_string(),
+    })?;
+    Ok(if json {
+        format!("{answer:#}\n")
+    } else {
+        flows::page(&answer)
+    })
 }
 
 /// Fetches the status document from a running daemon's socket.
@@ -61,6 +83,10 @@ fn get(socket: &Path, path: &str) -> Result<String, ClientError> {
     })?;
     match answer.split_once("\r\n\r\n") {
         Some((head, body)) if head.starts_with("HTTP/1.1 200") => Ok(body.to_owned()),
+        // The daemon's own sentence.
+        Some((head, body)) if head.contains("text/plain") => Err(ClientError::Refused {
+            reason: body.trim_end().to_owned(),
+        }),
         _ => Err(ClientError::Answer {
             path: socket.to_owned(),
             reason: answer.lines().next().unwrap_or("empty").to_owned(),
@@ -131,6 +157,19 @@ fn page(status: &Value) -> String {
         text(&datapath["active"]),
         text(&datapath["reason"])
     );
+    for (family, table) in flow_tables(&status["flows"]) {
+        let _ = writeln!(
+            out,
+            "flows     {family} {} of {}{}",
+            text(&table["flows"]),
+            text(&table["capacity"]),
+            if table["pressure"] == true {
+                ", nearly full: idle ones end early"
+            } else {
+                ""
+            }
+        );
+    }
     let _ = writeln!(
         out,
         "engine    {} worker(s), offloads {}",
@@ -204,6 +243,11 @@ fn page(status: &Value) -> String {
         }
     }
     out
+}
+
+/// The tables of the status' part about flows, by family.
+fn flow_tables(flows: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    flows["tables"].as_object().into_iter().flatten()
 }
 
 fn duration(seconds: &Value) -> String {

@@ -1,15 +1,19 @@
 //! The status and metrics service: HTTP on a local socket and, if configured, on TCP.
 //!
 //! `GET /status` is a JSON [`Status`], `GET /metrics` the Prometheus text, `GET /healthz` is 200
-//! when everything wanted is in force and 503 with the problems otherwise. The server owns no
-//! state: every request asks the runtime for a fresh [`Status`].
+//! when everything wanted is in force and 503 with the problems otherwise. On the local socket alone
+//! `GET /flows` is a JSON [`FlowList`]: who talks to whom is nobody else's business. The server owns
+//! no state: every request asks the runtime.
 
 mod client;
+mod flows;
 mod server;
 mod status;
 
-pub use client::{ClientError, fetch_status, print_status};
+pub use client::{ClientError, fetch_status, print_flows, print_status};
+pub use flows::{FlowEntry, FlowList, Question, parse_address, parse_protocol};
 pub use server::{Error, Request, Server};
 pub use status::{
-    DatapathStatus, DeviceStatus, EngineStatus, Packets, PeerStatus, Problem, RouteStatus, Status,
+    DatapathStatus, DeviceStatus, EngineStatus, FlowStatus, FlowTableStatus, Packets, PeerStatus,
+    Problem, RouteStatus, Status,
 };

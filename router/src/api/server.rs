@@ -18,6 +18,8 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use super::Status;
+use super::flows::Question;
+use crate::datapath::ebpf::FlowTables;
 use crate::telemetry::Metrics;
 
 /// Connections that each listener serves at once; more wait in the listen queue.
@@ -32,6 +34,8 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
 pub enum Request {
     /// The status, now.
     Status(oneshot::Sender<Status>),
+    /// The flow table, if the eBPF datapath is there.
+    Flows(oneshot::Sender<Option<Arc<FlowTables>>>),
 }
 
 /// The service could not be started.
@@ -86,9 +90,15 @@ impl Server {
             })
             .transpose()?;
         let unix = bind_socket(socket).map_err(socket_error)?;
-        let service = Arc::new(Service { metrics, requests });
+        let service = |local| {
+            Arc::new(Service {
+                metrics: metrics.clone(),
+                requests: requests.clone(),
+                local,
+            })
+        };
         let mut tasks = JoinSet::new();
-        let for_unix = service.clone();
+        let for_unix = service(true);
         tasks.spawn(async move {
             accept(for_unix, || async {
                 unix.accept().await.map(|(stream, _)| stream)
@@ -96,6 +106,7 @@ impl Server {
             .await;
         });
         if let Some(tcp) = tcp {
+            let service = service(false);
             tasks.spawn(async move {
                 accept(service, || async {
                     tcp.accept().await.map(|(stream, _)| stream)
@@ -141,6 +152,8 @@ fn bind_socket(path: &Path) -> io::Result<UnixListener> {
 struct Service {
     metrics: Metrics,
     requests: mpsc::Sender<Request>,
+    /// Whether it serves the local socket.
+    local: bool,
 }
 
 async fn accept<S, F>(service: Arc<Service>, mut next: impl FnMut() -> F)
@@ -197,6 +210,9 @@ impl Service {
             return response;
         }
         let path = request.uri().path();
+        if path == "/flows" && self.local {
+            return self.flows(request.uri().query().unwrap_or_default()).await;
+        }
         if !matches!(path, "/status" | "/metrics" | "/healthz") {
             return text(
                 StatusCode::NOT_FOUND,
@@ -230,6 +246,35 @@ impl Service {
                     .map(|p| format!("{}: {}\n", p.part, p.error))
                     .collect();
                 text(StatusCode::SERVICE_UNAVAILABLE, lines)
+            }
+        }
+    }
+
+    async fn flows(&self, query: &str) -> Response<Full<Bytes>> {
+        let question = match Question::parse(query) {
+            Ok(question) => question,
+            Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+        };
+        let (answer, tables) = oneshot::channel();
+        let asked = self.requests.send(Request::Flows(answer)).await;
+        let (Ok(()), Ok(tables)) = (asked, tables.await) else {
+            let stopping = "the router is stopping\n".to_owned();
+            return text(StatusCode::SERVICE_UNAVAILABLE, stopping);
+        };
+        let Some(tables) = tables else {
+            let kernel = "the kernel datapath is in use; its flows are those of `conntrack -L`\n";
+            return text(StatusCode::NOT_FOUND, kernel.to_owned());
+        };
+        let list = tokio::task::spawn_blocking(move || {
+            let list = question
+                .answer(&tables)
+                .map_err(|error| error.to_string())?;
+            serde_json::to_vec(&list).map_err(|error| error.to_string())
+        });
+        match list.await.map_err(|error| error.to_string()) {
+            Ok(Ok(body)) => typed(StatusCode::OK, "application/json", body),
+            Ok(Err(error)) | Err(error) => {
+                text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n"))
             }
         }
     }

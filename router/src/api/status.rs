@@ -29,6 +29,11 @@ pub struct Status {
     pub routes: Vec<RouteStatus>,
     /// WireGuard peers.
     pub peers: Vec<PeerStatus>,
+    /// The fast path's flows; `None` on the kernel datapath.
+    pub flows: Option<FlowStatus>,
+    /// New flows that each rule of the policy has let through on the fast path, in the order of the
+    /// configuration.
+    pub rule_hits: Vec<u64>,
     /// Clear packets by program and verdict.
     pub packets: Vec<Packets>,
     /// The engine.
@@ -113,6 +118,35 @@ pub struct PeerStatus {
     pub rx_bytes: u64,
     /// Underlay bytes sent to it.
     pub tx_bytes: u64,
+}
+
+/// The fast path's flows as the last sweep has left them.
+#[derive(Clone, Debug, Serialize)]
+pub struct FlowStatus {
+    /// The flow table of each address family: `ipv4`, `ipv6`.
+    pub tables: BTreeMap<&'static str, FlowTableStatus>,
+    /// Flows ended by sweeps since the start, by reason: `expired`, `early`, `denied`, `stray`.
+    pub ended: BTreeMap<&'static str, u64>,
+    /// How long the last sweep took.
+    pub sweep_seconds: f64,
+}
+
+/// The flow table of one address family.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct FlowTableStatus {
+    /// Flows in it.
+    pub flows: u64,
+    /// Most flows.
+    pub capacity: u64,
+    /// Whether it is so full that idle flows end early.
+    pub pressure: bool,
+}
+
+impl FlowTableStatus {
+    /// Whether it is so full that the operator should know: above 90 %.
+    pub fn is_nearly_full(&self) -> bool {
+        10 * self.flows > 9 * self.capacity
+    }
 }
 
 /// A counter of a datapath.

@@ -15,6 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::datapath::ebpf::FlowFilter;
 use crate::{api, config, runtime};
 
 /// Where the configuration is looked for.
@@ -64,6 +65,27 @@ enum Command {
     Import(import::Args),
     /// Ask the running router how it is.
     Status {
+        /// As JSON, for scripts.
+        #[arg(long)]
+        json: bool,
+        /// The router's socket (`api.socket` in its configuration).
+        #[arg(long, value_name = "PATH", default_value_os_t = config::default_socket(config::DEFAULT_DEVICE))]
+        socket: PathBuf,
+    },
+    /// List the flows that the running router's eBPF programs carry.
+    Flows {
+        /// Only flows with an end in this CIDR or at this address.
+        #[arg(long, value_name = "CIDR", value_parser = api::parse_address)]
+        address: Option<ipnet::IpNet>,
+        /// Only flows of this protocol: tcp, udp, icmp, icmpv6 or a number.
+        #[arg(long, value_name = "NAME", value_parser = api::parse_protocol)]
+        protocol: Option<u8>,
+        /// Only flows with this port at one end.
+        #[arg(long)]
+        port: Option<u16>,
+        /// Most flows to list, up to 100000.
+        #[arg(long, value_name = "COUNT", default_value_t = api::Question::default().limit)]
+        limit: usize,
         /// As JSON, for scripts.
         #[arg(long)]
         json: bool,
@@ -123,6 +145,25 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::AddPeer(args) => add_peer::add_peer(&args),
         Command::Import(args) => print(&import::import(&args)?),
         Command::Status { json, socket } => print(&api::print_status(&socket, json)?),
+        Command::Flows {
+            address,
+            protocol,
+            port,
+            limit,
+            json,
+            socket,
+        } => {
+            let filter = FlowFilter {
+                address,
+                protocol,
+                port,
+            };
+            print(&api::print_flows(
+                &socket,
+                &api::Question { filter, limit },
+                json,
+            )?)
+        }
         Command::Wireguard(args) => wireguard::wireguard(&args, cli.log.as_deref()),
         Command::Genkey => keys::genkey(),
         Command::Genpsk => keys::genpsk(),

@@ -32,6 +32,7 @@ pub use problem::{ConfigErrors, Position, Problem};
 pub use system::check_against_system;
 
 use crate::control::Snapshot;
+use crate::datapath::limits::Limits;
 use crate::wireguard::keys::PrivateKey;
 
 /// UDP port of the underlay if the file names none.
@@ -114,6 +115,10 @@ pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
         ("datapath.uplink", old.uplink != new.uplink),
         ("datapath.subnet", old.subnet != new.subnet),
         ("datapath.workers", old.workers != new.workers),
+        (
+            "a limit or timeout of flows in [datapath]",
+            old.limits != new.limits,
+        ),
         ("metrics.listen", old.http != new.http),
         ("api.socket", old.socket != new.socket),
     ]
@@ -180,6 +185,8 @@ pub struct Local {
     pub subnet: Vec<String>,
     /// Number of worker threads; `None` lets the engine choose.
     pub workers: Option<usize>,
+    /// The limits of the fast path's flow table.
+    pub limits: Limits,
     /// Where Prometheus metrics, health and status are served over HTTP; `None`: only on the socket.
     pub http: Option<SocketAddr>,
     /// Path of the local API socket.

@@ -60,6 +60,12 @@ pub(super) struct Datapath<'i> {
     pub(super) uplink: Option<Text<'i>>,
     pub(super) subnet: Option<TextOr<'i, At<Vec<Text<'i>>>>>,
     pub(super) workers: Option<TextOr<'i, At<i64>>>,
+    pub(super) flows: Option<At<i64>>,
+    pub(super) flows_per_source: Option<At<i64>>,
+    pub(super) tcp_timeout: Option<At<i64>>,
+    pub(super) tcp_transitory_timeout: Option<At<i64>>,
+    pub(super) udp_timeout: Option<At<i64>>,
+    pub(super) icmp_timeout: Option<At<i64>>,
 }
 
 /// Reads the text of a file. What has the wrong type or an unknown name becomes a problem.
@@ -192,6 +198,12 @@ fn datapath<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Datapa
         uplink: section.text("uplink", problems),
         subnet: section.text_or("subnet", problems, Section::texts),
         workers: section.text_or("workers", problems, Section::integer),
+        flows: section.integer("flows", problems),
+        flows_per_source: section.integer("flows_per_source", problems),
+        tcp_timeout: section.integer("tcp_timeout", problems),
+        tcp_transitory_timeout: section.integer("tcp_transitory_timeout", problems),
+        udp_timeout: section.integer("udp_timeout", problems),
+        icmp_timeout: section.integer("icmp_timeout", problems),
     };
     section.finish(problems);
     raw

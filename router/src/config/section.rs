@@ -46,7 +46,21 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
     ),
     ("route", &["cidr", "snat", "mode"]),
     ("rule", &["from", "to", "protocols"]),
-    ("datapath", &["mode", "uplink", "subnet", "workers"]),
+    (
+        "datapath",
+        &[
+            "mode",
+            "uplink",
+            "subnet",
+            "workers",
+            "flows",
+            "flows_per_source",
+            "tcp_timeout",
+            "tcp_transitory_timeout",
+            "udp_timeout",
+            "icmp_timeout",
+        ],
+    ),
     ("metrics", &["listen"]),
     ("api", &["socket"]),
 ];

@@ -213,6 +213,7 @@ mod tests {
             uplink: Interface::Auto,
             subnet: vec![],
             workers: None,
+            limits: Default::default(),
             http: None,
             socket: "/run/sluice/sluice0.sock".into(),
         }

@@ -1,11 +1,12 @@
 //! The status document, put together from all parts of the daemon.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::Daemon;
 use crate::api::{
-    DatapathStatus, DeviceStatus, EngineStatus, Packets, PeerStatus, Problem, RouteStatus, Status,
+    DatapathStatus, DeviceStatus, EngineStatus, FlowStatus, FlowTableStatus, Packets, PeerStatus,
+    Problem, RouteStatus, Status,
 };
 use crate::config::DatapathMode;
 use crate::control::RouteMode;
@@ -52,6 +53,7 @@ impl Daemon {
                 }),
             }
         }
+        let flows = self.flow_status(&mut problems);
         let plan = self.core.wanted();
         Status {
             name: self.local.name.clone(),
@@ -90,6 +92,8 @@ impl Daemon {
             },
             routes: self.route_status(),
             peers: self.peer_status(),
+            flows,
+            rule_hits: self.rule_hits(),
             packets,
             engine: EngineStatus {
                 features: offloads(self.engine.features()),
@@ -97,6 +101,51 @@ impl Daemon {
                 counters: self.engine.counters().into_iter().collect(),
             },
         }
+    }
+
+    fn flow_status(&self, problems: &mut Vec<Problem>) -> Option<FlowStatus> {
+        let report = self.ebpf.as_ref()?.flow_report()?;
+        let mut problem = |error: String| {
+            problems.push(Problem {
+                part: "flows".to_owned(),
+                error,
+            });
+        };
+        if let Some(error) = report.error {
+            problem(format!("the flow table could not be swept: {error}"));
+        }
+        let [v4, v6] = report.families.map(|family| FlowTableStatus {
+            flows: family.flows,
+            capacity: family.capacity,
+            pressure: family.pressure,
+        });
+        let tables = BTreeMap::from([("ipv4", v4), ("ipv6", v6)]);
+        for (family, table) in &tables {
+            if table.is_nearly_full() {
+                problem(format!(
+                    "the {family} flow table holds {} of {} flows; new ones will be refused when \
+                     it is full: raise datapath.flows",
+                    table.flows, table.capacity
+                ));
+            }
+        }
+        let ended = report.ended;
+        Some(FlowStatus {
+            tables,
+            ended: BTreeMap::from([
+                ("expired", ended.expired),
+                ("early", ended.early),
+                ("denied", ended.denied),
+                ("stray", ended.strays),
+            ]),
+            sweep_seconds: report.took.as_secs_f64(),
+        })
+    }
+
+    /// Empty where the programs do not know.
+    fn rule_hits(&self) -> Vec<u64> {
+        let hits = self.ebpf.as_ref().map(Ebpf::rule_hits);
+        hits.and_then(Result::ok).unwrap_or_default()
     }
 
     fn route_status(&self) -> Vec<RouteStatus> {

@@ -32,6 +32,17 @@ pub const PEER_SENT: &str = "sluice_peer_transmit_bytes_total";
 /// Time of a peer's last handshake.
 pub const PEER_HANDSHAKE: &str = "sluice_peer_last_handshake_timestamp_seconds";
 
+/// Flows in the fast path's table.
+pub const FLOWS: &str = "sluice_flows";
+/// Most flows there.
+pub const FLOWS_LIMIT: &str = "sluice_flows_limit";
+/// Flows that sweeps have ended.
+pub const FLOWS_ENDED: &str = "sluice_flows_ended_total";
+/// Duration of a sweep.
+pub const SWEEP: &str = "sluice_flow_sweep_seconds";
+/// New flows by policy rule.
+pub const RULE_HITS: &str = "sluice_policy_rule_hits_total";
+
 /// Kind, name, unit and help of each metric.
 const DESCRIPTIONS: &[(Kind, &str, Unit, &str)] = &[
     (
@@ -94,6 +105,36 @@ const DESCRIPTIONS: &[(Kind, &str, Unit, &str)] = &[
         Unit::Seconds,
         "Unix time of a peer's last completed handshake; 0: never",
     ),
+    (
+        Kind::Gauge,
+        FLOWS,
+        Unit::Count,
+        "Flows in the fast path's table, by address family",
+    ),
+    (
+        Kind::Gauge,
+        FLOWS_LIMIT,
+        Unit::Count,
+        "Most flows that the fast path's table holds, by address family",
+    ),
+    (
+        Kind::Counter,
+        FLOWS_ENDED,
+        Unit::Count,
+        "Flows of the fast path that sweeps have ended, by reason",
+    ),
+    (
+        Kind::Gauge,
+        SWEEP,
+        Unit::Seconds,
+        "How long the last sweep of the flow table took",
+    ),
+    (
+        Kind::Counter,
+        RULE_HITS,
+        Unit::Count,
+        "New flows on the fast path that a policy rule has let through, by its place from 1",
+    ),
 ];
 
 /// A series that no scrape has touched for so long belongs to a removed peer and is dropped.
@@ -154,6 +195,21 @@ impl Metrics {
             self.counter(PACKETS, labels.clone(), row.packets);
             self.counter(BYTES, labels, row.bytes);
         }
+        if let Some(flows) = &status.flows {
+            for (family, table) in &flows.tables {
+                let labels = vec![Label::new("family", *family)];
+                self.gauge(FLOWS, labels.clone(), table.flows as f64);
+                self.gauge(FLOWS_LIMIT, labels, table.capacity as f64);
+            }
+            for (reason, count) in &flows.ended {
+                self.counter(FLOWS_ENDED, vec![Label::new("reason", *reason)], *count);
+            }
+            self.gauge(SWEEP, vec![], flows.sweep_seconds);
+        }
+        for (place, count) in (1_usize..).zip(&status.rule_hits) {
+            let labels = vec![Label::new("rule", place.to_string())];
+            self.counter(RULE_HITS, labels, *count);
+        }
         for (event, count) in &status.engine.counters {
             self.counter(ENGINE, vec![Label::new("event", *event)], *count);
         }
@@ -195,7 +251,8 @@ mod tests {
 
     use super::*;
     use crate::api::{
-        DatapathStatus, DeviceStatus, EngineStatus, Packets, PeerStatus, Problem, Status,
+        DatapathStatus, DeviceStatus, EngineStatus, FlowStatus, FlowTableStatus, Packets,
+        PeerStatus, Problem, Status,
     };
 
     fn status() -> Status {
@@ -230,6 +287,19 @@ mod tests {
                 rx_bytes: 5,
                 tx_bytes: 6,
             }],
+            flows: Some(FlowStatus {
+                tables: BTreeMap::from([(
+                    "ipv4",
+                    FlowTableStatus {
+                        flows: 12,
+                        capacity: 100,
+                        pressure: false,
+                    },
+                )]),
+                ended: BTreeMap::from([("expired", 4)]),
+                sweep_seconds: 0.25,
+            }),
+            rule_hits: vec![0, 8],
             packets: vec![Packets {
                 program: "from_overlay",
                 verdict: "forwarded",
@@ -258,6 +328,11 @@ mod tests {
             "sluice_packets_total{program=\"from_overlay\",verdict=\"forwarded\"} 3",
             "sluice_engine_events_total{event=\"spoofed\"} 2",
             "sluice_healthy 1",
+            "sluice_flows{family=\"ipv4\"} 12",
+            "sluice_flows_limit{family=\"ipv4\"} 100",
+            "sluice_flows_ended_total{reason=\"expired\"} 4",
+            "sluice_flow_sweep_seconds 0.25",
+            "sluice_policy_rule_hits_total{rule=\"2\"} 8",
             "sluice_peer_receive_bytes_total{public_key=\"pk=\",name=\"a \\\"quoted\\\" name\"} 5",
         ] {
             assert!(

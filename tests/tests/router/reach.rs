@@ -22,6 +22,9 @@ fn a_laptop_reaches_a_vpc(arms: Arms, path: Path) {
         let run = Running::new(lab, arms, path.datapath(), path.snat())?;
         let status = run.sluice.status()?;
         assert_eq!(status["datapath"]["active"], path.datapath(), "{status:#}");
+        let flows = run.sluice.flows();
+        assert_eq!(flows.is_ok(), path.datapath() == "ebpf", "{flows:?}");
+        assert_eq!(status["flows"].is_object(), flows.is_ok(), "{status:#}");
         let _servers = serve(&run.site.server)?;
         let laptop = &run.site.laptop;
         let arriving = run.site.server.capture("eth0")?;

@@ -1,5 +1,6 @@
 //! Judges the raw form and builds the validated one.
 
+mod limits;
 mod overlap;
 mod peers;
 mod policy;
@@ -61,6 +62,8 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
         problems,
     );
 
+    let limits = limits::limits(&raw.datapath, problems);
+
     let peers = peers::peers(&raw.peers, own_key, addresses, directory, problems);
     let routes = routes::routes(&raw.routes, problems);
     overlap::check(&peers, &routes, addresses, problems);
@@ -87,6 +90,7 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
             uplink: interfaces.uplink,
             subnet: interfaces.subnet.into_iter().map(|i| i.value).collect(),
             workers: interfaces.workers,
+            limits,
             http: http?,
             socket: socket?,
         },

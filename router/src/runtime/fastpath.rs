@@ -1,0 +1,52 @@
+//! What the runtime does for the eBPF datapath besides applying plans.
+
+use super::{Daemon, Error};
+use crate::config::DatapathMode;
+use crate::datapath::ebpf::{Ebpf, Options};
+use crate::datapath::limits::Limits;
+
+impl Daemon {
+    /// The kernel's routing may lead elsewhere: the programs must not rely on what they know of it.
+    pub(super) fn renew_next_hops(&mut self) {
+        if let Some(ebpf) = &mut self.ebpf
+            && let Err(error) = ebpf.bump_generation()
+        {
+            tracing::warn!(%error, "the fast path does not know of a change of the network");
+        }
+    }
+
+    /// Keeps the kernel's knowledge of the next hops fresh that flows go to.
+    pub(super) async fn look_after_neighbours(&self) {
+        let report = self.ebpf.as_ref().and_then(Ebpf::flow_report);
+        let used = report.map(|report| report.next_hops).unwrap_or_default();
+        if let Err(error) = self.netlink.probe_neighbours(&used).await {
+            tracing::warn!(%error, "the next hops of flows were not looked after");
+        }
+    }
+}
+
+/// Loads the programs, unless the configuration wants none or, where it leaves the choice, the
+/// kernel or the rights do not allow it. Tells why in words.
+pub(super) fn choose_datapath(
+    mode: DatapathMode,
+    limits: Limits,
+) -> Result<(Option<Ebpf>, String), Error> {
+    if mode == DatapathMode::Kernel {
+        return Ok((None, "the configuration asks for it".to_owned()));
+    }
+    let options = Options {
+        limits,
+        ..Options::default()
+    };
+    match Ebpf::load_with(options) {
+        Ok(ebpf) => Ok((
+            Some(ebpf),
+            "the kernel and the rights allow eBPF".to_owned(),
+        )),
+        Err(error) if mode == DatapathMode::Auto => {
+            tracing::warn!(%error, "no eBPF here");
+            Ok((None, format!("no eBPF here: {error}")))
+        }
+        Err(error) => Err(Error::Datapath(error)),
+    }
+}
