@@ -46,11 +46,15 @@ const fn demo(program: &'static str, package: &'static str) -> Requirement {
 pub const REQUIREMENTS: &[Requirement] = &[
     tests("ip", "iproute2"),
     tests("tc", "iproute2"),
+    tests("ss", "iproute2"),
     tests("ping", "iputils-ping"),
     tests("ethtool", "ethtool"),
     tests("nft", "nftables"),
     tests("wireguard-go", "wireguard-go"),
     tests("wg", "wireguard-tools"),
+    tests("wg-quick", "wireguard-tools"),
+    // wg-quick sets one.
+    tests("sysctl", "procps"),
     tests("conntrack", "conntrack"),
     demo("nginx", "nginx"),
     demo("curl", "curl"),
@@ -66,6 +70,7 @@ const ESSENTIAL: &[&str] = &[
     "id",
     "kill",
     "mount",
+    "nsenter",
     "sh",
     "sha256sum",
     "sleep",
