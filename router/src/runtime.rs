@@ -360,13 +360,16 @@ impl Daemon {
 
     fn replan(&mut self) {
         let names = &self.names;
-        let plan = crate::core::plan(
+        let mut plan = crate::core::plan(
             &self.local,
             &self.snapshot,
             &self.tun,
             &self.facts,
             |host, port| names.address(host, port),
         );
+        if self.ebpf.is_none() || !Ebpf::TRANSLATES {
+            plan.datapath.external.clear();
+        }
         self.core.want(plan);
     }
 
@@ -395,6 +398,7 @@ impl Daemon {
                             tracing::warn!(%error, "the eBPF datapath was not removed whole");
                         }
                         self.ebpf = None;
+                        self.replan();
                         Ok(())
                     }
                     outcome => outcome.map_err(|e| text(&e)),

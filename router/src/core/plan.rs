@@ -31,6 +31,8 @@ pub struct LinkFacts {
     pub name: String,
     /// Its addresses with their connected networks.
     pub addresses: Vec<IpNet>,
+    /// What the kernel's masquerade would translate sources to here, at most one of each family.
+    pub external: Vec<IpAddr>,
 }
 
 impl Facts {
@@ -137,6 +139,11 @@ pub fn plan(
             .filter_map(|name| facts.link_named(name))
             .collect()
     };
+    let external = |link: &Link| {
+        let addresses = &facts.links.get(&link.index)?.external;
+        (!addresses.is_empty()).then(|| (link.index, addresses.clone()))
+    };
+    let external = subnet.iter().filter_map(external).collect();
     let own: BTreeSet<IpAddr> = local.addresses.iter().map(IpNet::addr).collect();
     let connected: BTreeSet<IpNet> = local.addresses.iter().map(IpNet::trunc).collect();
     let host_route = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
@@ -165,7 +172,7 @@ pub fn plan(
             overlay: overlay.into_iter().collect(),
             routes: snapshot.routes.clone(),
             policy: snapshot.policy.clone(),
-            external: BTreeMap::new(),
+            external,
         },
         peers: snapshot
             .peers
@@ -223,6 +230,7 @@ mod tests {
         let link = |name: &str, addresses: &[&str]| LinkFacts {
             name: name.into(),
             addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+            external: Vec::new(),
         };
         Facts {
             links: BTreeMap::from([
@@ -268,6 +276,18 @@ mod tests {
             }],
             ..Snapshot::default()
         }
+    }
+
+    #[test]
+    fn only_subnet_side_interfaces_translate_sources() {
+        let mut facts = facts();
+        for (index, address) in [(2, "10.0.0.5"), (4, "192.0.2.1")] {
+            let link = facts.links.get_mut(&index).unwrap();
+            link.external = vec![address.parse().unwrap()];
+        }
+        let plan = plan(&local(), &snapshot(), &tun(), &facts, |_, _| None);
+        let wanted = BTreeMap::from([(2, vec!["10.0.0.5".parse().unwrap()])]);
+        assert_eq!(plan.datapath.external, wanted);
     }
 
     #[test]

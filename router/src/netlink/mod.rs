@@ -22,7 +22,7 @@ use ipnet::IpNet;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
-use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkInfo as Info,
     LinkMessage,
@@ -192,6 +192,16 @@ impl Netlink {
         Ok(addresses)
     }
 
+    /// The addresses that a masquerade could take, by interface index, in the kernel's order: global
+    /// ones that are in use, and no secondary or temporary ones.
+    pub async fn external_addresses(&self) -> Result<Vec<(u32, IpAddr)>, Error> {
+        let messages = self.address_messages().await?;
+        let external = messages.iter().filter(|message| is_external(message));
+        let found = external
+            .filter_map(|message| Some((message.header.index, address_of(message)?.addr())));
+        Ok(found.collect())
+    }
+
     async fn address_messages(&self) -> Result<Vec<AddressMessage>, Error> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         let answers = self.request(request, NLM_F_DUMP, "list addresses").await?;
@@ -336,6 +346,18 @@ fn address_of(message: &AddressMessage) -> Option<IpNet> {
     };
     let address = find(true).or_else(|| find(false))?;
     IpNet::new(address, message.header.prefix_len).ok()
+}
+
+fn is_external(message: &AddressMessage) -> bool {
+    // In IPv6 the flag for secondary means temporary (RFC 8981).
+    let unfit = AddressFlags::Secondary
+        | AddressFlags::Dadfailed
+        | AddressFlags::Deprecated
+        | AddressFlags::Tentative;
+    message.header.scope == AddressScope::Universe
+        && !message.attributes.iter().any(|attribute| {
+            matches!(attribute, AddressAttribute::Flags(flags) if flags.intersects(unfit))
+        })
 }
 
 fn address_message(index: u32, address: IpNet) -> AddressMessage {

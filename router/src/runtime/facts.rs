@@ -21,6 +21,7 @@ pub(super) async fn gather(
             let facts = LinkFacts {
                 name: info.link.name,
                 addresses: Vec::new(),
+                external: Vec::new(),
             };
             links.insert(info.link.index, facts);
         }
@@ -28,6 +29,16 @@ pub(super) async fn gather(
     for (index, address) in netlink.addresses().await? {
         if let Some(link) = links.get_mut(&index) {
             link.addresses.push(address);
+        }
+    }
+    for (index, address) in netlink.external_addresses().await? {
+        if let Some(link) = links.get_mut(&index)
+            && link
+                .external
+                .iter()
+                .all(|other| other.is_ipv4() != address.is_ipv4())
+        {
+            link.external.push(address);
         }
     }
     let mut egress = BTreeMap::new();

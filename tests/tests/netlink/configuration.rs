@@ -448,3 +448,28 @@ fn each_step_of_a_neighbours_life_is_no_change() {
         })
     });
 }
+
+#[test]
+fn external_addresses_are_those_of_a_masquerade() {
+    lab::test(|lab| {
+        let router = router(lab)?;
+        for words in [
+            // Secondary, of another scope, and no longer preferred.
+            "address add 192.0.2.9/24 dev eth0",
+            "address add 10.1.1.1/32 scope link dev eth0",
+            "address add 2001:db8::2/64 preferred_lft 0 nodad dev eth0",
+            "address add 198.51.100.1/24 dev eth0",
+        ] {
+            router.ip(words)?;
+        }
+        connect(&router, async |netlink, _| {
+            let eth0 = index(&netlink, "eth0").await?;
+            let found = netlink.external_addresses().await?.into_iter();
+            let found: Vec<_> = found.filter(|(index, _)| *index == eth0).collect();
+            let wanted = ["192.0.2.1", "198.51.100.1", "2001:db8::1"];
+            let wanted = wanted.map(|text| (eth0, text.parse::<IpAddr>().unwrap()));
+            assert_eq!(found, wanted);
+            Ok(())
+        })
+    });
+}
