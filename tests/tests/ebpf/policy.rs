@@ -202,3 +202,42 @@ fn changes_leave_nothing_behind() {
         Ok(())
     });
 }
+
+/// What a search costs is told, not judged.
+#[test]
+fn a_search_among_many_rules_is_measured() {
+    inside(|fixture| {
+        for rules in [1, 100, 1000u32] {
+            let one = |n: u32| {
+                let source = std::net::Ipv4Addr::from(0x6440_0000 + n);
+                let near = std::net::Ipv4Addr::from(0x0a14_0000 + 16 * n);
+                let port = 1000 + n as u16;
+                rule(
+                    &format!("{source}/32"),
+                    &format!("{near}/28"),
+                    port..=port + 100,
+                    &[TCP],
+                )
+            };
+            fixture.change(|spec| spec.policy.rules = (0..rules).map(one).collect())?;
+            let last = rules - 1;
+            let source = std::net::Ipv4Addr::from(0x6440_0000 + last).into();
+            let near = std::net::Ipv4Addr::from(0x0a14_0001 + 16 * last).into();
+            let mut packet = Ip::tcp(source, near, SYN, &[], 0);
+            packet.payload[2..4].copy_from_slice(&(1050 + last as u16).to_be_bytes());
+            let result = fixture.ebpf.policy_probe()?.test_run(TestRunOptions {
+                data_in: Some(&frame([0; 6], [0; 6], &packet.bytes())),
+                repeat: 100_000,
+                ..TestRunOptions::default()
+            })?;
+            ensure!(
+                result.return_value == rules,
+                "clause {}",
+                result.return_value
+            );
+            println!("{rules} rules: {:?} a packet", result.duration);
+            ensure!(fixture.ebpf.rule_hits()?[last as usize] == 100_000);
+        }
+        Ok(())
+    });
+}
