@@ -1,14 +1,13 @@
 //! The network that a router is measured in: client, router, server, a namespace each.
 //!
 //! The router has a CPU to itself and everything else runs on the others: the programs are pinned,
-//! and receive packet steering moves the softirq work of the NICs to the CPU of the host that owns
-//! them, as their interrupts would on three machines. So what that CPU did is what the router cost,
-//! in the process and in the kernel alike.
+//! and receive packet steering moves the softirq work of the router's NICs to its CPU, as their
+//! interrupts would. So what that CPU did is what the router cost, in the process and in the kernel
+//! alike.
 //!
-//! The server's NIC is the exception: what it receives is worked off where it is sent, up to the
-//! socket. Steering it away would cost the router an interrupt to the other CPU for nearly every
-//! packet, which on a virtual machine is dearer than the work itself and like nothing that a NIC
-//! would ask of it.
+//! What client and server receive is worked off where it is sent, up to their sockets. Steering it
+//! away would cost the router an interrupt to the other CPU for nearly every send, which on a
+//! virtual machine is dearer than the work itself and like nothing that a NIC would ask of it.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
@@ -105,7 +104,6 @@ impl Bed {
         let (router_cpus, end_cpus) = match &placement {
             Placement::Apart(cores) => {
                 steer(&host, &["wan", "lan"], &[cores.router])?;
-                steer(&laptop, &["eth0"], &cores.ends)?;
                 (Some(vec![cores.router]), cores.ends.clone())
             }
             Placement::Free => (None, cpu::affinity()?),
