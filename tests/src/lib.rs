@@ -21,6 +21,7 @@
 
 mod capture;
 mod command;
+mod flood;
 mod footprint;
 pub mod http;
 mod netns;
@@ -36,6 +37,7 @@ mod wireguard;
 
 pub use capture::Capture;
 pub use command::{Cmd, Output, Process};
+pub use flood::{Flood, Flooding};
 pub use footprint::Footprint;
 pub use server::Server;
 pub use sweep::{remove_kept, sweep, sweep_after, traces};

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use crate::{bench, demo, machine, run, setup, test};
+use crate::{bench, demo, fuzz, machine, run, setup, test};
 
 /// Runs the task: every step even after one has failed, so that one run shows everything; but
 /// nothing without set-up.
@@ -47,6 +47,7 @@ pub(crate) fn main() -> Result<ExitCode> {
         run::show(run::cargo().args(["deny", "check", "licenses", "bans", "sources"]))
     });
     steps.run("tests", || passed("tests", test::all(false, None)?));
+    steps.run("fuzz targets", || fuzz::run(None, fuzz::CI));
     steps.run("demo", || passed("the demo", demo::run(&[])?));
     steps.run("benchmark works", bench::check);
     steps.run("static binary", || {

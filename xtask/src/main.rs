@@ -7,6 +7,7 @@ mod build;
 mod ci;
 mod demo;
 mod doctor;
+mod fuzz;
 mod machine;
 mod peers;
 mod probe;
@@ -41,6 +42,8 @@ enum Task {
     Demo(demo::Args),
     /// Run all tests; without root, the unit tests alone.
     Test(test::Args),
+    /// Feed the parsers what nobody sends, and keep what breaks them.
+    Fuzz(fuzz::Args),
     /// Measure Sluice beside its peers (needs root).
     Bench(bench::Args),
     /// Everything that must hold before a change lands: what `.ci/run` calls.
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Task::Doctor => doctor::main(),
         Task::Demo(args) => demo::main(&args),
         Task::Test(args) => test::main(&args),
+        Task::Fuzz(args) => fuzz::main(&args),
         Task::Bench(args) => bench::main(&args),
         Task::Ci => ci::main(),
     };

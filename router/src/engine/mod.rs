@@ -14,6 +14,8 @@ mod delay;
 mod directory;
 mod exchange;
 mod forward;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod ip;
 mod outlet;
 mod peer;

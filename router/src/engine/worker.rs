@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver as Inbox, Sender as Done, TryRecvError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tracing::{debug, trace};
 
@@ -114,16 +114,15 @@ impl Worker {
         };
         let mut receiver = Receiver::new();
         let mut buffer = vec![0; LEAD + READ + segment::SLACK].into_boxed_slice();
-        let start = Instant::now();
         let mut next_tick = Duration::ZERO;
         loop {
             let timeout = self
                 .forwarder
                 .needs_ticks()
-                .then(|| next_tick.saturating_sub(start.elapsed()));
+                .then(|| next_tick.saturating_sub(uptime()));
             let mut events = [libc::epoll_event { events: 0, u64: 0 }; 4];
             let count = epoll.wait(&mut events, timeout).map_err(Failure::Poll)?;
-            let now = start.elapsed();
+            let now = uptime();
             for event in &events[..count] {
                 let socket = match event.u64 {
                     TOKEN_V4 => &self.sockets.v4,
@@ -174,6 +173,17 @@ impl Worker {
             }
         }
     }
+}
+
+/// Time since boot with sleep counted: sessions age while the machine sleeps, as they do at the peer.
+fn uptime() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the pointer is that of a live struct. The call fails for unknown clocks only.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// How far [`obey`] came.

@@ -1,12 +1,13 @@
 //! Which handshake messages are worth work: mac1 always; under load also a cookie, and then a
-//! token bucket for each source (WireGuard paper, section 5.3).
+//! token bucket for each source (WireGuard paper, section 5.3). Cookie replies are worth work too:
+//! few go out, and to those who can be honest.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
 use std::net::IpAddr;
 use std::time::Duration;
 
 use boringtun::noise::TunnResult;
-use boringtun::noise::errors::WireGuardError;
 
 use super::LocalKey;
 use super::message::COOKIE;
@@ -22,6 +23,11 @@ const COOKIED_BURST: f64 = 32.0;
 /// Cookie replies per second, and at once. One costs about 8 us.
 const REPLY_RATE: f64 = 5000.0;
 const REPLY_BURST: f64 = 500.0;
+/// A source gets one cookie reply in this time. Retries come after 5 s and a third, so that the
+/// next one nearly always falls into the next term.
+const TERM: Duration = Duration::from_secs(6);
+/// Bits of a [`Crowd`], a power of two.
+const CROWD: u64 = 1 << 22;
 /// How often full buckets may be looked for: it takes a walk over all of them.
 const SWEEP: Duration = Duration::from_secs(1);
 /// Load lasts at least this long after it was last seen.
@@ -75,12 +81,95 @@ impl Bucket {
     }
 }
 
+/// A set of sources that may take a stranger for a member: two bits for each.
+#[derive(Debug, Default)]
+struct Crowd(Vec<u64>);
+
+impl Crowd {
+    fn places(hash: u64) -> [(usize, u64); 2] {
+        [hash, hash >> 32].map(|hash| {
+            let bit = hash % CROWD;
+            ((bit / 64) as usize, 1 << (bit % 64))
+        })
+    }
+
+    fn has(&self, hash: u64) -> bool {
+        let mut places = Self::places(hash).into_iter();
+        places.all(|(word, bit)| self.0.get(word).is_some_and(|word| word & bit != 0))
+    }
+
+    fn insert(&mut self, hash: u64) {
+        // Memory only under load.
+        self.0.resize((CROWD / 64) as usize, 0);
+        for (word, bit) in Self::places(hash) {
+            self.0[word] |= bit;
+        }
+    }
+}
+
+/// Who gets the few cookie replies that we can afford: nobody twice in a term; and when they get
+/// scarce, only those who came in the term before too, as an honest peer does. A flood from forged
+/// addresses seldom uses one again.
+#[derive(Debug)]
+struct Replies {
+    bucket: Bucket,
+    hasher: RandomState,
+    came: Crowd,
+    came_before: Crowd,
+    answered: Crowd,
+    next_term: Duration,
+}
+
+impl Replies {
+    fn new() -> Self {
+        Self {
+            bucket: Bucket::full(REPLY_BURST, Duration::ZERO),
+            hasher: RandomState::new(),
+            came: Crowd::default(),
+            came_before: Crowd::default(),
+            answered: Crowd::default(),
+            next_term: Duration::ZERO,
+        }
+    }
+
+    /// Load is over.
+    fn forget(&mut self) {
+        self.came = Crowd::default();
+        self.came_before = Crowd::default();
+        self.answered = Crowd::default();
+    }
+
+    /// Whether a source may have a reply now.
+    fn may_have(&mut self, source: u64, now: Duration) -> bool {
+        if now >= self.next_term {
+            self.next_term = now + TERM;
+            self.came_before = std::mem::take(&mut self.came);
+            self.answered = Crowd::default();
+        }
+        self.bucket.refill(REPLY_RATE, REPLY_BURST, now);
+        let hash = self.hasher.hash_one(source);
+        self.came.insert(hash);
+        let needed = if self.came_before.has(hash) {
+            1.0
+        } else {
+            REPLY_BURST / 2.0
+        };
+        self.bucket.tokens >= needed && !self.answered.has(hash)
+    }
+
+    /// A source gets one.
+    fn spend(&mut self, source: u64) {
+        self.bucket.tokens -= 1.0;
+        self.answered.insert(self.hasher.hash_one(source));
+    }
+}
+
 /// The limiter of one worker.
 #[derive(Debug)]
 pub(crate) struct Limiter {
     calm: Bucket,
     cookied: Bucket,
-    replies: Bucket,
+    replies: Replies,
     loaded_until: Option<Duration>,
     sources: HashMap<u64, Bucket>,
     /// When full buckets may be looked for again.
@@ -101,7 +190,7 @@ impl Limiter {
         Self {
             calm: Bucket::full(CALM_BURST, Duration::ZERO),
             cookied: Bucket::full(COOKIED_BURST, Duration::ZERO),
-            replies: Bucket::full(REPLY_BURST, Duration::ZERO),
+            replies: Replies::new(),
             loaded_until: None,
             sources: HashMap::new(),
             next_sweep: Duration::ZERO,
@@ -117,45 +206,50 @@ impl Limiter {
         now: Duration,
         reply: &mut [u8; COOKIE],
     ) -> Verdict {
-        if self.loaded_until.is_none_or(|until| until <= now) {
-            self.loaded_until = None;
-            // mac1 first: nobody who does not know our public key may count as load.
-            if local.calm.verify_packet(None, message, &mut []).is_err() {
-                return Verdict::WrongMac;
-            }
-            if self.calm.take(CALM_RATE, CALM_BURST, now) {
+        // mac1 first: nobody who does not know our public key may count as load.
+        if local.calm.verify_packet(None, message, &mut []).is_err() {
+            return Verdict::WrongMac;
+        }
+        let loaded = self.loaded_until.is_some_and(|until| now < until);
+        if self.calm.take(CALM_RATE, CALM_BURST, now) {
+            if !loaded {
+                // Those who came shortly before the next load are remembered.
+                if self
+                    .loaded_until
+                    .is_some_and(|until| now >= until + 2 * TERM)
+                {
+                    self.loaded_until = None;
+                    self.replies.forget();
+                }
                 return Verdict::Pass;
             }
+        } else {
+            self.loaded_until = Some(now + LOAD_LINGERS);
         }
-        self.replies.refill(REPLY_RATE, REPLY_BURST, now);
+        let source = source(from);
         // Without room boringtun makes no reply.
-        let room: &mut [u8] = if self.replies.tokens >= 1.0 {
+        let room: &mut [u8] = if self.replies.may_have(source, now) {
             reply
         } else {
             &mut []
         };
         let judged = local.loaded.verify_packet(Some(from), message, room);
-        if let Err(TunnResult::Err(WireGuardError::InvalidMac)) = judged {
-            return Verdict::WrongMac;
-        }
-        if !self.calm.take(CALM_RATE, CALM_BURST, now) {
-            self.loaded_until = Some(now + LOAD_LINGERS);
-        }
         match judged {
             Ok(_)
-                if self.admit(from, now) && self.cookied.take(COOKIED_RATE, COOKIED_BURST, now) =>
+                if self.admit(source, now)
+                    && self.cookied.take(COOKIED_RATE, COOKIED_BURST, now) =>
             {
                 Verdict::Pass
             }
             Err(TunnResult::WriteToNetwork(cookie)) => {
-                self.replies.tokens -= 1.0;
+                self.replies.spend(source);
                 Verdict::Cookie(cookie.len())
             }
             _ => Verdict::OverRate,
         }
     }
 
-    fn admit(&mut self, from: IpAddr, now: Duration) -> bool {
+    fn admit(&mut self, source: u64, now: Duration) -> bool {
         if self.sources.len() >= SOURCES && now >= self.next_sweep {
             self.next_sweep = now + SWEEP;
             self.sources.retain(|_, bucket| {
@@ -164,7 +258,7 @@ impl Limiter {
             });
         }
         let full = self.sources.len() >= SOURCES;
-        match self.sources.entry(source(from)) {
+        match self.sources.entry(source) {
             std::collections::hash_map::Entry::Vacant(_) if full => false,
             entry => entry.or_insert(Bucket::full(SOURCE_BURST, now)).take(
                 SOURCE_RATE,
@@ -219,7 +313,8 @@ mod tests {
 
         /// Uses up what may come without a cookie.
         fn load(&mut self, now: u64) {
-            while self.check(CLIENT, now).0 == Verdict::Pass {}
+            let somebody = IpAddr::from([198, 51, 100, 1]);
+            while self.check(somebody, now).0 == Verdict::Pass {}
         }
     }
 
@@ -258,11 +353,39 @@ mod tests {
     fn cookie_replies_are_bounded() {
         let mut fixture = Fixture::new();
         fixture.load(10);
-        let replies = (0..2 * REPLY_BURST as usize)
-            .take_while(|_| fixture.check(CLIENT, 10).0 == Verdict::Cookie(COOKIE))
+        assert_eq!(fixture.check(CLIENT, 10).0, Verdict::Cookie(COOKIE));
+        assert_eq!(fixture.check(CLIENT, 10).0, Verdict::OverRate, "one each");
+        let replies = (0..2 * REPLY_BURST as u32)
+            .filter(|host| {
+                let verdict = fixture.check(IpAddr::from(host.to_be_bytes()), 10).0;
+                verdict == Verdict::Cookie(COOKIE)
+            })
             .count();
         assert!((1..=REPLY_BURST as usize).contains(&replies));
-        assert_eq!(fixture.check(CLIENT, 10).0, Verdict::OverRate);
+    }
+
+    #[test]
+    fn who_comes_again_gets_a_cookie_however_many_strangers_come_once() {
+        let mut fixture = Fixture::new();
+        fixture.load(10);
+        let mut strangers = 0x0a00_0000_u32;
+        let (mut answered, mut first) = (0, None);
+        for try_ in 0..6 {
+            for second in 0..5 {
+                // All that a second has for replies, many times over.
+                for _ in 0..4 * REPLY_RATE as u32 {
+                    strangers += 1;
+                    let from = IpAddr::from(strangers.to_be_bytes());
+                    fixture.check(from, 10 + 5 * try_ + second);
+                }
+            }
+            if fixture.check(CLIENT, 14 + 5 * try_).0 == Verdict::Cookie(COOKIE) {
+                answered += 1;
+                first = first.or(Some(try_));
+            }
+        }
+        assert!(first.is_some_and(|first| first <= 2), "{first:?}");
+        assert!(answered >= 3, "{answered}");
     }
 
     #[test]
@@ -278,18 +401,18 @@ mod tests {
         let mut limiter = Limiter::new();
         let now = Duration::from_secs(1);
         for at in 0..SOURCES as u32 + 100 {
-            limiter.admit(IpAddr::from(at.to_be_bytes()), now);
+            limiter.admit(source(IpAddr::from(at.to_be_bytes())), now);
         }
         assert!(limiter.sources.len() <= SOURCES);
         // Buckets that are full again make room.
         let later = now + Duration::from_secs(10);
-        assert!(limiter.admit(CLIENT, later));
+        assert!(limiter.admit(source(CLIENT), later));
 
         let mut limiter = Limiter::new();
         let admitted = (0..100u16)
             .filter(|host| {
                 let host = IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, *host]);
-                limiter.admit(host, now)
+                limiter.admit(source(host), now)
             })
             .count();
         assert_eq!(admitted, SOURCE_BURST as usize);

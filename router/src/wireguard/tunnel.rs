@@ -483,10 +483,10 @@ impl Tunnel {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzz"))]
 impl Tunnel {
     /// An initiation even though one is under way.
-    pub(super) fn initiate_again(&mut self, out: &mut [u8; INITIATION]) {
+    pub(crate) fn initiate_again(&mut self, out: &mut [u8; INITIATION]) {
         assert!(self.write_initiation(out).is_some());
     }
 }

@@ -1,5 +1,6 @@
 //! The router as a whole: a laptop with Debian's wireguard-go, Sluice, and a VPC behind it.
 
+mod flood;
 mod lifecycle;
 mod policy;
 mod reach;

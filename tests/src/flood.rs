@@ -1,0 +1,220 @@
+//! A flood of forged handshake initiations.
+
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::os::fd::AsRawFd as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use base64::Engine as _;
+use blake2::digest::consts::U16;
+use blake2::digest::{FixedOutput, Mac, Update};
+use blake2::{Blake2s256, Blake2sMac, Digest};
+
+use crate::topology::Host;
+
+/// Bytes of an initiation.
+const INITIATION: usize = 148;
+/// Bytes in front of mac1.
+const SIGNED: usize = 116;
+/// Initiations made in advance; they go round.
+const FORGED: usize = 4096;
+/// Datagrams of one call.
+const BATCH: usize = 64;
+
+/// What a flood is made of.
+#[derive(Clone, Debug)]
+pub struct Flood {
+    /// The target.
+    pub to: SocketAddrV4,
+    /// The target's public key in base64, if the attacker knows it: then mac1 is right.
+    pub key: Option<String>,
+    /// How many source addresses, one after the other from this one. The host must have a route of
+    /// type `local` for them.
+    pub sources: (Ipv4Addr, u32),
+    /// Datagrams per second.
+    pub rate: u32,
+}
+
+/// A flood that goes on until it is dropped.
+#[derive(Debug)]
+#[must_use = "the flood ends when this is dropped"]
+pub struct Flooding {
+    end: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flooding {
+    /// Datagrams sent so far.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Flooding {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // It has no reason to panic; if it has, the count tells.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Host {
+    /// Floods a router from here.
+    pub fn flood(&self, flood: &Flood) -> anyhow::Result<Flooding> {
+        let socket = self.udp_socket("0.0.0.0:0".parse()?)?;
+        let messages = Messages::forge(flood)?;
+        let (end, sent) = (Arc::default(), Arc::default());
+        let mut flooding = Flooding {
+            end: Arc::clone(&end),
+            sent: Arc::clone(&sent),
+            thread: None,
+        };
+        let rate = flood.rate;
+        let thread = std::thread::Builder::new()
+            .name("flood".to_owned())
+            .spawn(move || messages.send(&socket, rate, &end, &sent))?;
+        flooding.thread = Some(thread);
+        Ok(flooding)
+    }
+}
+
+/// Noise that looks like an initiation, with a right mac1 if the key is known.
+fn forge(random: &mut u64, mac1_key: Option<&[u8]>) -> anyhow::Result<[u8; INITIATION]> {
+    let mut message = [0; INITIATION];
+    for byte in &mut message[4..] {
+        *random ^= *random << 13;
+        *random ^= *random >> 7;
+        *random ^= *random << 17;
+        *byte = (*random >> 32) as u8;
+    }
+    message[0] = 1;
+    if let Some(key) = mac1_key {
+        let mut mac = <Blake2sMac<U16> as Mac>::new_from_slice(key)?;
+        Update::update(&mut mac, &message[..SIGNED]);
+        message[SIGNED..SIGNED + 16].copy_from_slice(&mac.finalize_fixed());
+    }
+    Ok(message)
+}
+
+/// Control message that names the source address.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Source {
+    header: libc::cmsghdr,
+    info: libc::in_pktinfo,
+    /// Up to the alignment of the next one.
+    padding: u32,
+}
+
+struct Messages {
+    to: libc::sockaddr_in,
+    messages: Vec<[u8; INITIATION]>,
+    sources: Vec<Source>,
+}
+
+impl Messages {
+    fn forge(flood: &Flood) -> anyhow::Result<Self> {
+        let key = match &flood.key {
+            Some(key) => {
+                let key = base64::engine::general_purpose::STANDARD.decode(key)?;
+                ensure!(key.len() == 32, "a public key has 32 bytes");
+                let hash = Blake2s256::new_with_prefix(b"mac1----");
+                Some(Digest::finalize(Digest::chain_update(hash, key)))
+            }
+            None => None,
+        };
+        let mut random = 0x9e37_79b9_7f4a_7c15;
+        let (first, count) = flood.sources;
+        let source = |at: usize| {
+            let address = first.to_bits() + at as u32 % count.max(1);
+            Source {
+                header: libc::cmsghdr {
+                    cmsg_len: (size_of::<libc::cmsghdr>() + size_of::<libc::in_pktinfo>()) as _,
+                    cmsg_level: libc::IPPROTO_IP,
+                    cmsg_type: libc::IP_PKTINFO,
+                },
+                info: libc::in_pktinfo {
+                    ipi_ifindex: 0,
+                    ipi_spec_dst: libc::in_addr {
+                        s_addr: address.to_be(),
+                    },
+                    ipi_addr: libc::in_addr { s_addr: 0 },
+                },
+                padding: 0,
+            }
+        };
+        Ok(Self {
+            to: libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: flood.to.port().to_be(),
+                sin_addr: libc::in_addr {
+                    s_addr: flood.to.ip().to_bits().to_be(),
+                },
+                sin_zero: [0; 8],
+            },
+            messages: (0..FORGED)
+                .map(|_| forge(&mut random, key.as_deref()))
+                .collect::<Result<_, _>>()
+                .context("forge initiations")?,
+            sources: (0..FORGED).map(source).collect(),
+        })
+    }
+
+    fn send(mut self, socket: &UdpSocket, rate: u32, end: &AtomicBool, sent: &AtomicU64) {
+        let started = Instant::now();
+        let mut at = 0;
+        while !end.load(Ordering::Relaxed) {
+            let due = (started.elapsed().as_secs_f64() * f64::from(rate)) as u64;
+            if due < sent.load(Ordering::Relaxed) + BATCH as u64 {
+                std::thread::sleep(Duration::from_micros(200));
+                continue;
+            }
+            let went = self.send_batch(socket, at);
+            // What a full queue does not take is lost like any other datagram.
+            at = (at + BATCH) % FORGED;
+            sent.fetch_add(went as u64, Ordering::Relaxed);
+        }
+    }
+
+    fn send_batch(&mut self, socket: &UdpSocket, at: usize) -> usize {
+        let mut pieces: Vec<libc::iovec> = self.messages[at..at + BATCH]
+            .iter_mut()
+            .map(|message| libc::iovec {
+                iov_base: message.as_mut_ptr().cast(),
+                iov_len: message.len(),
+            })
+            .collect();
+        let mut batch: Vec<libc::mmsghdr> = pieces
+            .iter_mut()
+            .zip(&mut self.sources[at..at + BATCH])
+            .map(|(piece, source)| {
+                // SAFETY: all zeros is a message header without address, data or control.
+                let mut header: libc::mmsghdr = unsafe { std::mem::zeroed() };
+                header.msg_hdr.msg_name = (&raw mut self.to).cast();
+                header.msg_hdr.msg_namelen = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+                header.msg_hdr.msg_iov = piece;
+                header.msg_hdr.msg_iovlen = 1;
+                header.msg_hdr.msg_control = std::ptr::from_mut(source).cast();
+                header.msg_hdr.msg_controllen = size_of::<Source>() as _;
+                header
+            })
+            .collect();
+        // SAFETY: every pointer in the headers leads to a field of `self` or of `pieces`, which live
+        // for the whole call.
+        let went = unsafe {
+            libc::sendmmsg(
+                socket.as_raw_fd(),
+                batch.as_mut_ptr(),
+                batch.len() as libc::c_uint,
+                0,
+            )
+        };
+        usize::try_from(went).unwrap_or(0)
+    }
+}
