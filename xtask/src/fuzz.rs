@@ -65,7 +65,10 @@ pub(crate) fn run(target: Option<&str>, time: Duration) -> Result<()> {
     let mut failed = Vec::new();
     for target in targets {
         let (found, finds) = (folder("corpus")?.join(target), folder("artifacts")?);
-        fs::create_dir_all(&found).with_context(|| found.display().to_string())?;
+        // libFuzzer wants each folder to be there, and git keeps none that is empty.
+        for folder in [&found, &run::repository().join(corpus(target))] {
+            fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        }
         let mut fuzzer = run::command(program(target));
         fuzzer
             .arg(&found)
@@ -105,7 +108,7 @@ fn chosen(target: Option<&str>) -> Result<Vec<&'static str>> {
 fn build() -> Result<()> {
     let mut build = run::cargo();
     build
-        .args(["build", "--release", "--locked"])
+        .args(["build", "--release"])
         .args(["--manifest-path", "fuzz/Cargo.toml", "--target", &host()])
         .arg("--target-dir")
         .arg(output())
