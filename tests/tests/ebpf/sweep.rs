@@ -164,3 +164,30 @@ fn idle_and_forbidden_flows_end_and_all_others_stay() {
         })?
     });
 }
+
+/// What a pass costs is told, not judged.
+#[test]
+fn a_large_table_is_swept_and_measured() {
+    const LARGE: u64 = 100_000;
+    lab::test(|lab| {
+        router(lab)?.enter(|| {
+            let ebpf = Ebpf::load()?;
+            let tables = ebpf.flows();
+            let [v4, ..] = tables.maps();
+            let mut flows = map::<Key4, Flow>(v4)?;
+            for n in 0..LARGE {
+                let peer = 1 + (n / 50_000) as u8;
+                add(&mut flows, &tuple(peer, (n % 50_000) as u16), now() + HOUR)?;
+            }
+            let report = || ebpf.flow_report().context("nobody sweeps");
+            wait_until(Duration::from_secs(60), "the sweep", || {
+                report().is_ok_and(|report| report.families[0].flows == LARGE)
+            })?;
+            let found = report()?;
+            println!("a pass over {LARGE} flows took {:?}", found.took);
+            ensure!(found.ended == Default::default() && !found.families[0].pressure);
+            ensure!(flows.keys().count() as u64 == 2 * LARGE);
+            Ok(())
+        })?
+    });
+}
