@@ -32,6 +32,7 @@ pub mod site;
 pub mod sluice;
 mod sweep;
 mod topology;
+pub mod vm;
 mod wait;
 mod wireguard;
 

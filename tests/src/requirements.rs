@@ -13,6 +13,8 @@ pub enum Need {
     Tests,
     /// The demo alone.
     Demo,
+    /// The tests that boot other kernels.
+    Kernels,
 }
 
 /// A program and where it comes from.
@@ -42,6 +44,14 @@ const fn demo(program: &'static str, package: &'static str) -> Requirement {
     }
 }
 
+const fn kernels(program: &'static str, package: &'static str) -> Requirement {
+    Requirement {
+        program,
+        package,
+        need: Need::Kernels,
+    }
+}
+
 /// All of them.
 pub const REQUIREMENTS: &[Requirement] = &[
     tests("ip", "iproute2"),
@@ -62,6 +72,9 @@ pub const REQUIREMENTS: &[Requirement] = &[
     demo("initdb", "postgresql"),
     demo("postgres", "postgresql"),
     demo("iperf3", "iperf3"),
+    kernels("qemu-system-x86_64", "qemu-system-x86"),
+    kernels("busybox", "busybox-static"),
+    kernels("strip", "binutils"),
 ];
 
 /// Programs that no Debian or Ubuntu system is without.
@@ -69,6 +82,7 @@ const ESSENTIAL: &[&str] = &[
     "cat",
     "id",
     "kill",
+    "ldd",
     "mount",
     "nsenter",
     "sh",
@@ -99,12 +113,21 @@ pub fn find(program: &str) -> Option<PathBuf> {
         .find(|file| is_executable(file))
 }
 
-/// The requirements that this machine does not meet.
+/// The requirements of the tests in namespaces, or of these and the demo, that this machine does not
+/// meet.
 pub fn missing(demo_too: bool) -> Vec<Requirement> {
-    let wanted = |r: &&Requirement| demo_too || r.need == Need::Tests;
+    missing_for(if demo_too {
+        &[Need::Tests, Need::Demo]
+    } else {
+        &[Need::Tests]
+    })
+}
+
+/// The requirements for `needs` that this machine does not meet.
+pub fn missing_for(needs: &[Need]) -> Vec<Requirement> {
     REQUIREMENTS
         .iter()
-        .filter(wanted)
+        .filter(|r| needs.contains(&r.need))
         .filter(|r| find(r.program).is_none())
         .copied()
         .collect()

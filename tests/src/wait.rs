@@ -1,10 +1,20 @@
 //! Waiting for a condition with a deadline; nothing in the lab sleeps and hopes.
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
 const PAUSE: Duration = Duration::from_millis(5);
+
+/// How many times the usual a wait may take: `SLUICE_PATIENCE`, for machines that are slow.
+fn patience() -> u32 {
+    static PATIENCE: OnceLock<u32> = OnceLock::new();
+    *PATIENCE.get_or_init(|| {
+        let text = std::env::var("SLUICE_PATIENCE").ok();
+        text.and_then(|text| text.parse().ok()).unwrap_or(1)
+    })
+}
 
 /// Asks `probe` again and again until it yields something, at most for `timeout`. `what` completes
 /// the sentence "waited 5s for …".
@@ -13,6 +23,7 @@ pub fn poll<T>(
     what: &str,
     mut probe: impl FnMut() -> Option<T>,
 ) -> anyhow::Result<T> {
+    let timeout = timeout * patience();
     let deadline = Instant::now() + timeout;
     loop {
         if let Some(found) = probe() {

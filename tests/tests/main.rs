@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod ebpf;
+mod kernels;
 mod lab_itself;
 mod netlink;
 mod router;

@@ -17,6 +17,8 @@ pub(crate) enum Purpose {
     Build,
     /// The lab: demo, integration tests, benchmarks.
     Lab,
+    /// `cargo xtask kernels`.
+    Kernels,
     /// `cargo xtask ci`.
     Ci,
     /// Looking around by hand.
@@ -172,8 +174,12 @@ fn requirement(requirement: &Requirement) -> Need {
         why: match requirement.need {
             requirements::Need::Tests => "used by the tests in namespaces and the demo",
             requirements::Need::Demo => "used by the demo",
+            requirements::Need::Kernels => "boots other kernels",
         },
-        purpose: Purpose::Lab,
+        purpose: match requirement.need {
+            requirements::Need::Tests | requirements::Need::Demo => Purpose::Lab,
+            requirements::Need::Kernels => Purpose::Kernels,
+        },
         lack: absent(run::which(requirement.program).is_some()),
         mend: Mend::Package(requirement.package),
     }

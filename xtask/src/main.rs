@@ -8,6 +8,7 @@ mod ci;
 mod demo;
 mod doctor;
 mod fuzz;
+mod kernels;
 mod machine;
 mod peers;
 mod probe;
@@ -44,6 +45,8 @@ enum Task {
     Test(test::Args),
     /// Feed the parsers what nobody sends, and keep what breaks them.
     Fuzz(fuzz::Args),
+    /// Run the tests that boot other kernels in QEMU (needs root).
+    Kernels(kernels::Args),
     /// Measure Sluice beside its peers (needs root).
     Bench(bench::Args),
     /// Everything that must hold before a change lands: what `.ci/run` calls.
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::main(&args),
         Task::Test(args) => test::main(&args),
         Task::Fuzz(args) => fuzz::main(&args),
+        Task::Kernels(args) => kernels::main(&args),
         Task::Bench(args) => bench::main(&args),
         Task::Ci => ci::main(),
     };

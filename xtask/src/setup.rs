@@ -15,7 +15,10 @@ pub(crate) struct Args {
     /// Only tell what is missing; the exit status is 1 if anything is.
     #[arg(long)]
     check: bool,
-    /// Also what `cargo xtask ci` needs: other targets' compilers, cargo-deny.
+    /// Also what `cargo xtask kernels` needs: QEMU.
+    #[arg(long)]
+    kernels: bool,
+    /// Also what `cargo xtask ci` needs: QEMU, other targets' compilers, cargo-deny.
     #[arg(long)]
     ci: bool,
     /// Also the routers that `cargo xtask bench` compares with.
@@ -27,12 +30,28 @@ pub(crate) struct Args {
 pub(crate) const BUILD: &[Purpose] = &[Purpose::Build];
 /// What the lab and the build need.
 pub(crate) const LAB: &[Purpose] = &[Purpose::Build, Purpose::Lab, Purpose::Comfort];
+/// What `kernels` needs.
+pub(crate) const KERNELS: &[Purpose] = &[
+    Purpose::Build,
+    Purpose::Lab,
+    Purpose::Comfort,
+    Purpose::Kernels,
+];
 /// What `ci` needs.
-pub(crate) const CI: &[Purpose] = &[Purpose::Build, Purpose::Lab, Purpose::Comfort, Purpose::Ci];
+pub(crate) const CI: &[Purpose] = &[
+    Purpose::Build,
+    Purpose::Lab,
+    Purpose::Comfort,
+    Purpose::Ci,
+];
 
 /// Runs the task.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
-    let purposes = if args.ci { CI } else { LAB };
+    let purposes = match (args.ci, args.kernels) {
+        (true, _) => CI,
+        (false, true) => KERNELS,
+        (false, false) => LAB,
+    };
     if !args.check {
         ensure(purposes)?;
         if args.peers {

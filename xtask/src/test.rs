@@ -2,11 +2,11 @@
 
 use std::env;
 use std::fmt;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, ExitStatus};
 
 use anyhow::{Result, bail};
 
-use crate::{build, machine, run, setup};
+use crate::{build, kernels, machine, run, setup};
 
 /// Options of `test`.
 #[derive(clap::Args)]
@@ -46,12 +46,30 @@ pub(crate) fn all(unit: bool, filter: Option<&str>) -> Result<ExitCode> {
     }
     // Tests that skip themselves say so in their output only.
     tests.args(["--", "--show-output"]).args(filter);
+    tests.args(["--skip", kernels::TESTS]);
     let status = run::tee(&mut tests, |line| tally.read(line))?;
     if skip_lab {
         tally.ignored += lab_tests(filter)?;
         println!("not root: the tests in network namespaces were skipped; to run them:");
         println!("  sudo env \"PATH=$PATH\" cargo xtask test");
     }
+    if !unit && !skip_lab {
+        println!("not among them: the tests that boot other kernels, `cargo xtask kernels`");
+    }
+    end(&tally, status, filter)
+}
+
+/// Runs `tests`, a command of `cargo test` up to the arguments of the test programs, with those
+/// tests that `filter` picks, one at a time.
+pub(crate) fn one_by_one(tests: &mut Command, filter: &str) -> Result<ExitCode> {
+    let mut tally = Tally::default();
+    tests.args(["--", "--show-output", "--test-threads=1", filter]);
+    let status = run::tee(tests, |line| tally.read(line))?;
+    end(&tally, status, Some(filter))
+}
+
+/// Sums up.
+fn end(tally: &Tally, status: ExitStatus, filter: Option<&str>) -> Result<ExitCode> {
     for reason in &tally.reasons {
         println!("skipped: {reason}");
     }
@@ -80,6 +98,8 @@ fn lab_tests(filter: Option<&str>) -> Result<usize> {
         "--",
         "--list",
         "--format=terse",
+        "--skip",
+        kernels::TESTS,
     ]);
     list.args(filter);
     Ok(run::read(&mut list)?

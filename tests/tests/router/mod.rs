@@ -15,7 +15,7 @@ use lab::{Host, Server, http};
 
 const SOON: Duration = Duration::from_secs(10);
 
-const HTTP: u16 = 80;
+pub(super) const HTTP: u16 = 80;
 const ECHO: u16 = 7;
 
 /// The ways that a route's packets can take.
@@ -75,7 +75,7 @@ macro_rules! on_every_path {
 use on_every_path;
 
 /// An HTTP server and a UDP echo.
-fn serve(host: &Host) -> anyhow::Result<[Server; 2]> {
+pub(super) fn serve(host: &Host) -> anyhow::Result<[Server; 2]> {
     Ok([host.http_server(HTTP)?, host.udp_echo(ECHO)?])
 }
 
@@ -87,7 +87,12 @@ fn warm_up(host: &Host, server: IpAddr) -> anyhow::Result<()> {
 }
 
 /// Sends `len` bytes to the echo and checks what comes back, if anything does in `timeout`.
-fn echoes(host: &Host, server: IpAddr, len: usize, timeout: Duration) -> anyhow::Result<()> {
+pub(super) fn echoes(
+    host: &Host,
+    server: IpAddr,
+    len: usize,
+    timeout: Duration,
+) -> anyhow::Result<()> {
     let any: SocketAddr = match server {
         IpAddr::V4(_) => "0.0.0.0:0".parse()?,
         IpAddr::V6(_) => "[::]:0".parse()?,
