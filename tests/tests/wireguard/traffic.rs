@@ -324,6 +324,9 @@ fn a_port_and_a_mark_change_while_packets_go() {
             let download = scope.spawn(|| http::download(near, far, 64 * MIB));
             for port in [7001, 7002, PORT] {
                 pair.set(&format!("listen-port {port}"))?;
+                // The far end learns the port from what comes from it; one that only waits for the
+                // next byte would be silent, and unheard, for 15 seconds.
+                ensure!(near.pings(FAR[0], &[])?, "from port {port}");
             }
             anyhow::Ok(download.join().expect("no panic"))
         })?;
