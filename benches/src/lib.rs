@@ -10,7 +10,7 @@ pub mod cpu;
 pub mod generator;
 pub mod host;
 pub mod mtu;
-mod packet;
+pub mod packet;
 mod prog;
 pub mod report;
 pub mod run;

@@ -14,17 +14,17 @@ pub(crate) const ACK: u8 = 0x10;
 
 /// A TCP segment.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Segment<'a> {
+pub struct Segment<'a> {
     /// Flags.
-    pub(crate) flags: u8,
+    pub flags: u8,
     /// Sequence number.
-    pub(crate) sequence: u32,
+    pub sequence: u32,
     /// Acknowledgement number.
-    pub(crate) acknowledged: u32,
+    pub acknowledged: u32,
     /// Options, a multiple of four bytes.
-    pub(crate) options: &'a [u8],
+    pub options: &'a [u8],
     /// Bytes of payload.
-    pub(crate) payload: usize,
+    pub payload: usize,
 }
 
 /// Bytes of an IP header without options.
@@ -33,7 +33,7 @@ pub(crate) fn ip_header(ip: IpAddr) -> usize {
 }
 
 /// A TCP packet.
-pub(crate) fn tcp(from: SocketAddr, to: SocketAddr, segment: Segment<'_>) -> Vec<u8> {
+pub fn tcp(from: SocketAddr, to: SocketAddr, segment: Segment<'_>) -> Vec<u8> {
     let header = 20 + segment.options.len();
     let mut tcp = vec![0; header + segment.payload];
     tcp[4..8].copy_from_slice(&segment.sequence.to_be_bytes());
@@ -47,7 +47,7 @@ pub(crate) fn tcp(from: SocketAddr, to: SocketAddr, segment: Segment<'_>) -> Vec
 }
 
 /// A UDP packet with this many bytes of payload.
-pub(crate) fn udp(from: SocketAddr, to: SocketAddr, payload: usize) -> Vec<u8> {
+pub fn udp(from: SocketAddr, to: SocketAddr, payload: usize) -> Vec<u8> {
     let mut udp = vec![0; 8 + payload];
     let length = udp.len() as u16;
     udp[4..6].copy_from_slice(&length.to_be_bytes());

@@ -38,12 +38,7 @@ pub(crate) const KERNELS: &[Purpose] = &[
     Purpose::Kernels,
 ];
 /// What `ci` needs.
-pub(crate) const CI: &[Purpose] = &[
-    Purpose::Build,
-    Purpose::Lab,
-    Purpose::Comfort,
-    Purpose::Ci,
-];
+pub(crate) const CI: &[Purpose] = &[Purpose::Build, Purpose::Lab, Purpose::Comfort, Purpose::Ci];
 
 /// Runs the task.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {

@@ -19,6 +19,8 @@ pub mod fuzz;
 mod ip;
 mod outlet;
 mod peer;
+#[cfg(feature = "fuzz")]
+pub mod pieces;
 mod routes;
 mod segment;
 mod steer;
