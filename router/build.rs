@@ -119,12 +119,13 @@ fn build(root: &Path, out: &Path) -> Result<PathBuf, Failure> {
     Ok(folder.join(triple).join("release/sluice-ebpf"))
 }
 
-/// The folder that all builds of this workspace have in common: cargo marks it.
+/// The folder that all builds of this workspace have in common. Cargo marks it when it makes it; in
+/// one that was there before, this build gets a folder of its own, beside the object.
 fn shared_folder(out: &Path) -> PathBuf {
     let marked = out
         .ancestors()
         .find(|folder| folder.join("CACHEDIR.TAG").is_file());
-    marked.unwrap_or(out).to_owned()
+    marked.map_or_else(|| out.join("build"), Path::to_owned)
 }
 
 /// Takes from the inner cargo what the outer one and its caller meant for the outer build: flags,
