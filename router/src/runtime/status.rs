@@ -170,13 +170,14 @@ impl Daemon {
         status.collect()
     }
 
+    /// What the engine knows of each peer.
+    pub(super) fn stats_by_peer(&self) -> HashMap<PublicKey, PeerStats> {
+        let stats = self.engine.peer_stats().into_iter();
+        stats.map(|stats| (stats.public_key, stats)).collect()
+    }
+
     fn peer_status(&self) -> Vec<PeerStatus> {
-        let stats: HashMap<PublicKey, PeerStats> = self
-            .engine
-            .peer_stats()
-            .into_iter()
-            .map(|stats| (stats.public_key, stats))
-            .collect();
+        let stats = self.stats_by_peer();
         let status = self.snapshot.peers.iter().map(|peer| {
             let stats = stats.get(&peer.public_key);
             let epoch = |time: SystemTime| time.duration_since(UNIX_EPOCH).ok();

@@ -2,13 +2,9 @@
 //! configuration, with routes and rules that must fit them, and what `wg set` changed would be
 //! undone by the next reload.
 
-use std::collections::HashMap;
-
 use super::Daemon;
-use crate::engine::PeerStats;
 use crate::netlink::FWMARK;
 use crate::uapi::{Errno, PeerState, Question, Refusal, State};
-use crate::wireguard::keys::PublicKey;
 
 impl Daemon {
     /// Answers a client, which may have gone meanwhile.
@@ -29,12 +25,7 @@ impl Daemon {
     }
 
     fn wireguard_state(&self) -> State {
-        let stats: HashMap<PublicKey, PeerStats> = self
-            .engine
-            .peer_stats()
-            .into_iter()
-            .map(|stats| (stats.public_key, stats))
-            .collect();
+        let stats = self.stats_by_peer();
         let peers = self.snapshot.peers.iter().map(|peer| {
             let stats = stats.get(&peer.public_key);
             PeerState {
