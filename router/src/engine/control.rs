@@ -1,32 +1,29 @@
 //! The handle of a running engine: what the control side asks, and what it reads.
 
 mod live;
+mod state;
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use ipnet::IpNet;
+use state::{State, check};
 use tokio::sync::watch;
-use tracing::{debug, info};
+use tracing::info;
 
 use super::counters::{Counter, Counters};
-use super::directory::{Change, Directory};
+use super::directory::Change;
 use super::exchange;
 use super::forward::{Forwarder, Place};
-use super::peer::{Setup, Shared};
-use super::routes::{PeerId, Routes};
-use super::steer::{self, TunSteering};
+use super::steer::TunSteering;
 use super::tun::Device;
-use super::udp::{Bind, Sockets, Underlay};
+use super::udp::{Bind, Overflows, Underlay};
 use super::worker::{Command, Waker, Worker};
 use super::{Error, Failure, Features, Options, PeerSpec, PeerStats};
 use crate::wireguard::LocalKey;
-use crate::wireguard::keys::{PrivateKey, PublicKey};
-use crate::wireguard::message::is_low_order;
+use crate::wireguard::keys::PrivateKey;
 
 /// A running engine. Dropping it ends the workers and takes the device away.
 ///
@@ -64,32 +61,6 @@ const WORKERS: usize = 64;
 /// One for each core, as far as memory for buffers is worth it.
 fn default_workers() -> usize {
     std::thread::available_parallelism().map_or(1, |cores| cores.get().min(16))
-}
-
-/// What is in force.
-#[derive(Debug)]
-struct State {
-    /// What the sockets were bound to, with the port that they have.
-    bind: Bind,
-    /// The sockets of each worker.
-    sockets: Vec<Arc<Sockets>>,
-    public: PublicKey,
-    peers: HashMap<PublicKey, Known>,
-    /// Numbers that were in use and are free now.
-    free: Vec<PeerId>,
-    /// Receiver indices in use (their upper 24 bits).
-    indices: HashSet<u32>,
-    /// The kernel's copy of who owns which address.
-    steering: Option<TunSteering>,
-}
-
-#[derive(Debug)]
-struct Known {
-    spec: PeerSpec,
-    id: PeerId,
-    index: u32,
-    worker: usize,
-    shared: Arc<Shared>,
 }
 
 /// Tells the control side when a worker ends in any way but on request.
@@ -147,11 +118,8 @@ impl Engine {
         };
         let underlay = Underlay::bind(bind)?;
         bind.port = underlay.port;
-        let (mut udp_steering, mut tun_steering) = (false, None);
+        let mut tun_steering = None;
         if workers > 1 {
-            udp_steering = steer::udp(&underlay.sockets)
-                .inspect_err(|error| info!(%error, "no steering of datagrams to workers"))
-                .is_ok();
             tun_steering = TunSteering::attach(&device.queues[0])
                 .inspect_err(|error| info!(%error, "no steering of packets to workers"))
                 .ok();
@@ -169,7 +137,7 @@ impl Engine {
                 uso: device.offload.udp,
                 udp_gro: underlay.gro,
                 udp_gso: underlay.gso,
-                udp_steering,
+                udp_steering: underlay.steered,
                 tun_steering: tun_steering.is_some(),
                 receive_buffer: underlay.receive_buffer,
                 send_buffer: underlay.send_buffer,
@@ -178,6 +146,7 @@ impl Engine {
             state: Mutex::new(State {
                 bind,
                 sockets: Vec::new(),
+                overflows: Overflows::default(),
                 public: local.public(),
                 peers: HashMap::new(),
                 free: Vec::new(),
@@ -302,14 +271,19 @@ impl Engine {
 
     /// Every counter's label and value since the start, all workers together.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let overflows = self.state().overflows();
         Counter::ALL
             .iter()
             .map(|counter| {
-                let sum = self
-                    .workers
-                    .iter()
-                    .map(|worker| worker.counters.get(*counter));
-                (counter.label(), sum.sum())
+                let value = match counter {
+                    Counter::DropReceiveFull => overflows.sessions,
+                    Counter::DropStrangerFull => overflows.strangers,
+                    _ => {
+                        let workers = self.workers.iter();
+                        workers.map(|worker| worker.counters.get(*counter)).sum()
+                    }
+                };
+                (counter.label(), value)
             })
             .collect()
     }
@@ -357,163 +331,6 @@ impl Drop for Engine {
                 // A panic has been reported by the obituary.
                 let _ = thread.join();
             }
-        }
-    }
-}
-
-/// Refuses what would make traffic ambiguous or unprotected.
-fn check(specs: &[PeerSpec], own: &PublicKey) -> Result<(), Error> {
-    let mut keys = HashSet::new();
-    let mut owners: HashMap<IpNet, PublicKey> = HashMap::new();
-    for spec in specs {
-        let key = spec.public_key;
-        if key == *own {
-            return Err(Error::OwnKey(key));
-        }
-        if is_low_order(&key.0) {
-            return Err(Error::LowOrderKey(key));
-        }
-        if !keys.insert(key) {
-            return Err(Error::DoubledPeer(key));
-        }
-        for cidr in &spec.allowed_ips {
-            let cidr = cidr.trunc();
-            if let Some(first) = owners.insert(cidr, key)
-                && first != key
-            {
-                let second = key;
-                return Err(Error::DoubledCidr {
-                    cidr,
-                    first,
-                    second,
-                });
-            }
-        }
-    }
-    Ok(())
-}
-
-fn interval(spec: &PeerSpec) -> Option<Duration> {
-    spec.keepalive
-        .filter(|seconds| *seconds > 0)
-        .map(|seconds| Duration::from_secs(seconds.into()))
-}
-
-impl State {
-    /// Brings the known peers in line with `specs`, and notes for each worker what changes.
-    fn diff(&mut self, specs: &[PeerSpec], changes: &mut [Change]) -> Result<(), Error> {
-        let wanted: HashSet<PublicKey> = specs.iter().map(|spec| spec.public_key).collect();
-        let mut load = vec![0usize; changes.len()];
-        let (free, indices) = (&mut self.free, &mut self.indices);
-        self.peers.retain(|_, known| {
-            if !wanted.contains(&known.spec.public_key) {
-                changes[known.worker].remove.push(known.id);
-                free.push(known.id);
-                indices.remove(&known.index);
-                return false;
-            }
-            load[known.worker] += 1;
-            true
-        });
-        for spec in specs {
-            if let Some(known) = self.peers.get_mut(&spec.public_key) {
-                let change = &mut changes[known.worker];
-                if spec.endpoint != known.spec.endpoint
-                    && let Some(endpoint) = spec.endpoint
-                {
-                    change.endpoints.push((known.id, endpoint));
-                }
-                if interval(spec) != interval(&known.spec) {
-                    change.keepalives.push((known.id, interval(spec)));
-                }
-                if spec.preshared_key != known.spec.preshared_key {
-                    let key = spec.preshared_key.clone();
-                    change.preshared_keys.push((known.id, key));
-                }
-                known.spec = spec.clone();
-                continue;
-            }
-            let worker = (0..load.len()).min_by_key(|at| load[*at]).unwrap_or(0);
-            load[worker] += 1;
-            let index = self.draw_index(worker, load.len())?;
-            let id = self.free.pop().unwrap_or(self.peers.len() as PeerId);
-            let shared = Arc::new(Shared::new(spec.public_key));
-            changes[worker].add.push(Setup {
-                id,
-                public_key: spec.public_key,
-                preshared_key: spec.preshared_key.clone(),
-                index,
-                endpoint: spec.endpoint,
-                keepalive: interval(spec),
-                shared: shared.clone(),
-            });
-            let spec = spec.clone();
-            self.peers.insert(
-                spec.public_key,
-                Known {
-                    spec,
-                    id,
-                    index,
-                    worker,
-                    shared,
-                },
-            );
-        }
-        Ok(())
-    }
-
-    /// Random 24 bits that no peer has, and that name `worker` of `workers`.
-    fn draw_index(&mut self, worker: usize, workers: usize) -> Result<u32, Error> {
-        loop {
-            let random = getrandom::u32().map_err(Error::Random)? >> 8;
-            let workers = workers as u32;
-            let index = random - random % workers + worker as u32;
-            if index < 1 << 24 && self.indices.insert(index) {
-                return Ok(index);
-            }
-        }
-    }
-
-    /// Each allowed IP with its owner.
-    fn allowed_ips(&self) -> impl Iterator<Item = (IpNet, &Known)> {
-        self.peers.values().flat_map(|known| {
-            let cidrs = known.spec.allowed_ips.iter();
-            cidrs.map(move |cidr| (cidr.trunc(), known))
-        })
-    }
-
-    fn directory(&self) -> Directory {
-        // A peer may name one CIDR twice.
-        let routes: HashMap<IpNet, PeerId> = self
-            .allowed_ips()
-            .map(|(cidr, known)| (cidr, known.id))
-            .collect();
-        let mut owners = vec![0; self.peers.len() + self.free.len()];
-        for known in self.peers.values() {
-            owners[known.id as usize] = known.worker;
-        }
-        Directory {
-            routes: Routes::new(routes),
-            keys: self
-                .peers
-                .iter()
-                .map(|(key, known)| (*key, known.id))
-                .collect(),
-            owners,
-        }
-    }
-
-    /// Brings the kernel's steering in line. Wrong or missing entries cost a hand-over, no more.
-    fn steer(&mut self) {
-        if let Some(mut steering) = self.steering.take() {
-            let wanted = self
-                .allowed_ips()
-                .map(|(cidr, known)| (cidr, known.worker as u32))
-                .collect();
-            if let Err(error) = steering.set(wanted) {
-                debug!(%error, "steering of packets to workers is incomplete");
-            }
-            self.steering = Some(steering);
         }
     }
 }

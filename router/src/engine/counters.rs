@@ -58,12 +58,15 @@ counters! {
     DropNoPeer = "drop_no_peer", "destination is no peer's allowed IP";
     DropNoEndpoint = "drop_no_endpoint", "peer's endpoint is unknown";
     DropStaged = "drop_staged", "too many packets wait for the peer's handshake";
+    DropReceiveFull = "drop_receive_full", "datagram of a session: the worker is too slow, its UDP socket full";
+    DropStrangerFull = "drop_stranger_full", "handshake initiation, or datagram of no known kind: more than the worker had time for";
     DropSendFull = "drop_send_full", "UDP socket full";
     DropSendError = "drop_send_error", "underlay refused a datagram";
     DropHandOver = "drop_hand_over", "the owning worker's queue was full";
 }
 
-/// Counters of one worker. Only that worker adds; anyone may read.
+/// Counters of one worker. Only that worker adds; anyone may read. What the kernel dropped is asked of
+/// the sockets instead ([`super::udp::Overflows`]).
 #[derive(Debug)]
 #[repr(align(128))]
 pub(super) struct Counters([AtomicU64; Counter::ALL.len()]);

@@ -108,11 +108,12 @@ pub struct Features {
     pub udp_gro: bool,
     /// Datagrams are sent in batches.
     pub udp_gso: bool,
-    /// With several workers: the kernel brings each datagram to the worker that owns its session.
+    /// The kernel brings each datagram to the worker that owns its session, and those of no session
+    /// to queues of their own.
     pub udp_steering: bool,
     /// With several workers: the kernel brings each packet to the worker that owns its peer.
     pub tun_steering: bool,
-    /// Receive buffer of each socket in bytes, as the kernel counts it.
+    /// Receive buffer of each socket for sessions in bytes, as the kernel counts it.
     pub receive_buffer: usize,
     /// Send buffer of each socket in bytes, as the kernel counts it.
     pub send_buffer: usize,

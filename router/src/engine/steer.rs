@@ -1,6 +1,8 @@
 //! Programs that let the kernel choose the worker: by receiver index on the underlay, by allowed
 //! IPs on the TUN device. Both are hints: a worker hands over what is not its own.
 
+mod sockets;
+
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
@@ -8,93 +10,9 @@ use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 
 use ipnet::IpNet;
 
+pub(super) use sockets::by_receiver_index;
+
 use super::tun::Queue;
-use super::udp::Sockets;
-
-/// Gives each family's sockets the program that finds the worker by receiver index.
-pub(super) fn udp(sockets: &[Sockets]) -> io::Result<()> {
-    let first = sockets.first();
-    let (v4, v6) = (
-        first.and_then(|s| s.v4.as_ref()),
-        first.and_then(|s| s.v6.as_ref()),
-    );
-    for socket in v4.into_iter().chain(v6) {
-        attach(socket, &by_receiver_index(sockets.len() as u32))?;
-    }
-    Ok(())
-}
-
-/// Classic BPF over the UDP payload, which needs no privilege. Gives the number of a socket in its
-/// reuseport group; a number beyond them leaves the choice to the kernel's hash.
-fn by_receiver_index(workers: u32) -> Vec<libc::sock_filter> {
-    const LOAD_BYTE: u16 = 0x30;
-    const JUMP_EQUAL: u16 = 0x15;
-    const RETURN: u16 = 0x06;
-    const RETURN_A: u16 = 0x16;
-    const SHIFT_LEFT: u16 = 0x64;
-    const OR_X: u16 = 0x4c;
-    const MODULO: u16 = 0x94;
-    const A_TO_X: u16 = 0x07;
-    let code = |code, k| libc::sock_filter {
-        code,
-        jt: 0,
-        jf: 0,
-        k,
-    };
-    let jump = |k, jt| libc::sock_filter {
-        code: JUMP_EQUAL,
-        jt,
-        jf: 0,
-        k,
-    };
-    // The index is little-endian at `at`; its upper 24 bits, modulo the number of workers.
-    let block = |at: u32| {
-        [
-            code(LOAD_BYTE, at + 3),
-            code(SHIFT_LEFT, 8),
-            code(A_TO_X, 0),
-            code(LOAD_BYTE, at + 2),
-            code(OR_X, 0),
-            code(SHIFT_LEFT, 8),
-            code(A_TO_X, 0),
-            code(LOAD_BYTE, at + 1),
-            code(OR_X, 0),
-            code(MODULO, workers),
-            code(RETURN_A, 0),
-        ]
-    };
-    let mut program = vec![
-        code(LOAD_BYTE, 0),
-        jump(4, 3),
-        jump(3, 2),
-        jump(2, 1 + 11),
-        code(RETURN, u32::MAX),
-    ];
-    program.extend(block(4));
-    program.extend(block(8));
-    program
-}
-
-fn attach(socket: &OwnedFd, program: &[libc::sock_filter]) -> io::Result<()> {
-    let program = libc::sock_fprog {
-        len: program.len() as libc::c_ushort,
-        filter: program.as_ptr().cast_mut(),
-    };
-    // SAFETY: the kernel copies the program, which lives for the whole call, and does not write.
-    let done = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_REUSEPORT_CBPF,
-            std::ptr::from_ref(&program).cast(),
-            size_of::<libc::sock_fprog>() as libc::socklen_t,
-        )
-    };
-    if done < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
-}
 
 /// The steering of a TUN device's queues by destination.
 #[derive(Debug)]
@@ -440,62 +358,5 @@ mod bpf {
             },
         )
         .map(owned)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::udp::{Bind, Underlay};
-    use super::*;
-    use std::net::UdpSocket;
-
-    #[test]
-    fn datagrams_reach_the_worker_of_their_receiver_index() {
-        let workers = 3;
-        let bind = Bind {
-            port: 0,
-            mark: 0,
-            workers,
-            offload: false,
-        };
-        let underlay = Underlay::bind(bind).unwrap();
-        udp(&underlay.sockets).unwrap();
-        let sockets: Vec<UdpSocket> = underlay
-            .sockets
-            .into_iter()
-            .map(|pair| pair.v4.unwrap().into())
-            .collect();
-        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let mut buffer = [0; 64];
-        let mut check = |datagram: &[u8], owner: usize| {
-            client
-                .send_to(datagram, ("127.0.0.1", underlay.port))
-                .unwrap();
-            // Loopback delivers within the call.
-            let length = sockets[owner].recv(&mut buffer).unwrap();
-            assert_eq!(buffer[..length], *datagram);
-        };
-        for index in [0u32, 0x100, 0x2ff, 0xffff_ff00, 0x1234_5678, 0x00ab_cdef] {
-            let owner = (index >> 8) as usize % workers;
-            for (kind, at) in [(4u8, 4), (3, 4), (2, 8)] {
-                let mut datagram = [0u8; 32];
-                datagram[0] = kind;
-                datagram[at..at + 4].copy_from_slice(&index.to_le_bytes());
-                check(&datagram, owner);
-            }
-        }
-        // Initiations go by address and port: always to the same one.
-        let initiation = [1; 40];
-        client
-            .send_to(&initiation, ("127.0.0.1", underlay.port))
-            .unwrap();
-        let mut got = |socket: &UdpSocket| socket.recv(&mut [0; 64]).is_ok();
-        let owner = sockets.iter().position(&mut got).unwrap();
-        for _ in 0..5 {
-            client
-                .send_to(&initiation, ("127.0.0.1", underlay.port))
-                .unwrap();
-            assert_eq!(sockets.iter().position(&mut got), Some(owner));
-        }
     }
 }

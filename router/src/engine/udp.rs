@@ -4,10 +4,15 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
-use super::Error;
+use tracing::info;
+
+use super::{Error, steer};
 
 /// Receive and send buffers to ask for, in bytes: some milliseconds at 5 Gbit/s.
 const SOCKET_BUFFER: libc::c_int = 4 << 20;
+/// The same for handshake initiations. The kernel counts some 800 to 2,300 bytes for each, and
+/// grants twice what is asked for: 2,000 to 5,000 of them, as in its own WireGuard (4,096).
+const STRANGERS_BUFFER: libc::c_int = 2 << 20;
 
 /// A new non-blocking UDP socket.
 pub(super) fn socket(family: libc::c_int) -> io::Result<OwnedFd> {
@@ -43,10 +48,15 @@ fn set_option(
     Ok(())
 }
 
-fn get_option(fd: &OwnedFd, level: libc::c_int, name: libc::c_int) -> io::Result<libc::c_int> {
-    let mut value: libc::c_int = 0;
-    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: pointer and length are those of an int that lives for the whole call.
+/// What a socket option may be: plain numbers, of which every pattern of bits is one.
+trait Plain: Default {}
+impl Plain for libc::c_int {}
+impl<const N: usize> Plain for [u32; N] where Self: Default {}
+
+fn get_option<T: Plain>(fd: &OwnedFd, level: libc::c_int, name: libc::c_int) -> io::Result<T> {
+    let mut value = T::default();
+    let mut length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: pointer and length are those of numbers that live for the whole call.
     let done = unsafe {
         libc::getsockopt(
             fd.as_raw_fd(),
@@ -130,13 +140,43 @@ impl Address {
     }
 }
 
-/// The sockets of one worker.
+/// The sockets of one worker. All send from the first two.
 #[derive(Debug)]
 pub(super) struct Sockets {
     /// IPv4.
     pub(super) v4: Option<OwnedFd>,
     /// IPv6.
     pub(super) v6: Option<OwnedFd>,
+    /// IPv4 and IPv6 for what names no session, above all handshake initiations, which anyone can
+    /// make: a flood of them fills queues of its own. None where the kernel does not steer.
+    pub(super) strangers: [Option<OwnedFd>; 2],
+}
+
+/// Datagrams that the kernel dropped since the queues of sockets were full.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Overflows {
+    /// Datagrams of sessions.
+    pub(super) sessions: u64,
+    /// Handshake initiations, and what nobody knows.
+    pub(super) strangers: u64,
+}
+
+impl Overflows {
+    /// Adds those of a worker's sockets so far.
+    pub(super) fn add(&mut self, sockets: &Sockets) {
+        self.sessions += overflows([&sockets.v4, &sockets.v6]);
+        self.strangers += overflows(sockets.strangers.each_ref());
+    }
+}
+
+fn overflows(sockets: [&Option<OwnedFd>; 2]) -> u64 {
+    /// Place of the drops among the numbers (`SK_MEMINFO_DROPS`, linux/sock_diag.h).
+    const DROPS: usize = 8;
+    let sockets = sockets.into_iter().flatten();
+    // Kernels before 4.12 do not tell.
+    let drops =
+        |fd| get_option(fd, libc::SOL_SOCKET, libc::SO_MEMINFO).unwrap_or([0u32; DROPS + 1]);
+    sockets.map(|fd| u64::from(drops(fd)[DROPS])).sum()
 }
 
 impl Sockets {
@@ -167,7 +207,9 @@ pub(super) struct Underlay {
     pub(super) receive_buffer: usize,
     /// Send buffer in bytes, as the kernel grants it.
     pub(super) send_buffer: usize,
-    /// One pair for each worker.
+    /// The kernel brings each datagram to the worker that owns its session.
+    pub(super) steered: bool,
+    /// Those of each worker.
     pub(super) sockets: Vec<Sockets>,
 }
 
@@ -202,38 +244,80 @@ impl Underlay {
     fn bind_once(bind: Bind) -> Result<Self, Error> {
         // Sockets that share a port let in any other that shares it; so look first, alone.
         let mut port = bind.port;
-        let alone = open_pair(bind, &mut port, false)?;
-        let Some(sample) = alone.v4.as_ref().or(alone.v6.as_ref()) else {
+        let alone = open_pair(bind, &mut port, Role::Alone)?;
+        let Some(sample) = alone.iter().flatten().next() else {
             let source = io::Error::from_raw_os_error(libc::EAFNOSUPPORT);
             return Err(Error::Bind { port, source });
         };
         let size = |name| {
-            get_option(sample, libc::SOL_SOCKET, name).map_or(0, |bytes| bytes.max(0) as usize)
+            get_option(sample, libc::SOL_SOCKET, name)
+                .map_or(0, |bytes: libc::c_int| bytes.max(0) as usize)
         };
+        let has = |name| get_option::<libc::c_int>(sample, libc::SOL_UDP, name);
         let mut underlay = Self {
             port,
-            gro: get_option(sample, libc::SOL_UDP, libc::UDP_GRO).is_ok_and(|on| on != 0),
-            gso: bind.offload && get_option(sample, libc::SOL_UDP, libc::UDP_SEGMENT).is_ok(),
+            gro: has(libc::UDP_GRO).is_ok_and(|on| on != 0),
+            gso: bind.offload && has(libc::UDP_SEGMENT).is_ok(),
             receive_buffer: size(libc::SO_RCVBUF),
             send_buffer: size(libc::SO_SNDBUF),
+            steered: false,
             sockets: Vec::new(),
         };
-        if bind.workers <= 1 {
-            underlay.sockets.push(alone);
-        } else {
-            drop(alone);
-            for _ in 0..bind.workers {
-                underlay.sockets.push(open_pair(bind, &mut port, true)?);
+        drop(alone);
+        // The order in which they are bound is that of the numbers by which they are chosen.
+        for _ in 0..bind.workers {
+            let [v4, v6] = open_pair(bind, &mut port, Role::Sessions)?;
+            underlay.sockets.push(Sockets {
+                v4,
+                v6,
+                strangers: [None, None],
+            });
+        }
+        for worker in &mut underlay.sockets {
+            worker.strangers = open_pair(bind, &mut port, Role::Strangers)?;
+        }
+        match underlay.steer(bind.workers) {
+            Ok(()) => underlay.steered = true,
+            Err(error) => {
+                info!(%error, "no steering of datagrams to workers");
+                // The kernel would choose among all of them, for datagrams of sessions too.
+                for worker in &mut underlay.sockets {
+                    worker.strangers = [None, None];
+                }
             }
         }
         Ok(underlay)
     }
+
+    fn steer(&self, workers: usize) -> io::Result<()> {
+        let first = self.sockets.first();
+        for (socket, v6) in [
+            (first.and_then(|first| first.v4.as_ref()), false),
+            (first.and_then(|first| first.v6.as_ref()), true),
+        ] {
+            if let Some(socket) = socket {
+                steer::by_receiver_index(socket, workers, v6)?;
+            }
+        }
+        Ok(())
+    }
 }
 
-/// Binds one worker's sockets. A `port` of 0 becomes the one that the system chose.
-fn open_pair(bind: Bind, port: &mut u16, shared: bool) -> Result<Sockets, Error> {
+/// What a socket is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// Having the port for ourselves.
+    Alone,
+    /// What names a session.
+    Sessions,
+    /// What does not: see [`Sockets::strangers`].
+    Strangers,
+}
+
+/// Binds a socket for each family. A `port` of 0 becomes the one that the system chose.
+fn open_pair(bind: Bind, port: &mut u16, role: Role) -> Result<[Option<OwnedFd>; 2], Error> {
     let mut open = |family| {
-        open_one(family, bind, *port, shared)
+        open_one(family, bind, *port, role)
             .and_then(|socket| {
                 if let Some(socket) = &socket {
                     *port = local_port(socket)?;
@@ -245,19 +329,11 @@ fn open_pair(bind: Bind, port: &mut u16, shared: bool) -> Result<Sockets, Error>
                 source,
             })
     };
-    Ok(Sockets {
-        v4: open(libc::AF_INET)?,
-        v6: open(libc::AF_INET6)?,
-    })
+    Ok([open(libc::AF_INET)?, open(libc::AF_INET6)?])
 }
 
 /// Binds one socket; `None` when the machine does not have the address family.
-fn open_one(
-    family: libc::c_int,
-    bind: Bind,
-    port: u16,
-    shared: bool,
-) -> io::Result<Option<OwnedFd>> {
+fn open_one(family: libc::c_int, bind: Bind, port: u16, role: Role) -> io::Result<Option<OwnedFd>> {
     let fd = match socket(family) {
         Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
         result => result?,
@@ -280,19 +356,24 @@ fn open_one(
     if bind.mark != 0 {
         set_mark(&fd, bind.mark)?;
     }
-    if shared {
+    if role != Role::Alone {
         set_option(&fd, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
     }
-    for (force, plain) in [
-        (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF),
-        (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF),
+    let receive = match role {
+        Role::Strangers => STRANGERS_BUFFER,
+        Role::Alone | Role::Sessions => SOCKET_BUFFER,
+    };
+    for (force, plain, bytes) in [
+        (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, receive),
+        (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, SOCKET_BUFFER),
     ] {
         // Without the right to force, the system's limit holds; `Underlay` tells what was granted.
-        if set_option(&fd, libc::SOL_SOCKET, force, SOCKET_BUFFER).is_err() {
-            set_option(&fd, libc::SOL_SOCKET, plain, SOCKET_BUFFER)?;
+        if set_option(&fd, libc::SOL_SOCKET, force, bytes).is_err() {
+            set_option(&fd, libc::SOL_SOCKET, plain, bytes)?;
         }
     }
-    if bind.offload {
+    // Strangers' datagrams come one by one, so that the work of a receive call is bounded.
+    if bind.offload && role != Role::Strangers {
         // Kernels before 5.0 have no GRO; then each datagram comes alone.
         let _ = set_option(&fd, libc::SOL_UDP, libc::UDP_GRO, 1);
     }

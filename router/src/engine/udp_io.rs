@@ -11,11 +11,6 @@ use super::batch::{MESSAGES, Message};
 use super::forward::Origin;
 use super::udp::Address;
 
-/// Buffers of one receive. Each holds a whole GRO run.
-const BUFFERS: usize = 8;
-/// Bytes of a receive buffer.
-const BUFFER: usize = 65_536;
-
 /// Control messages of one datagram: packet info, traffic class, segment size.
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
@@ -82,32 +77,32 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    /// Allocates everything.
-    pub(super) fn new() -> Self {
+    /// Allocates everything: `count` buffers of `length` bytes.
+    pub(super) fn new(count: usize, length: usize) -> Self {
         // SAFETY: mmsghdr and iovec are plain data; all zero is valid.
         let (header, vector): (libc::mmsghdr, libc::iovec) = unsafe { std::mem::zeroed() };
         Self {
-            buffers: (0..BUFFERS)
-                .map(|_| vec![0; BUFFER].into_boxed_slice())
+            buffers: (0..count)
+                .map(|_| vec![0; length].into_boxed_slice())
                 .collect(),
-            addresses: vec![Address::empty(); BUFFERS].into(),
-            controls: vec![Control::EMPTY; BUFFERS].into(),
-            vectors: vec![vector; BUFFERS].into(),
-            headers: vec![header; BUFFERS].into(),
+            addresses: vec![Address::empty(); count].into(),
+            controls: vec![Control::EMPTY; count].into(),
+            vectors: vec![vector; count].into(),
+            headers: vec![header; count].into(),
         }
     }
 
-    /// Receives what there is, up to [`BUFFERS`] buffers, and gives each to `take` with the length
+    /// Receives what there is, as far as there are buffers, and gives each to `take` with the length
     /// of the datagrams in it. True when there may be more.
     pub(super) fn receive(
         &mut self,
         socket: &OwnedFd,
         mut take: impl FnMut(&Origin, &[u8], usize),
     ) -> io::Result<bool> {
-        for at in 0..BUFFERS {
+        for (at, buffer) in self.buffers.iter_mut().enumerate() {
             self.vectors[at] = libc::iovec {
-                iov_base: self.buffers[at].as_mut_ptr().cast(),
-                iov_len: BUFFER,
+                iov_base: buffer.as_mut_ptr().cast(),
+                iov_len: buffer.len(),
             };
             let header = &mut self.headers[at].msg_hdr;
             header.msg_name = std::ptr::from_mut(&mut self.addresses[at]).cast();
@@ -123,7 +118,7 @@ impl Receiver {
             libc::recvmmsg(
                 socket.as_raw_fd(),
                 self.headers.as_mut_ptr(),
-                BUFFERS as libc::c_uint,
+                self.headers.len() as libc::c_uint,
                 libc::MSG_DONTWAIT as _,
                 std::ptr::null_mut(),
             )
@@ -139,7 +134,8 @@ impl Receiver {
         let count = count as usize;
         for at in 0..count {
             let header = &self.headers[at];
-            let length = (header.msg_len as usize).min(BUFFER);
+            let buffer = &self.buffers[at];
+            let length = (header.msg_len as usize).min(buffer.len());
             let Some(remote) = self.addresses[at].decode() else {
                 continue;
             };
@@ -183,9 +179,9 @@ impl Receiver {
                     _ => {}
                 }
             }
-            take(&origin, &self.buffers[at][..length], stride);
+            take(&origin, &buffer[..length], stride);
         }
-        Ok(count == BUFFERS)
+        Ok(count == self.headers.len())
     }
 }
 

@@ -22,8 +22,13 @@ use super::udp::Sockets;
 use super::udp_io::Receiver;
 use super::vnet;
 
+/// Buffers of one receive call, each for a whole GRO run, and their length in bytes.
+const BUFFERS: (usize, usize) = (8, 65_536);
 /// Receive calls on one socket before others have their turn.
 const RECEIVES: usize = 4;
+/// Datagrams of no session before all else has its turn, and their longest in bytes. A handshake
+/// costs about 0.2 ms, but the limiter lets few pass; what it refuses costs less than 2 us.
+const STRANGERS: (usize, usize) = (32, 2048);
 /// Packets read from the TUN queue before others have their turn.
 const READS: usize = 64;
 /// Parcels taken from other workers before others have their turn.
@@ -37,6 +42,7 @@ const TOKEN_WAKE: u64 = 0;
 const TOKEN_V4: u64 = 1;
 const TOKEN_V6: u64 = 2;
 const TOKEN_TUN: u64 = 3;
+const TOKEN_STRANGERS: u64 = 4;
 
 /// What the control side asks of a worker.
 pub(super) enum Command {
@@ -100,8 +106,11 @@ impl Worker {
         watch(self.waker.0.as_fd(), TOKEN_WAKE)?;
         watch(self.queue.as_fd(), TOKEN_TUN)?;
         let watch_sockets = |sockets: &Sockets| {
-            [(&sockets.v4, TOKEN_V4), (&sockets.v6, TOKEN_V6)]
+            let sessions = [(&sockets.v4, TOKEN_V4), (&sockets.v6, TOKEN_V6)];
+            let strangers = sockets.strangers.each_ref();
+            sessions
                 .into_iter()
+                .chain(strangers.map(|socket| (socket, TOKEN_STRANGERS)))
                 .filter_map(|(socket, token)| Some((socket.as_ref()?, token)))
                 .try_for_each(|(socket, token)| watch(socket.as_fd(), token))
         };
@@ -112,7 +121,8 @@ impl Worker {
             exchange: self.exchange,
             counters: &self.counters,
         };
-        let mut receiver = Receiver::new();
+        let mut receiver = Receiver::new(BUFFERS.0, BUFFERS.1);
+        let mut strangers = Receiver::new(STRANGERS.0, STRANGERS.1);
         let mut buffer = vec![0; LEAD + READ + segment::SLACK].into_boxed_slice();
         let mut next_tick = Duration::ZERO;
         loop {
@@ -120,13 +130,14 @@ impl Worker {
                 .forwarder
                 .needs_ticks()
                 .then(|| next_tick.saturating_sub(uptime()));
-            let mut events = [libc::epoll_event { events: 0, u64: 0 }; 4];
+            let mut events = [libc::epoll_event { events: 0, u64: 0 }; 6];
             let count = epoll.wait(&mut events, timeout).map_err(Failure::Poll)?;
             let now = uptime();
             for event in &events[..count] {
                 let socket = match event.u64 {
                     TOKEN_V4 => &self.sockets.v4,
                     TOKEN_V6 => &self.sockets.v6,
+                    TOKEN_STRANGERS => continue,
                     TOKEN_TUN => {
                         let header = self.vnet;
                         read(&mut self.forwarder, &mut port, &mut buffer, header, now)?;
@@ -155,8 +166,24 @@ impl Worker {
                     }
                 };
                 if let Some(socket) = socket {
-                    receive(&mut self.forwarder, &mut port, &mut receiver, socket, now);
+                    for _ in 0..RECEIVES {
+                        if !receive(&mut self.forwarder, &mut port, &mut receiver, socket, now) {
+                            break;
+                        }
+                    }
+                    self.forwarder.flush(&mut port);
+                    port.exchange.wake();
                 }
+            }
+            // After what belongs to sessions.
+            if events[..count]
+                .iter()
+                .any(|event| event.u64 == TOKEN_STRANGERS)
+            {
+                for socket in self.sockets.strangers.iter().flatten() {
+                    receive(&mut self.forwarder, &mut port, &mut strangers, socket, now);
+                }
+                self.forwarder.flush(&mut port);
             }
             if self.forwarder.needs_ticks()
                 && now >= next_tick
@@ -235,32 +262,24 @@ fn accept(forwarder: &mut Forwarder, port: &mut Port<'_>, waker: &Waker, now: Du
     port.exchange.wake();
 }
 
-/// Takes datagrams from a socket until it is empty or others must have their turn.
+/// Takes datagrams from a socket with one call. True when there may be more.
 fn receive(
     forwarder: &mut Forwarder,
     port: &mut Port<'_>,
     receiver: &mut Receiver,
     socket: &OwnedFd,
     now: Duration,
-) {
-    for _ in 0..RECEIVES {
-        let more = receiver.receive(socket, |origin, buffer, stride| {
-            port.counters.add(Counter::UdpReceives, 1);
-            #[cfg(feature = "bench-delay")]
-            super::delay::packets(buffer.len().div_ceil(stride.max(1)));
-            forwarder.receive(origin, buffer, stride, now, port);
-        });
-        match more {
-            Ok(true) => {}
-            Ok(false) => break,
-            Err(error) => {
-                debug!(%error, "receive from the underlay");
-                break;
-            }
-        }
-    }
-    forwarder.flush(port);
-    port.exchange.wake();
+) -> bool {
+    let more = receiver.receive(socket, |origin, buffer, stride| {
+        port.counters.add(Counter::UdpReceives, 1);
+        #[cfg(feature = "bench-delay")]
+        super::delay::packets(buffer.len().div_ceil(stride.max(1)));
+        forwarder.receive(origin, buffer, stride, now, port);
+    });
+    more.unwrap_or_else(|error| {
+        debug!(%error, "receive from the underlay");
+        false
+    })
 }
 
 /// Takes packets from the TUN queue until it is empty or others must have their turn.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use boringtun::noise::TunnResult;
 
 use super::LocalKey;
-use super::message::COOKIE;
+use super::message::{self, COOKIE};
 
 /// Handshake messages a worker answers per second without asking for cookies. One costs about
 /// 0.2 ms, so this is a tenth of a core.
@@ -227,11 +227,14 @@ impl Limiter {
             self.loaded_until = Some(now + LOAD_LINGERS);
         }
         let source = source(from);
-        // Without room boringtun makes no reply.
         let room: &mut [u8] = if self.replies.may_have(source, now) {
             reply
-        } else {
+        } else if message::has_mac2(message) {
+            // Without room boringtun makes no reply.
             &mut []
+        } else {
+            // Most of a flood: no work for what cannot pass.
+            return Verdict::OverRate;
         };
         let judged = local.loaded.verify_packet(Some(from), message, room);
         match judged {

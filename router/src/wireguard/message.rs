@@ -51,6 +51,11 @@ pub(crate) fn sender(message: &[u8]) -> Option<u32> {
     word(message, 4)
 }
 
+/// Whether a handshake message has a mac2, as the answer to a cookie does.
+pub(crate) fn has_mac2(message: &[u8]) -> bool {
+    message.last_chunk().is_some_and(|mac2| *mac2 != [0; 16])
+}
+
 /// Ephemeral public key of a handshake message.
 pub(crate) fn ephemeral(message: &[u8]) -> Option<&[u8; 32]> {
     let at = if message.len() == RESPONSE { 12 } else { 8 };

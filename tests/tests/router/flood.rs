@@ -114,13 +114,16 @@ fn survives(key: bool, sources: u32, counter: &str) {
         })?;
         println!(
             "echoes: {calm} calm, {flooded} flooded of {ECHOES}; {sent} initiations sent, \
-             {arrived} refused, {used:?} of CPU; joined after {:?}",
+             {arrived} refused, {} not looked at, {used:?} of CPU; joined after {:?}",
+            sluice.engine_counter("drop_stranger_full")?,
             joining.elapsed()
         );
         http::download(&site.laptop, web, 1 << 20)?;
         ensure!(arrived > 10_000, "the flood was none: {arrived} of {sent}");
-        // The machine's two cores make the flood, too, and run other tests.
-        ensure!(flooded * 2 > calm, "{flooded} of {calm} echoes");
+        ensure!(flooded * 10 >= calm * 9, "{flooded} of {calm} echoes");
+        // However slow this machine is: the flood has a queue of its own.
+        let lost = sluice.engine_counter("drop_receive_full")?;
+        ensure!(lost == 0, "{lost} datagrams of sessions");
         Ok(())
     });
 }

@@ -4,9 +4,7 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, mpsc};
 
-use tracing::info;
-
-use super::{Bind, Change, Command, Engine, Error, Underlay, steer};
+use super::{Bind, Change, Command, Engine, Error, Underlay};
 use crate::wireguard::keys::PublicKey;
 
 impl Engine {
@@ -19,12 +17,9 @@ impl Engine {
         }
         let bind = Bind { port, ..state.bind };
         let underlay = Underlay::bind(bind)?;
-        if bind.workers > 1
-            && let Err(error) = steer::udp(&underlay.sockets)
-        {
-            info!(%error, "no steering of datagrams to workers");
-        }
         state.bind.port = underlay.port;
+        // What comes in from here to their closing is not counted.
+        state.overflows = state.overflows();
         state.sockets = underlay.sockets.into_iter().map(Arc::new).collect();
         let (done, waiting) = mpsc::channel();
         for (worker, sockets) in self.workers.iter().zip(&state.sockets) {
