@@ -7,6 +7,7 @@ mod facts;
 mod fastpath;
 mod lock;
 mod notify;
+mod reload;
 mod status;
 mod uapi;
 
@@ -25,8 +26,9 @@ use tokio::time::sleep_until;
 use self::fastpath::choose_datapath;
 use self::lock::DeviceLock;
 pub use self::lock::LockError;
+use self::reload::check;
 use crate::api;
-use crate::config::{self, Config, DatapathMode, Local};
+use crate::config::{self, DatapathMode, Local};
 use crate::control::Snapshot;
 use crate::control::file::FileSource;
 use crate::core::{Action, Core, Facts, Names, Part};
@@ -422,49 +424,6 @@ impl Daemon {
         }
     }
 
-    /// Reads the configuration again. With any problem in it, the old one stays in force whole.
-    async fn reload(&mut self) {
-        let problems = match self.try_reload().await {
-            Ok(needs_restart) => needs_restart,
-            Err(error) => error.to_string().lines().map(str::to_owned).collect(),
-        };
-        for problem in &problems {
-            tracing::warn!("{problem}");
-        }
-        self.reload_problems = problems;
-    }
-
-    async fn try_reload(&mut self) -> Result<Vec<String>, Error> {
-        let config = self.source.load()?;
-        let facts = facts::gather(&self.netlink, &config.snapshot, Some(self.tun.index)).await?;
-        check(&config, &facts)?;
-        let mut needs_restart = Vec::new();
-        if config.local.private_key != self.local.private_key {
-            // The new key may be a former peer's, and a new peer's the old one: with no peers left
-            // there is nothing to clash, and a new key ends every session anyway.
-            self.core.invalidate(Part::Peers);
-            self.engine.set_peers(&[])?;
-            self.engine.set_private_key(&config.local.private_key)?;
-            self.local.private_key = config.local.private_key.clone();
-        }
-        if config.local != self.local {
-            needs_restart = config::restart_needed(&self.local, &config.local);
-        }
-        if config.snapshot != self.snapshot || facts != self.facts {
-            tracing::info!(
-                peers = config.snapshot.peers.len(),
-                routes = config.snapshot.routes.len(),
-                rules = config.snapshot.policy.rules.len(),
-                "the configuration was read again"
-            );
-            self.snapshot = config.snapshot;
-            self.facts = facts;
-            self.names.track(&self.snapshot, Instant::now());
-            self.replan();
-        }
-        Ok(needs_restart)
-    }
-
     /// Takes away everything that the daemon made. Goes on after a failure, and says so.
     async fn stop(mut self) {
         let warn = |what: &str, error: &dyn std::error::Error| {
@@ -501,19 +460,4 @@ async fn deadline_or_never(deadline: Option<Instant>) {
         Some(deadline) => sleep_until(deadline.into()).await,
         None => pending().await,
     }
-}
-
-/// Compares a configuration with this machine.
-fn check(config: &Config, facts: &Facts) -> Result<(), Error> {
-    let problems = config::check_against_system(config, facts);
-    if problems.is_empty() {
-        return Ok(());
-    }
-    Err(Error::System(
-        problems
-            .iter()
-            .map(ToString::to_string)
-            .collect::<Vec<_>>()
-            .join("\n"),
-    ))
 }
