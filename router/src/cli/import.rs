@@ -1,6 +1,8 @@
 //! `sluice import`: a wg-quick file becomes a configuration of Sluice.
 
 mod conf;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 
 use std::fmt::Write as _;
 use std::fs;

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+#[cfg(feature = "fuzz")]
+pub use import::fuzz::{Imported, import as import_text};
 
 use crate::datapath::ebpf::FlowFilter;
 use crate::{api, config, runtime};
