@@ -2,7 +2,7 @@
 
 mod conf;
 #[cfg(feature = "fuzz")]
-pub mod fuzz;
+pub(super) mod fuzz;
 
 use std::fmt::Write as _;
 use std::fs;
