@@ -19,6 +19,8 @@ mod sockopt;
 pub mod stats;
 pub mod wireguard;
 
+pub use clear::open_tun;
+
 /// Every suite, in the order in which they run.
 pub const SUITES: &[case::SuiteEntry] = &[
     prog::ENTRY,

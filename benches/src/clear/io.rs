@@ -17,7 +17,7 @@ const PACKET_VNET_HDR: libc::c_int = 15;
 
 /// Creates a TUN device with a virtio-net header on each packet, in the namespace of this thread.
 /// It goes with the last copy of the file.
-pub(super) fn open_tun(name: &str) -> io::Result<File> {
+pub fn open_tun(name: &str) -> io::Result<File> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)

@@ -17,6 +17,8 @@ use std::time::Duration;
 
 use ipnet::{IpNet, Ipv4Net};
 
+pub use io::open_tun;
+
 use crate::case::{
     Case, CaseId, Chart, ChartKind, Context, Effort, Failure, Measurement, Outcome, Round, Skipped,
     Suite, SuiteEntry,
