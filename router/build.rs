@@ -6,7 +6,8 @@
 //! missing on the machine is no error here: it is noted, with an empty object, and becomes one when
 //! code is generated (`src/datapath/ebpf/object.rs`). Hence `check` and `clippy` need no bpf-linker.
 //!
-//! `SLUICE_EBPF_OBJECT` names a ready object, and nothing is compiled.
+//! `SLUICE_EBPF_OBJECT` names a ready object, with the guard's (`sluice-guard`) beside it, and nothing
+//! is compiled.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -15,6 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
 const OBJECT: &str = "SLUICE_EBPF_OBJECT";
+/// The objects: the datapath's programs, and the uplink's guard.
+const NAMES: [&str; 2] = ["sluice-ebpf", "sluice-guard"];
 
 /// Why there is no object.
 enum Failure {
@@ -28,28 +31,30 @@ fn main() {
     println!("cargo::rerun-if-env-changed={OBJECT}");
     let out = path("OUT_DIR");
     let root = path("CARGO_MANIFEST_DIR").join("..");
-    let object = match env::var_os(OBJECT) {
-        Some(ready) => Ok(PathBuf::from(ready)),
-        None => build(&root, &out),
+    let objects = match env::var_os(OBJECT).map(PathBuf::from) {
+        Some(ready) => Ok([ready.clone(), ready.with_file_name(NAMES[1])]),
+        None => build(&root, &out).map(|folder| NAMES.map(|name| folder.join(name))),
     };
-    let outcome = object.and_then(|object| {
-        println!("cargo::rerun-if-changed={}", object.display());
-        fs::read(&object)
-            .map_err(|error| Failure::Broken(format!("read {}: {error}", object.display())))
-    });
-    let (bytes, lack) = match outcome {
-        Ok(bytes) => (bytes, String::new()),
+    let (objects, lack) = match objects {
+        Ok(objects) => (objects.map(|object| read(&object)), String::new()),
         Err(Failure::Lack(lack)) => {
             // A file that never exists: look again at the next build.
             println!("cargo::rerun-if-changed={}", out.join("never").display());
-            (Vec::new(), lack)
+            (Default::default(), lack)
         }
         Err(Failure::Broken(text)) => fail(&text),
     };
     println!("cargo::rustc-env=SLUICE_EBPF_LACK={lack}");
-    if let Err(error) = fs::write(out.join("sluice-ebpf"), bytes) {
-        fail(&format!("write the object to {}: {error}", out.display()));
+    for (name, bytes) in NAMES.iter().zip(objects) {
+        if let Err(error) = fs::write(out.join(name), bytes) {
+            fail(&format!("write an object to {}: {error}", out.display()));
+        }
     }
+}
+
+fn read(object: &Path) -> Vec<u8> {
+    println!("cargo::rerun-if-changed={}", object.display());
+    fs::read(object).unwrap_or_else(|error| fail(&format!("read {}: {error}", object.display())))
 }
 
 fn fail(text: &str) -> ! {
@@ -62,7 +67,7 @@ fn path(variable: &str) -> PathBuf {
     PathBuf::from(env::var_os(variable).unwrap_or_default())
 }
 
-/// Compiles the programs and returns the object's path.
+/// Compiles the programs and returns the folder of the objects.
 fn build(root: &Path, out: &Path) -> Result<PathBuf, Failure> {
     for source in [
         "router-ebpf/src",
@@ -84,7 +89,7 @@ fn build(root: &Path, out: &Path) -> Result<PathBuf, Failure> {
     let folder = shared_folder(out).join("sluice-ebpf");
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
-        .args(["build", "--locked", "--release", "--bin", "sluice-ebpf"])
+        .args(["build", "--locked", "--release", "--bins"])
         .args(["-Z", "build-std=core", "--target", triple])
         .arg("--manifest-path")
         .arg(root.join("router-ebpf/Cargo.toml"))
@@ -116,7 +121,7 @@ fn build(root: &Path, out: &Path) -> Result<PathBuf, Failure> {
         }
         return Err(Failure::Broken(text.into_owned()));
     }
-    Ok(folder.join(triple).join("release/sluice-ebpf"))
+    Ok(folder.join(triple).join("release"))
 }
 
 /// The folder that all builds of this workspace have in common. Cargo marks it when it makes it; in

@@ -4,11 +4,14 @@
 //! see the packet through [`packet::Frame`] and the maps through [`decide::Tables`]; the kernel's
 //! implementations of these two traits are in the binary, the tests have their own. Every outcome
 //! is a [`verdict::Verdict`].
+//!
+//! [`guard`] stands apart: what it judges is the underlay, and its program is an object of its own.
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 pub mod abi;
 pub mod csum;
 pub mod decide;
+pub mod guard;
 #[cfg(not(target_arch = "bpf"))]
 pub mod memory;
 pub mod mss;

@@ -13,16 +13,21 @@ pub enum Class {
     Drop,
 }
 
+/// Makes a list of verdicts: an enum with counter index, metric label, text and class of each.
 macro_rules! verdicts {
-    ($($name:ident $class:ident $label:literal $text:literal;)*) => {
-        /// What became of a packet. The order is part of the map ABI.
+    (
+        $(#[$meta:meta])*
+        enum $list:ident;
+        $($name:ident $class:ident $label:literal $text:literal;)*
+    ) => {
+        $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u32)]
-        pub enum Verdict {
+        pub enum $list {
             $(#[doc = $text] $name,)*
         }
 
-        impl Verdict {
+        impl $list {
             /// Every verdict, in the order of the counters.
             pub const ALL: &'static [Self] = &[$(Self::$name),*];
 
@@ -38,14 +43,17 @@ macro_rules! verdicts {
 
             /// What the program does.
             #[inline(always)]
-            pub const fn class(self) -> Class {
-                match self { $(Self::$name => Class::$class,)* }
+            pub const fn class(self) -> $crate::verdict::Class {
+                match self { $(Self::$name => $crate::verdict::Class::$class,)* }
             }
         }
     };
 }
+pub(crate) use verdicts;
 
 verdicts! {
+    /// What became of a packet. The order is part of the map ABI.
+    enum Verdict;
     Forwarded Forward "forwarded" "Carried by the fast path.";
     PassUnrelated Pass "pass_unrelated" "Not a packet between subnet and overlay; the underlay is most of it.";
     SlowNotRouted Slow "slow_not_routed" "The subnet side of the packet is in no advertised route.";

@@ -5,6 +5,7 @@
 
 mod facts;
 mod fastpath;
+mod guard;
 mod lock;
 mod notify;
 mod reload;
@@ -24,6 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
 use self::fastpath::choose_datapath;
+use self::guard::UplinkGuard;
 use self::lock::DeviceLock;
 pub use self::lock::LockError;
 use self::reload::check;
@@ -139,6 +141,7 @@ struct Daemon {
     ebpf: Option<Ebpf>,
     /// Why the datapath is the one it is.
     datapath_reason: String,
+    guard: UplinkGuard,
 
     requests: mpsc::Receiver<api::Request>,
     _server: api::Server,
@@ -181,6 +184,8 @@ impl Daemon {
             },
             &local.private_key,
         )?;
+        let guard = UplinkGuard::load(local.uplink_guard);
+        guard.watch(&engine);
         let (name, index) = engine.device();
         let tun = Link {
             index,
@@ -208,6 +213,7 @@ impl Daemon {
             tun,
             ebpf,
             datapath_reason,
+            guard,
             requests,
             _server: server,
             questions,
@@ -373,6 +379,7 @@ impl Daemon {
             plan.datapath.external.clear();
         }
         self.core.want(plan);
+        self.guard_uplink();
     }
 
     async fn carry_out(&mut self, action: &Action) -> Result<(), String> {
@@ -429,6 +436,7 @@ impl Daemon {
         let warn = |what: &str, error: &dyn std::error::Error| {
             tracing::warn!(%error, "{what} was not removed; the next start does it");
         };
+        self.guard.remove();
         if let Some(ebpf) = &mut self.ebpf
             && let Err(error) = ebpf.remove()
         {

@@ -39,6 +39,8 @@ pub struct Config {
     pub rules: Vec<Rule>,
     /// `auto`, `ebpf` or `kernel`.
     pub datapath: &'static str,
+    /// Whether the uplink is guarded.
+    pub guard: bool,
     /// Number of worker threads; `None` lets the engine choose.
     pub workers: Option<usize>,
     /// Where metrics are served over TCP.
@@ -94,6 +96,7 @@ impl Config {
             routes: Vec::new(),
             rules: Vec::new(),
             datapath: "auto",
+            guard: false,
             workers: None,
             metrics: None,
             log: "info,router=debug",
@@ -152,6 +155,9 @@ impl Config {
             section("[[rule]]", &lines)?;
         }
         let mut datapath = vec![("mode", text(self.datapath))];
+        if self.guard {
+            datapath.push(("uplink_guard", text("auto")));
+        }
         datapath.extend(self.workers.map(|n| ("workers", n.to_string())));
         section("[datapath]", &datapath)?;
         section("[api]", &[("socket", text(&socket.to_string_lossy()))])?;
@@ -420,6 +426,7 @@ mod tests {
                 protocols: vec!["tcp".to_owned()],
             }],
             datapath: "ebpf",
+            guard: true,
             workers: Some(2),
             metrics: Some("127.0.0.1:9577".parse().unwrap()),
             log: "info",
@@ -449,6 +456,7 @@ to = ["10.0.0.0/16:443"]
 protocols = ["tcp"]
 [datapath]
 mode = "ebpf"
+uplink_guard = "auto"
 workers = 2
 [api]
 socket = "/s"

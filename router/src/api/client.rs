@@ -157,6 +157,15 @@ fn page(status: &Value) -> String {
         text(&datapath["active"]),
         text(&datapath["reason"])
     );
+    let guard = &status["uplink_guard"];
+    if guard.is_object() {
+        let _ = writeln!(
+            out,
+            "guard     {}: {}",
+            text(&guard["interface"]),
+            text(&guard["reason"])
+        );
+    }
     for (family, table) in flow_tables(&status["flows"]) {
         let _ = writeln!(
             out,
@@ -232,6 +241,11 @@ fn page(status: &Value) -> String {
             );
         }
     }
+    for (verdict, count) in guard["frames"].as_object().into_iter().flatten() {
+        if count.as_u64().unwrap_or(0) > 0 {
+            let _ = writeln!(out, "  {:<14} {verdict:<26} {count:>14}", "uplink_guard");
+        }
+    }
     let _ = writeln!(out, "\nengine counters");
     for (label, count) in status["engine"]["counters"]
         .as_object()
@@ -284,6 +298,7 @@ mod tests {
             "name": "r1", "version": "0.1.0", "uptime_seconds": 3700,
             "problems": [{"part": "routes", "error": "no such device"}],
             "datapath": {"active": "kernel", "reason": "no CAP_BPF"},
+            "uplink_guard": {"interface": "eth0", "reason": "attached", "frames": {"drop_index": 7}},
             "routes": [{"cidr": "10.0.0.0/16", "snat": true, "path": "slow", "reason": "source NAT"}],
             "packets": [{"program": "from_overlay", "verdict": "forwarded", "packets": 3, "bytes": 99}],
         });
@@ -293,6 +308,8 @@ mod tests {
             "up 1h1m",
             "PROBLEM   routes: no such device",
             "kernel: no CAP_BPF",
+            "guard     eth0: attached",
+            "drop_index",
             "slow path (source NAT)",
             "from_overlay",
         ] {

@@ -14,6 +14,6 @@ pub use client::{ClientError, fetch_status, print_flows, print_status};
 pub use flows::{FlowEntry, FlowList, Question, parse_address, parse_protocol};
 pub use server::{Error, Request, Server};
 pub use status::{
-    DatapathStatus, DeviceStatus, EngineStatus, FlowStatus, FlowTableStatus, Packets, PeerStatus,
-    Problem, RouteStatus, Status,
+    DatapathStatus, DeviceStatus, EngineStatus, FlowStatus, FlowTableStatus, GuardStatus, Packets,
+    PeerStatus, Problem, RouteStatus, Status,
 };

@@ -25,6 +25,8 @@ pub struct Status {
     pub subnet: Vec<String>,
     /// The datapath in use.
     pub datapath: DatapathStatus,
+    /// The uplink's guard.
+    pub uplink_guard: GuardStatus,
     /// Advertised routes.
     pub routes: Vec<RouteStatus>,
     /// WireGuard peers.
@@ -84,6 +86,19 @@ pub struct DatapathStatus {
     pub attach: Option<&'static str>,
     /// Why it is this one.
     pub reason: String,
+}
+
+/// The XDP program that drops on the uplink what cannot be WireGuard for the router.
+#[derive(Clone, Debug, Serialize)]
+pub struct GuardStatus {
+    /// What the configuration asks for: `auto` or `off`.
+    pub requested: &'static str,
+    /// Where it is attached; `None`: nowhere.
+    pub interface: Option<String>,
+    /// Why it is or is not.
+    pub reason: String,
+    /// Frames that it has seen, by verdict.
+    pub frames: BTreeMap<&'static str, u64>,
 }
 
 /// An advertised route.

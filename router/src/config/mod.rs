@@ -113,6 +113,10 @@ pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
         ("wireguard.mtu", old.mtu != new.mtu),
         ("datapath.mode", old.datapath != new.datapath),
         ("datapath.uplink", old.uplink != new.uplink),
+        (
+            "datapath.uplink_guard",
+            old.uplink_guard != new.uplink_guard,
+        ),
         ("datapath.subnet", old.subnet != new.subnet),
         ("datapath.workers", old.workers != new.workers),
         (
@@ -181,6 +185,8 @@ pub struct Local {
     pub datapath: DatapathMode,
     /// The uplink.
     pub uplink: Interface,
+    /// Whether the uplink's guard drops, where it can, what is no WireGuard message for us.
+    pub uplink_guard: bool,
     /// The subnet-side interfaces; empty means `auto`: found by the routes' CIDRs.
     pub subnet: Vec<String>,
     /// Number of worker threads; `None` lets the engine choose.

@@ -58,6 +58,7 @@ pub(super) struct Rule<'i> {
 pub(super) struct Datapath<'i> {
     pub(super) mode: Option<Text<'i>>,
     pub(super) uplink: Option<Text<'i>>,
+    pub(super) uplink_guard: Option<Text<'i>>,
     pub(super) subnet: Option<TextOr<'i, At<Vec<Text<'i>>>>>,
     pub(super) workers: Option<TextOr<'i, At<i64>>>,
     pub(super) flows: Option<At<i64>>,
@@ -196,6 +197,7 @@ fn datapath<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Datapa
     let raw = Datapath {
         mode: section.text("mode", problems),
         uplink: section.text("uplink", problems),
+        uplink_guard: section.text("uplink_guard", problems),
         subnet: section.text_or("subnet", problems, Section::texts),
         workers: section.text_or("workers", problems, Section::integer),
         flows: section.integer("flows", problems),

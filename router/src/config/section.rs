@@ -51,6 +51,7 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
         &[
             "mode",
             "uplink",
+            "uplink_guard",
             "subnet",
             "workers",
             "flows",

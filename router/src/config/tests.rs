@@ -154,6 +154,7 @@ fn the_least_file_gets_the_defaults() {
     assert_eq!(local.socket, Path::new("/run/sluice/sluice0.sock"));
     assert_eq!((local.uplink, local.subnet.len()), (Interface::Auto, 0));
     assert_eq!((local.workers, local.http), (None, None));
+    assert!(!local.uplink_guard);
     assert!(!local.name.is_empty());
     assert_eq!(config.snapshot, Snapshot::default());
 }

@@ -218,6 +218,7 @@ mod tests {
             mtu: 1420,
             datapath: DatapathMode::Auto,
             uplink: Interface::Auto,
+            uplink_guard: false,
             subnet: vec![],
             workers: None,
             limits: Default::default(),

@@ -152,6 +152,7 @@ impl Engine {
                 free: Vec::new(),
                 indices: HashSet::new(),
                 steering: tun_steering,
+                watch: None,
             }),
             failure,
         };
@@ -233,13 +234,22 @@ impl Engine {
         let mut state = self.state();
         check(specs, &state.public)?;
         let mut changes: Vec<Change> = self.workers.iter().map(|_| Change::default()).collect();
-        state.diff(specs, &mut changes)?;
+        let gone = state.diff(specs, &mut changes)?;
         let directory = Arc::new(state.directory());
         state.steer();
         for change in &mut changes {
             change.directory = Some(directory.clone());
         }
-        self.apply(changes)
+        let new = changes.iter().flat_map(|change| &change.add);
+        let new: Vec<u32> = new.map(|setup| setup.index).collect();
+        if let Some(watch) = &mut state.watch {
+            watch.changed(&new, &[]);
+        }
+        let outcome = self.apply(changes);
+        if let Some(watch) = &mut state.watch {
+            watch.changed(&[], &gone);
+        }
+        outcome
     }
 
     /// Changes the private key. No packet is sealed or opened with the old one once this returns:

@@ -119,6 +119,16 @@ pub struct Features {
     pub send_buffer: usize,
 }
 
+/// Somebody who must know which receiver indices are in use: a filter in front of the sockets.
+///
+/// Every index that a peer is told has its upper 24 bits from here, for as long as the peer stays;
+/// the lower 8 count its sessions. So only changes of the peers are told, no handshake is.
+pub trait IndexWatch: Send + std::fmt::Debug {
+    /// These upper 24 bits will be in use from now on, and those no longer are. The first call
+    /// tells all in use. No message with a new index leaves before this returns.
+    fn changed(&mut self, new: &[u32], gone: &[u32]);
+}
+
 /// The engine cannot do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -47,6 +47,8 @@ impl Daemon {
             self.names.track(&self.snapshot, Instant::now());
             self.replan();
         }
+        self.guard.try_again();
+        self.guard_uplink();
         Ok(needs_restart)
     }
 }

@@ -54,6 +54,7 @@ impl Daemon {
             }
         }
         let flows = self.flow_status(&mut problems);
+        let uplink_guard = self.guard.status(&mut problems);
         let plan = self.core.wanted();
         Status {
             name: self.local.name.clone(),
@@ -90,6 +91,7 @@ impl Daemon {
                 attach: self.ebpf.as_ref().and_then(Ebpf::attach_mode),
                 reason: self.datapath_reason.clone(),
             },
+            uplink_guard,
             routes: self.route_status(),
             peers: self.peer_status(),
             flows,

@@ -23,6 +23,10 @@ pub const DATAPATH_INFO: &str = "sluice_datapath_info";
 pub const PACKETS: &str = "sluice_packets_total";
 /// Bytes of the clear packets.
 pub const BYTES: &str = "sluice_bytes_total";
+/// Frames that the uplink's guard has seen.
+pub const GUARD_FRAMES: &str = "sluice_uplink_guard_frames_total";
+/// Whether the uplink's guard is attached.
+pub const GUARD_ATTACHED: &str = "sluice_uplink_guard_attached";
 /// Events of the engine.
 pub const ENGINE: &str = "sluice_engine_events_total";
 /// Underlay bytes from a peer.
@@ -80,6 +84,18 @@ const DESCRIPTIONS: &[(Kind, &str, Unit, &str)] = &[
         BYTES,
         Unit::Bytes,
         "IP bytes of the clear packets by program and verdict",
+    ),
+    (
+        Kind::Counter,
+        GUARD_FRAMES,
+        Unit::Count,
+        "Frames on the uplink by verdict of its guard",
+    ),
+    (
+        Kind::Gauge,
+        GUARD_ATTACHED,
+        Unit::Count,
+        "1 when the uplink's guard is attached",
     ),
     (
         Kind::Counter,
@@ -195,6 +211,12 @@ impl Metrics {
             self.counter(PACKETS, labels.clone(), row.packets);
             self.counter(BYTES, labels, row.bytes);
         }
+        let guard = &status.uplink_guard;
+        for (verdict, count) in &guard.frames {
+            self.counter(GUARD_FRAMES, vec![Label::new("verdict", *verdict)], *count);
+        }
+        let attached = f64::from(u8::from(guard.interface.is_some()));
+        self.gauge(GUARD_ATTACHED, vec![], attached);
         if let Some(flows) = &status.flows {
             for (family, table) in &flows.tables {
                 let labels = vec![Label::new("family", *family)];
@@ -251,8 +273,8 @@ mod tests {
 
     use super::*;
     use crate::api::{
-        DatapathStatus, DeviceStatus, EngineStatus, FlowStatus, FlowTableStatus, Packets,
-        PeerStatus, Problem, Status,
+        DatapathStatus, DeviceStatus, EngineStatus, FlowStatus, FlowTableStatus, GuardStatus,
+        Packets, PeerStatus, Problem, Status,
     };
 
     fn status() -> Status {
@@ -276,6 +298,12 @@ mod tests {
                 active: "ebpf",
                 attach: Some("tcx"),
                 reason: String::new(),
+            },
+            uplink_guard: GuardStatus {
+                requested: "auto",
+                interface: Some("eth0".into()),
+                reason: "attached".into(),
+                frames: BTreeMap::from([("drop_index", 5)]),
             },
             routes: vec![],
             peers: vec![PeerStatus {
@@ -328,6 +356,8 @@ mod tests {
             "sluice_packets_total{program=\"from_overlay\",verdict=\"forwarded\"} 3",
             "sluice_engine_events_total{event=\"spoofed\"} 2",
             "sluice_healthy 1",
+            "sluice_uplink_guard_frames_total{verdict=\"drop_index\"} 5",
+            "sluice_uplink_guard_attached 1",
             "sluice_flows{family=\"ipv4\"} 12",
             "sluice_flows_limit{family=\"ipv4\"} 100",
             "sluice_flows_ended_total{reason=\"expired\"} 4",

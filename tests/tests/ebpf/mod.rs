@@ -7,6 +7,7 @@ mod contract;
 mod differential;
 mod fixture;
 mod frames;
+mod guard;
 mod packets;
 mod policy;
 mod sweep;

@@ -61,7 +61,12 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
         ],
         problems,
     );
-
+    let uplink_guard = mode(
+        raw.datapath.uplink_guard.as_ref(),
+        "datapath.uplink_guard",
+        [("off", false), ("auto", true)],
+        problems,
+    );
     let limits = limits::limits(&raw.datapath, problems);
 
     let peers = peers::peers(&raw.peers, own_key, addresses, directory, problems);
@@ -88,6 +93,7 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
             device: tunnel.device,
             datapath: datapath.unwrap_or(DatapathMode::Auto),
             uplink: interfaces.uplink,
+            uplink_guard: uplink_guard.unwrap_or(false),
             subnet: interfaces.subnet.into_iter().map(|i| i.value).collect(),
             workers: interfaces.workers,
             limits,

@@ -7,6 +7,7 @@ mod attach;
 mod banks;
 mod clsact;
 mod flows;
+pub mod guard;
 mod listing;
 mod object;
 pub mod policy;
@@ -29,7 +30,7 @@ use router_ebpf::verdict::Verdict;
 
 pub use attach::AttachMode;
 pub use listing::{FlowFilter, FlowTables, FlowView};
-pub use object::object;
+pub use object::{guard_object, object};
 pub use sweeper::{Ended, FamilyReport, FlowReport};
 
 use super::limits::Limits;
@@ -317,14 +318,22 @@ fn load_program<'a>(programs: &'a mut aya::Ebpf, name: &str) -> Result<&'a Sched
         .map_err(|error| failed(&context, error))?;
     match program.load() {
         Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(program),
-        Err(ProgramError::LoadError {
+        Err(error) => Err(not_loaded(name, error)),
+    }
+}
+
+/// The kernel does not take a program.
+fn not_loaded(name: &str, error: ProgramError) -> Error {
+    let context = format!("load {name}");
+    match error {
+        ProgramError::LoadError {
             io_error,
             verifier_log,
-        }) => {
+        } => {
             tracing::debug!(program = name, %verifier_log, "refused by the verifier");
-            Err(refused(context, io_error))
+            refused(context, io_error)
         }
-        Err(error) => Err(refused(context, error)),
+        error => refused(context, error),
     }
 }
 

@@ -11,11 +11,18 @@ use crate::datapath::Error;
 const LACK: &str = env!("SLUICE_EBPF_LACK");
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sluice-ebpf"));
+static GUARD: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sluice-guard"));
 
 /// The ELF object of the programs.
 pub fn object() -> &'static [u8] {
     let () = Embedded::<()>::PRESENT;
     OBJECT
+}
+
+/// The ELF object of the uplink's guard.
+pub fn guard_object() -> &'static [u8] {
+    let () = Embedded::<()>::PRESENT;
+    GUARD
 }
 
 /// Refuses an object that was built from other sources than the daemon.
@@ -53,6 +60,7 @@ mod tests {
     #[test]
     fn only_an_object_of_this_abi_is_taken() {
         assert!(check_abi(object()).is_ok());
+        assert!(check_abi(guard_object()).is_ok());
         assert!(check_abi(b"not ELF").is_err());
         let name = ABI_SECTION.as_bytes();
         let mut foreign = object().to_vec();

@@ -178,13 +178,17 @@ fn route_value(route: &Route) -> abi::Route {
     abi::Route { flags }
 }
 
-/// The key of a CIDR.
-pub(super) fn prefix(cidr: &IpNet) -> Prefix {
-    let address = match cidr.network() {
+/// An address as a key.
+pub(super) fn address(address: IpAddr) -> Address {
+    match address {
         IpAddr::V4(address) => Address::v4(address.octets()),
         IpAddr::V6(address) => Address::v6(address.octets()),
-    };
-    Prefix::cidr(address, cidr.prefix_len())
+    }
+}
+
+/// The key of a CIDR.
+pub(super) fn prefix(cidr: &IpNet) -> Prefix {
+    Prefix::cidr(address(cidr.network()), cidr.prefix_len())
 }
 
 /// MTU in bytes of the interface `name` in this thread's network namespace.
@@ -236,16 +240,17 @@ where
     }
 }
 
-impl<T, V> Store<u32, V> for HashMap<T, u32, V>
+impl<T, K, V> Store<K, V> for HashMap<T, K, V>
 where
     T: Borrow<MapData> + std::borrow::BorrowMut<MapData>,
+    K: Pod,
     V: Pod,
 {
-    fn put(&mut self, key: &u32, value: &V) -> Result<(), MapError> {
+    fn put(&mut self, key: &K, value: &V) -> Result<(), MapError> {
         self.insert(key, value, 0)
     }
 
-    fn delete(&mut self, key: &u32) -> Result<(), MapError> {
+    fn delete(&mut self, key: &K) -> Result<(), MapError> {
         self.remove(key)
     }
 }

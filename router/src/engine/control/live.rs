@@ -1,13 +1,22 @@
-//! What can change while the engine runs, beside the peers and the key: port, mark, MTU, and
-//! endpoints that somebody insists on.
+//! What can change while the engine runs, beside the peers and the key: port, mark, MTU, endpoints
+//! that somebody insists on, and who watches.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, mpsc};
 
 use super::{Bind, Change, Command, Engine, Error, Underlay};
+use crate::engine::IndexWatch;
 use crate::wireguard::keys::PublicKey;
 
 impl Engine {
+    /// Tells `watch` which receiver indices are in use, now and with every change.
+    pub fn watch_indices(&self, mut watch: Box<dyn IndexWatch>) {
+        let mut state = self.state();
+        let all: Vec<u32> = state.indices.iter().copied().collect();
+        watch.changed(&all, &[]);
+        state.watch = Some(watch);
+    }
+
     /// Listens on another UDP port, host byte order; with 0 the system chooses one. The sockets are
     /// made in the network namespace of the calling thread. On error the old port stays in use.
     pub fn set_listen_port(&self, port: u16) -> Result<(), Error> {

@@ -12,7 +12,7 @@ use crate::engine::peer::{Setup, Shared};
 use crate::engine::routes::{PeerId, Routes};
 use crate::engine::steer::TunSteering;
 use crate::engine::udp::{Bind, Overflows, Sockets};
-use crate::engine::{Error, PeerSpec};
+use crate::engine::{Error, IndexWatch, PeerSpec};
 use crate::wireguard::keys::PublicKey;
 use crate::wireguard::message::is_low_order;
 
@@ -33,6 +33,8 @@ pub(super) struct State {
     pub(super) indices: HashSet<u32>,
     /// The kernel's copy of who owns which address.
     pub(super) steering: Option<TunSteering>,
+    /// Who is told of `indices`.
+    pub(super) watch: Option<Box<dyn IndexWatch>>,
 }
 
 #[derive(Debug)]
@@ -83,16 +85,22 @@ fn interval(spec: &PeerSpec) -> Option<Duration> {
 }
 
 impl State {
-    /// Brings the known peers in line with `specs`, and notes for each worker what changes.
-    pub(super) fn diff(&mut self, specs: &[PeerSpec], changes: &mut [Change]) -> Result<(), Error> {
+    /// Brings the known peers in line with `specs`, and notes for each worker what changes. Tells
+    /// the receiver indices that are free now.
+    pub(super) fn diff(
+        &mut self,
+        specs: &[PeerSpec],
+        changes: &mut [Change],
+    ) -> Result<Vec<u32>, Error> {
         let wanted: HashSet<PublicKey> = specs.iter().map(|spec| spec.public_key).collect();
-        let mut load = vec![0usize; changes.len()];
+        let (mut load, mut gone) = (vec![0usize; changes.len()], Vec::new());
         let (free, indices) = (&mut self.free, &mut self.indices);
         self.peers.retain(|_, known| {
             if !wanted.contains(&known.spec.public_key) {
                 changes[known.worker].remove.push(known.id);
                 free.push(known.id);
                 indices.remove(&known.index);
+                gone.push(known.index);
                 return false;
             }
             load[known.worker] += 1;
@@ -142,7 +150,9 @@ impl State {
                 },
             );
         }
-        Ok(())
+        // One of them may have been drawn again.
+        gone.retain(|index| !self.indices.contains(index));
+        Ok(gone)
     }
 
     /// Datagrams dropped since the queues of sockets were full, ever since the start.
