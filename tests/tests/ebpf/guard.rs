@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use aya::EbpfLoader;
@@ -21,6 +22,7 @@ use super::fixture::{FAMILIES, Family, Net, PEER, ROUTER, link};
 use super::packets::{Ip, TCP, UDP, frame};
 
 const PORT: u16 = 51820;
+const SOON: Duration = Duration::from_secs(10);
 /// Random frames a run.
 const CASES: u64 = 5_000;
 /// Upper 24 bits of the receiver indices in use.
@@ -371,13 +373,15 @@ fn it_is_native_or_not_at_all_and_leaves_nothing() {
 
             // It follows the uplink, jumbo frames or not, and can go when that is gone.
             first.attach(&eth1)?;
-            ensure!(attached(&host, "eth0")?.is_none());
             ensure!(attached(&host, "eth1")?.is_some());
+            lab::wait_until(SOON, "the place to be free", || {
+                attached(&host, "eth0").is_ok_and(|program| program.is_none())
+            })?;
             second.attach(&eth0)?;
             host.ip("link delete eth0")?;
             second.detach()?;
             drop(first);
-            lab::wait_until(std::time::Duration::from_secs(10), "no program", || {
+            lab::wait_until(SOON, "no program", || {
                 attached(&host, "eth1").is_ok_and(|program| program.is_none())
             })
         })?

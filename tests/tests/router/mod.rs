@@ -1,6 +1,7 @@
 //! The router as a whole: a laptop with Debian's wireguard-go, Sluice, and a VPC behind it.
 
 mod flood;
+mod guard;
 mod lifecycle;
 mod policy;
 mod reach;

@@ -99,8 +99,8 @@ impl Guard {
         let context = || format!("attach {} to {} (XDP)", self.name, uplink.name);
         let id = program(&mut self.programs, self.name)
             .and_then(|program| program.attach_to_if_index(uplink.index, XdpMode::Driver))
-            .map_err(|error| match told(errno(&error)) {
-                Some(reason) => failed(context(), format!("{reason} ({error})")),
+            .map_err(|error| match told(&error) {
+                Some(reason) => failed(context(), reason),
                 None => refused(context(), error),
             })?;
         self.attached = Some((uplink.clone(), id));
@@ -156,21 +156,28 @@ fn program<'a>(programs: &'a mut aya::Ebpf, name: &str) -> Result<&'a mut Xdp, P
     program.try_into()
 }
 
-/// Why drivers and kernel refuse to attach, for an operator.
-fn told(errno: Option<i32>) -> Option<&'static str> {
-    match errno? {
-        libc::EBUSY | libc::EEXIST => Some("another XDP program is there, which keeps its place"),
-        libc::EOPNOTSUPP => Some(
-            "the driver has no native XDP, or not with the offloads that are switched on (LRO, \
-             GRO in hardware)",
-        ),
-        libc::EINVAL | libc::ERANGE | libc::E2BIG => Some(
-            "the driver refuses XDP, most often because of an MTU that is too large for it or of \
-             too many queues in use; the kernel's log may tell",
-        ),
-        libc::ENODEV => Some("the interface is gone"),
-        _ => None,
-    }
+/// Why driver or kernel refuse to attach, for an operator.
+fn told(error: &ProgramError) -> Option<String> {
+    let reason = match errno(error)? {
+        libc::EBUSY | libc::EEXIST => "another XDP program is there, which keeps its place",
+        libc::EOPNOTSUPP => {
+            "the driver has no native XDP, or not with the offloads that are switched on (LRO, GRO \
+             in hardware)"
+        }
+        libc::EINVAL | libc::ERANGE | libc::E2BIG => {
+            let detail = match error {
+                ProgramError::SyscallError(error) => error.io_error.to_string(),
+                other => other.to_string(),
+            };
+            return Some(format!(
+                "the driver refuses XDP, most often because of an MTU that is too large for it or \
+                 of too many queues in use ({detail}); the kernel's log may tell"
+            ));
+        }
+        libc::ENODEV => "the interface is gone",
+        _ => return None,
+    };
+    Some(reason.to_owned())
 }
 
 /// What the program knows of receiver indices. All clones are one.
