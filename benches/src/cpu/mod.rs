@@ -181,6 +181,17 @@ pub fn work_on<T: Send>(
     })
 }
 
+/// The processes, threads of the kernel included, whose name begins so.
+pub fn processes_named(start: &str) -> io::Result<Vec<u32>> {
+    let named = |entry: std::fs::DirEntry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
+        name.starts_with(start).then_some(pid)
+    };
+    let entries = std::fs::read_dir("/proc")?;
+    Ok(entries.flatten().filter_map(named).collect())
+}
+
 /// The kernel thread that takes over softirqs of a busy CPU; None where its PID is not in sight.
 fn ksoftirqd(cpu: usize) -> Option<u32> {
     let name = format!("(ksoftirqd/{cpu})");

@@ -59,6 +59,7 @@ pub(super) struct Bed {
     _echo: Server,
     pub(super) client: Host,
     pub(super) server: Host,
+    host: Host,
     placement: Placement,
     _lab: Lab,
 }
@@ -154,6 +155,7 @@ impl Bed {
             _echo: echo,
             client: laptop,
             server,
+            host,
             placement,
             _lab: lab,
         };
@@ -164,6 +166,41 @@ impl Bed {
             );
         }
         Ok(bed)
+    }
+
+    /// Has the uplink's receive path run as a real NIC's does, in a polling loop of its own (here a
+    /// kernel thread) on the router's CPU. What a program drops in it is then among the router's
+    /// cost, and what the stack takes is merged as a NIC's would be.
+    pub(super) fn uplink_like_a_nic(&self, cores: &Cores) -> anyhow::Result<()> {
+        let before = cpu::processes_named("napi/wan-")?;
+        self.host.run(["ethtool", "-K", "wan", "gro", "on"])?;
+        steer(&self.host, &["wan"], &[])?;
+        in_sys(&self.host, "echo 1 > /sys/class/net/wan/threaded")?;
+        let mut pinned = false;
+        for thread in cpu::processes_named("napi/wan-")? {
+            if !before.contains(&thread) {
+                cpu::pin_process(thread, &[cores.router])?;
+                pinned = true;
+            }
+        }
+        anyhow::ensure!(pinned, "the uplink has no polling thread");
+        Ok(())
+    }
+
+    /// How many datagrams the cable to the router did not take so far.
+    pub(super) fn not_taken(&self) -> anyhow::Result<u64> {
+        let shown = self
+            .client
+            .run(["ip", "-json", "-s", "link", "show", "dev", "eth0"])?;
+        let shown: serde_json::Value = serde_json::from_str(&shown)?;
+        shown[0]["stats64"]["tx"]["dropped"]
+            .as_u64()
+            .context("the client's NIC has no counters")
+    }
+
+    /// Where peers find the router.
+    pub(super) fn endpoint(&self) -> SocketAddrV4 {
+        SocketAddrV4::new(UNDERLAY_ROUTER, PORT)
     }
 
     pub(super) fn router(&self) -> &Router {
@@ -205,7 +242,7 @@ impl Bed {
     pub(super) fn generator(&self, peers: u8) -> anyhow::Result<Generator> {
         let server = SocketAddrV4::new(SERVER, SINK);
         let target = Target {
-            endpoint: SocketAddrV4::new(UNDERLAY_ROUTER, PORT),
+            endpoint: self.endpoint(),
             router: self.key.public.parse::<PublicKey>()?,
             server,
         };
@@ -224,18 +261,14 @@ pub(super) fn steer(host: &Host, nics: &[&str], cpus: &[usize]) -> anyhow::Resul
         "for nic in {nics}; do for queue in /sys/class/net/$nic/queues/rx-*; do \
          echo {mask:x} > $queue/rps_cpus; done; done"
     );
-    // `ip netns exec` mounts the namespace's own /sys.
-    lab::Cmd::new([
-        "ip",
-        "netns",
-        "exec",
-        host.namespace(),
-        "sh",
-        "-ec",
-        &script,
-    ])
-    .run()
-    .map(drop)
+    in_sys(host, &script)
+}
+
+/// Runs a shell script that sees the host's own /sys, which `ip netns exec` mounts.
+fn in_sys(host: &Host, script: &str) -> anyhow::Result<()> {
+    lab::Cmd::new(["ip", "netns", "exec", host.namespace(), "sh", "-ec", script])
+        .run()
+        .map(drop)
 }
 
 /// Confines the calling thread while it lives.

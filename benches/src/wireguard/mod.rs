@@ -2,6 +2,7 @@
 //! and the same generator in every case.
 
 mod bed;
+pub(crate) mod junk;
 mod latency;
 pub(crate) mod programs;
 pub(crate) mod router;
@@ -265,6 +266,7 @@ pub(crate) fn scaled(
         program: Program::Sluice {
             mode: "ebpf",
             snat: true,
+            guard: false,
         },
         client,
         placement,
@@ -287,6 +289,17 @@ struct Lazy {
     bed: RefCell<Option<Bed>>,
 }
 
+impl Lazy {
+    fn build(&self) -> anyhow::Result<Bed> {
+        Bed::new(
+            &self.program,
+            &self.client,
+            self.placement.clone(),
+            self.crowd,
+        )
+    }
+}
+
 struct BedCase {
     id: CaseId,
     what: What,
@@ -302,12 +315,7 @@ impl Case for BedCase {
         let mut slot = self.bed.bed.borrow_mut();
         let bed = match slot.take() {
             Some(bed) => bed,
-            None => Bed::new(
-                &self.bed.program,
-                &self.bed.client,
-                self.bed.placement.clone(),
-                self.bed.crowd,
-            )?,
+            None => self.bed.build()?,
         };
         let outcome = self.measure(&bed, round);
         if !matches!(outcome, Err(Failure::Broken(_))) {

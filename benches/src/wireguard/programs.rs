@@ -23,6 +23,8 @@ pub(crate) enum Program {
         mode: &'static str,
         /// Whether it translates sources, as the plain programs do.
         snat: bool,
+        /// Whether its uplink is guarded.
+        guard: bool,
     },
     /// A program that takes a device name as its last argument and answers `wg`.
     Daemon(Vec<OsString>),
@@ -41,7 +43,11 @@ pub(crate) struct Candidate {
 pub(crate) fn candidates(context: &Context) -> Vec<Candidate> {
     let sluice = |variant, mode, snat| Candidate {
         implementation: Implementation::sluice(variant),
-        program: Ok(Program::Sluice { mode, snat }),
+        program: Ok(Program::Sluice {
+            mode,
+            snat,
+            guard: false,
+        }),
     };
     let mut all = vec![sluice("", "ebpf", true)];
     if context.effort != Effort::Quick {

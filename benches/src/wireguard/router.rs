@@ -81,8 +81,10 @@ impl Router {
 
     fn start_here(program: &Program, job: &Job<'_>) -> anyhow::Result<Self> {
         match program {
-            Program::Sluice { mode, snat } => {
-                Ok(Self::Sluice(job.host.sluice(&job.config(mode, *snat)?)?))
+            Program::Sluice { mode, snat, guard } => {
+                let mut config = job.config(mode, *snat)?;
+                config.guard = *guard;
+                Ok(Self::Sluice(job.host.sluice(&config)?))
             }
             Program::Daemon(argv) => {
                 job.forward()?;
@@ -114,6 +116,20 @@ impl Router {
             .find_map(|line| line.strip_prefix("VmRSS:"))?;
         let kibibytes: u64 = line.split_whitespace().next()?.parse().ok()?;
         Some(kibibytes * 1024)
+    }
+
+    /// Messages of unknown sessions that Sluice has refused so far, at the uplink's guard and in the
+    /// engine; zeros for other programs.
+    pub(crate) fn strangers(&self) -> anyhow::Result<[u64; 2]> {
+        let Self::Sluice(sluice) = self else {
+            return Ok([0; 2]);
+        };
+        let status = sluice.status()?;
+        let guard = &status["uplink_guard"]["frames"]["drop_index"];
+        Ok([
+            guard.as_u64().unwrap_or(0),
+            sluice.engine_counter("drop_index")?,
+        ])
     }
 
     /// Which paths packets took so far; `None` for other programs than Sluice.

@@ -24,6 +24,8 @@ const INSIDE: &[&str] = &[
     "ebpf::attach::programs_follow",
     "ebpf::differential",
     "ebpf::frames::settings_change",
+    "ebpf::guard::messages_are_judged",
+    "ebpf::guard::it_is_native",
     "ebpf::policy::the_kernel_finds",
     "ebpf::verdicts",
 ];

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use lab::site::{self, Arms, Client, ENDPOINT, SERVER, Site};
 use lab::sluice::Sluice;
-use lab::{Flood, Host, http, wait_until};
+use lab::{Flood, Forgery, Host, http, wait_until};
 
 use super::{ECHO, HTTP, SOON, serve};
 
@@ -91,7 +91,9 @@ fn survives(key: bool, sources: u32, counter: &str) {
         };
         let flooding = attacker.flood(&Flood {
             to: SocketAddrV4::new(*to.ip(), to.port()),
-            key: key.then(|| config.key.public.clone()),
+            forgery: Forgery::Initiations {
+                key: key.then(|| config.key.public.clone()),
+            },
             sources: (Ipv4Addr::new(198, 19, 0, 1), sources),
             rate: RATE,
         })?;

@@ -295,6 +295,14 @@ fn a_guard_that_cannot_be_is_told_and_harms_nobody() {
             let status = sluice.status().unwrap_or_default();
             status["uplink_guard"]["interface"] == "wan"
         })?;
-        downloads(&site.laptop)
+        downloads(&site.laptop)?;
+
+        // It goes where the uplink goes.
+        site.router
+            .ip("route replace default via 10.30.0.1 dev lan")?;
+        wait_until(SOON, "the guard to follow the uplink", || {
+            let status = sluice.status().unwrap_or_default();
+            status["uplink_guard"]["interface"] == "lan"
+        })
     });
 }

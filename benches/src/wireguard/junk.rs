@@ -1,0 +1,194 @@
+//! The `guard` suite: what a flood of datagrams that are nobody's costs a router, and what it leaves
+//! of an established tunnel, with and without the uplink's guard.
+
+use std::cell::RefCell;
+use std::net::Ipv4Addr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use lab::{Flood, Forgery};
+
+use super::Lazy;
+use super::bed::{Bed, Cost, Placement};
+use super::programs::{self, Program};
+use crate::case::{
+    Case, CaseId, Chart, ChartKind, Context, Effort, Failure, Implementation, Measurement, Outcome,
+    Round, Skipped, Suite, SuiteEntry,
+};
+use crate::cpu::Cores;
+use crate::generator::{Direction, Load, Rate, Summary};
+use crate::scale::crowd::Crowd;
+
+const SUITE: &str = "guard";
+const CASE: &str = "junk";
+
+/// The suite, for the command line.
+pub(crate) const ENTRY: SuiteEntry = SuiteEntry {
+    name: SUITE,
+    about: "a flood of forged data messages against an established tunnel, with and without the guard",
+    build,
+};
+
+/// Packets per second through the tunnel: little enough for every router to carry beside a flood.
+const TUNNEL: u32 = 5_000;
+/// Datagrams per second, as far as the sender's CPU gets.
+const FLOOD: u32 = 1_000_000;
+/// Where they claim to come from.
+const SOURCES: (Ipv4Addr, u32) = (Ipv4Addr::new(198, 19, 0, 1), 4096);
+const SOURCE_NETWORK: &str = "198.19.0.0/16";
+
+fn build(context: &Context) -> anyhow::Result<Suite> {
+    let mut suite = Suite {
+        reference: Some(Implementation::sluice("").name),
+        charts: vec![Chart {
+            name: format!("{SUITE}-cpu"),
+            title: "Router CPU per forged datagram, ns (less is better)".to_owned(),
+            metric: "router-cpu",
+            kind: ChartKind::Bars(vec![(CASE.to_owned(), "forged data".to_owned())]),
+        }],
+        ..Suite::default()
+    };
+    let alone = !context.cores.ends.contains(&context.cores.router);
+    let client = match programs::client() {
+        Ok(client) if alone => Ok(client),
+        Ok(_) => Err("the router needs a CPU to itself, and there is only one".to_owned()),
+        Err(why) => Err(format!("the client: {why}")),
+    };
+    for (variant, guard) in [("", false), ("guarded", true)] {
+        let id = CaseId::new(SUITE, CASE, Implementation::sluice(variant));
+        match &client {
+            Ok(client) => suite.cases.push(Box::new(Junk {
+                id,
+                guard,
+                cores: context.cores.clone(),
+                bed: Rc::new(Lazy {
+                    program: Program::Sluice {
+                        mode: "ebpf",
+                        snat: false,
+                        guard,
+                    },
+                    client: client.clone(),
+                    placement: Placement::Apart(context.cores.clone()),
+                    crowd: Crowd::NONE,
+                    bed: RefCell::new(None),
+                }),
+            })),
+            Err(why) => suite.skipped.push(Skipped {
+                id,
+                why: why.clone(),
+            }),
+        }
+    }
+    Ok(suite)
+}
+
+struct Junk {
+    id: CaseId,
+    guard: bool,
+    cores: Cores,
+    bed: Rc<Lazy>,
+}
+
+impl Case for Junk {
+    fn id(&self) -> &CaseId {
+        &self.id
+    }
+
+    fn run(&mut self, round: Round) -> Result<Outcome, Failure> {
+        let mut slot = self.bed.bed.borrow_mut();
+        let bed = match slot.take() {
+            Some(bed) => bed,
+            None => self.prepare()?,
+        };
+        let outcome = self.measure(&bed, round);
+        if !matches!(outcome, Err(Failure::Broken(_))) {
+            *slot = Some(bed);
+        }
+        Ok(outcome?.into())
+    }
+}
+
+impl Junk {
+    fn prepare(&self) -> anyhow::Result<Bed> {
+        let bed = self.bed.build()?;
+        bed.client
+            .ip(&format!("route add local {SOURCE_NETWORK} dev lo"))?;
+        bed.uplink_like_a_nic(&self.cores)?;
+        Ok(bed)
+    }
+
+    fn measure(&self, bed: &Bed, round: Round) -> Result<Vec<Measurement>, Failure> {
+        let _pinned = bed.at_the_ends()?;
+        let calm = tunnel(bed, round, || Ok(0))?;
+        let strangers = bed.router().strangers()?;
+        let flooding = bed.client.flood(&Flood {
+            to: bed.endpoint(),
+            forgery: Forgery::Data,
+            sources: SOURCES,
+            rate: FLOOD,
+        })?;
+        let flooded = tunnel(bed, round, || {
+            Ok(flooding.sent().saturating_sub(bed.not_taken()?))
+        })?;
+        drop(flooding);
+        let (before, after) = (strangers, bed.router().strangers()?);
+        let [by_guard, by_engine] = [0, 1].map(|at| after[at] - before[at]);
+        let dropped = if self.guard { by_guard } else { by_engine };
+        if dropped == 0 || self.guard && by_engine > 0 {
+            return Err(Failure::Wrong(format!(
+                "of {} forged datagrams the guard dropped {by_guard} and the engine {by_engine}",
+                flooded.arrived
+            )));
+        }
+        let busy = |run: &Tunnel| run.cost.cpu.as_secs_f64() / run.cost.elapsed.as_secs_f64();
+        let seconds = flooded.cost.elapsed.as_secs_f64();
+        let spent = (busy(&flooded) - busy(&calm)).max(0.0) * seconds;
+        let arrived = flooded.arrived as f64;
+        let sent = flooded.summary.sent as f64;
+        let lost = 100.0 * flooded.summary.lost() as f64 / sent.max(1.0);
+        Ok(vec![
+            Measurement::lower("router-cpu", "ns/datagram", 1e9 * spent / arrived),
+            Measurement::lower("tunnel-lost", "%", lost),
+            Measurement::fact("arrived", "datagrams/s", arrived / seconds),
+            Measurement::fact("router-core-busy", "%", 100.0 * busy(&flooded)),
+        ])
+    }
+}
+
+/// What happened while packets went through the tunnel.
+struct Tunnel {
+    summary: Summary,
+    cost: Cost,
+    arrived: u64,
+}
+
+/// Packets through the tunnel for a while, what the router spent in all meanwhile, and by how much
+/// `arrived` grew.
+fn tunnel(
+    bed: &Bed,
+    round: Round,
+    arrived: impl Fn() -> anyhow::Result<u64>,
+) -> Result<Tunnel, Failure> {
+    let duration = Duration::from_millis(match (round.effort, round.warm_up) {
+        (Effort::Full, false) => 3000,
+        (Effort::Quick, false) => 1000,
+        _ => 300,
+    });
+    let mut generator = bed.generator(1)?;
+    let traffic = generator.start(Load {
+        direction: Direction::Up,
+        payload: 64,
+        flows: 16,
+        rate: Rate::Paced(TUNNEL),
+    })?;
+    let (arrived, cost) = bed.cost_of(|| {
+        let before = arrived()?;
+        std::thread::sleep(duration);
+        Ok(arrived()?.saturating_sub(before))
+    })?;
+    Ok(Tunnel {
+        summary: traffic.finish()?,
+        cost,
+        arrived,
+    })
+}
