@@ -41,8 +41,10 @@ use udp::{Receiver, Run, Sender};
 const SOCKET_BUFFER: i32 = 32 << 20;
 /// Source port of flow 0 on each peer's address.
 const FIRST_PORT: u16 = 10_000;
-/// Most flows: each has a source port of its own.
+/// Most flows of a peer: each has a source port of its own.
 const MOST_FLOWS: u32 = 50_000;
+/// From one handshake to the next: many a router asks for cookies when more come.
+const BETWEEN_HANDSHAKES: Duration = Duration::from_micros(2500);
 
 /// One peer that the generator plays.
 #[derive(Clone, Debug)]
@@ -108,7 +110,10 @@ impl Generator {
         udp::prepare(&server, SOCKET_BUFFER).context("prepare the server's socket")?;
         let mut receiver = Receiver::new();
         let mut tunnels = Vec::new();
+        let begin = Instant::now();
         for (index, peer) in (0u32..).zip(&peers) {
+            let turn = begin + BETWEEN_HANDSHAKES * index;
+            std::thread::sleep(turn.saturating_duration_since(Instant::now()));
             let socket = client()?;
             udp::prepare(&socket, SOCKET_BUFFER).context("prepare a peer's socket")?;
             socket
@@ -136,8 +141,8 @@ impl Generator {
             bail!("a payload of the generator has at least {STAMP} bytes");
         }
         let flows = load.flows.max(self.peers.len() as u32);
-        if flows > MOST_FLOWS {
-            bail!("the generator has {MOST_FLOWS} flows at most");
+        if flows > MOST_FLOWS * self.peers.len() as u32 {
+            bail!("the generator has {MOST_FLOWS} flows of a peer at most");
         }
         // Also unlike the runs of other processes: no namespace is shared, but an address may be.
         let run = std::process::id() << 16 ^ unique();
@@ -157,7 +162,8 @@ impl Generator {
         (0..count)
             .zip(self.peers.iter().cycle())
             .map(|(i, peer)| {
-                let from = SocketAddrV4::new(peer.address, FIRST_PORT + i as u16);
+                let port = FIRST_PORT + (i / self.peers.len() as u32) as u16;
+                let from = SocketAddrV4::new(peer.address, port);
                 Flow::new(from, self.target.server, payload)
             })
             .collect()

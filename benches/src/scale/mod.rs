@@ -13,6 +13,8 @@ use daemon::Daemon;
 const SUITE: &str = "scale";
 /// Flows of the packets where their number is not what grows.
 const FLOWS: u32 = 256;
+/// Peers that all talk, and their flows.
+const LIVE: (u16, u32) = (1_000, 100_000);
 
 /// The suite, as the command line knows it.
 pub(crate) const ENTRY: SuiteEntry = SuiteEntry {
@@ -41,10 +43,10 @@ fn suite(context: &Context) -> anyhow::Result<Suite> {
             }));
         }
     }
-    let mut add = |axis: &str, count: u32, crowd: Crowd, flows: u32| {
+    let mut add = |axis: &str, count: u32, crowd: Crowd, flows: u32, peers: u16| {
         let id = CaseId::new(SUITE, format!("packets-{axis}"), Implementation::sluice(""));
         let id = id.at(axis, count.into());
-        match wireguard::scaled(context, id.clone(), crowd, flows) {
+        match wireguard::scaled(context, id.clone(), crowd, flows, peers) {
             Ok(case) => suite.cases.push(case),
             Err(why) => suite.skipped.push(Skipped { id, why }),
         }
@@ -53,11 +55,11 @@ fn suite(context: &Context) -> anyhow::Result<Suite> {
         for &count in counts {
             let mut crowd = Crowd::NONE;
             *axis.of(&mut crowd) = count;
-            add(axis.name(), count, crowd, FLOWS);
+            add(axis.name(), count, crowd, FLOWS, 1);
         }
     }
     for &flows in flows(context.effort) {
-        add("flows", flows, Crowd::NONE, flows);
+        add("flows", flows, Crowd::NONE, flows, 1);
     }
     if context.effort != Effort::Quick {
         for workers in 1..=cpu::affinity()?.len() as u32 {
@@ -65,8 +67,10 @@ fn suite(context: &Context) -> anyhow::Result<Suite> {
                 workers: Some(workers),
                 ..Crowd::NONE
             };
-            add("workers", workers, crowd, FLOWS);
+            add("workers", workers, crowd, FLOWS, 64);
         }
+        let (peers, flows) = LIVE;
+        add("live-peers", peers.into(), Crowd::NONE, flows, peers);
     }
     Ok(suite)
 }

@@ -37,8 +37,10 @@ const MTU: u16 = 1420;
 pub(super) const ECHO: u16 = 7;
 /// Where the generator's packets go.
 const SINK: u16 = 9;
-/// Most peers that the generator plays.
-pub(super) const PEERS: u8 = 64;
+/// Peers that the generator can play where their number is not what is measured.
+pub(super) const PEERS: u16 = 64;
+/// Before the address of the first of them.
+const BEFORE_PEERS: Ipv4Addr = Ipv4Addr::new(100, 127, 1, 0);
 
 /// Where programs run.
 #[derive(Clone, Debug)]
@@ -75,12 +77,14 @@ pub(super) struct Cost {
 
 impl Bed {
     /// Builds the network, and starts `program` as its router, with `crowd` in its
-    /// configuration if it is Sluice, and `client` as its client.
+    /// configuration if it is Sluice, and `client` as its client. `peers` is how many the generator
+    /// can play.
     pub(super) fn new(
         program: &Program,
         client: &[std::ffi::OsString],
         placement: Placement,
         crowd: Crowd,
+        peers: u16,
     ) -> anyhow::Result<Self> {
         let lab = Lab::new()?;
         let (laptop, host, server) = (
@@ -113,13 +117,13 @@ impl Bed {
 
         let (key, client_key) = (key_pair()?, key_pair()?);
         let mut keys = vec![(client_key.public.clone(), OVERLAY_CLIENT.to_owned())];
-        let mut peers = Vec::new();
-        for n in 1..=PEERS {
+        let mut played = Vec::new();
+        for n in 1..=peers {
             let private =
                 router::wireguard::keys::PrivateKey::generate().context("generate a key")?;
-            let address = Ipv4Addr::new(100, 127, 1, n);
+            let address = Ipv4Addr::from_bits(BEFORE_PEERS.to_bits() + u32::from(n));
             keys.push((private.public().to_string(), format!("{address}/32")));
-            peers.push(Peer { private, address });
+            played.push(Peer { private, address });
         }
         let router = Router::start(
             program,
@@ -149,7 +153,7 @@ impl Bed {
         let bed = Self {
             router,
             key,
-            peers,
+            peers: played,
             tunnel,
             _iperf: iperf,
             _echo: echo,
@@ -239,7 +243,7 @@ impl Bed {
     }
 
     /// A generator with this many peers, connected.
-    pub(super) fn generator(&self, peers: u8) -> anyhow::Result<Generator> {
+    pub(super) fn generator(&self, peers: u16) -> anyhow::Result<Generator> {
         let server = SocketAddrV4::new(SERVER, SINK);
         let target = Target {
             endpoint: self.endpoint(),

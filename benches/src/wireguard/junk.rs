@@ -9,7 +9,7 @@ use std::time::Duration;
 use lab::{Flood, Forgery};
 
 use super::Lazy;
-use super::bed::{Bed, Cost, Placement};
+use super::bed::{self, Bed, Cost, Placement};
 use super::programs::{self, Program};
 use crate::case::{
     Case, CaseId, Chart, ChartKind, Context, Effort, Failure, Implementation, Measurement, Outcome,
@@ -70,6 +70,7 @@ fn build(context: &Context) -> anyhow::Result<Suite> {
                     client: client.clone(),
                     placement: Placement::Apart(context.cores.clone()),
                     crowd: Crowd::NONE,
+                    peers: bed::PEERS,
                     bed: RefCell::new(None),
                 }),
             })),

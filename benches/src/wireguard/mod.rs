@@ -30,7 +30,7 @@ use bed::{Bed, Pinned, Placement};
 use programs::{Candidate, Program, REFERENCE};
 use router::Paths;
 use tcp::{Streams, Way};
-use udp::{Datagrams, PACED};
+use udp::{Datagrams, PACED, SINGLE};
 
 const SUITE: &str = "wireguard";
 
@@ -95,6 +95,7 @@ fn build(context: &Context) -> anyhow::Result<Suite> {
                         client: client.clone(),
                         placement,
                         crowd: Crowd::NONE,
+                        peers: bed::PEERS,
                         bed: RefCell::new(None),
                     })
                 };
@@ -133,7 +134,7 @@ fn tcp(count: u8, way: Way) -> What {
     What::Tcp(Streams { count, way })
 }
 
-fn udp(direction: Direction, payload: u16, flows: u32, peers: u8, rate: Rate) -> What {
+fn udp(direction: Direction, payload: u16, flows: u32, peers: u16, rate: Rate) -> What {
     let load = Load {
         direction,
         payload,
@@ -241,36 +242,37 @@ fn charts() -> Vec<Chart> {
     ]
 }
 
-/// 64-byte packets of `flows` flows up through Sluice with `crowd` in its configuration; or why that
-/// cannot be measured here. With a number of workers in the crowd the scheduler places them, and the
-/// router is flooded; else it has a CPU to itself, and what comes is paced.
+/// 64-byte packets of `flows` flows of `peers` peers up through Sluice with `crowd` in its
+/// configuration; or why that cannot be measured here. Sources are translated unless there are more
+/// flows than one address has ports. With a number of workers in the crowd the scheduler places
+/// them, and the router is flooded; else it has a CPU to itself, and what comes is paced.
 pub(crate) fn scaled(
     context: &Context,
     id: CaseId,
     crowd: Crowd,
     flows: u32,
+    peers: u16,
 ) -> Result<Box<dyn Case>, String> {
     let alone = !context.cores.ends.contains(&context.cores.router);
     let (placement, rate) = match crowd.workers {
         Some(_) => (Placement::Free, Rate::Flood),
-        None if alone => (Placement::Apart(context.cores.clone()), Rate::Paced(PACED)),
+        None if alone => {
+            let rate = if peers > bed::PEERS { SINGLE } else { PACED };
+            (Placement::Apart(context.cores.clone()), Rate::Paced(rate))
+        }
         None => return Err("the router needs a CPU to itself, and there is only one".to_owned()),
     };
     let client = programs::client().map_err(|why| format!("the client: {why}"))?;
-    let peers = if crowd.workers.is_some() {
-        bed::PEERS
-    } else {
-        1
-    };
     let bed = Lazy {
         program: Program::Sluice {
             mode: "ebpf",
-            snat: true,
+            snat: flows < u16::MAX.into(),
             guard: false,
         },
         client,
         placement,
         crowd,
+        peers,
         bed: RefCell::new(None),
     };
     Ok(Box::new(BedCase {
@@ -286,6 +288,7 @@ struct Lazy {
     client: Vec<OsString>,
     placement: Placement,
     crowd: Crowd,
+    peers: u16,
     bed: RefCell<Option<Bed>>,
 }
 
@@ -296,6 +299,7 @@ impl Lazy {
             &self.client,
             self.placement.clone(),
             self.crowd,
+            self.peers,
         )
     }
 }

@@ -9,6 +9,8 @@ use crate::generator::{Direction, Load, Rate, Summary};
 /// Packets per second that every router here carries, so that the cost of the same work is
 /// compared.
 pub(super) const PACED: u32 = 60_000;
+/// The same where the generator sends from so many peers that each has one packet at a time.
+pub(super) const SINGLE: u32 = 20_000;
 
 /// The metric that only a router with a CPU to itself has.
 const ROUTER_CPU: &str = "router-cpu";
@@ -17,7 +19,7 @@ const ROUTER_CPU: &str = "router-cpu";
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Datagrams {
     pub(super) load: Load,
-    pub(super) peers: u8,
+    pub(super) peers: u16,
 }
 
 /// How long the load runs before measuring, and how long it is measured.
@@ -40,7 +42,11 @@ pub(super) fn run(
     with_cost: bool,
 ) -> Result<Vec<Measurement>, Failure> {
     let Datagrams { load, peers } = datagrams;
-    let (settle, measure) = times(round);
+    let (mut settle, measure) = times(round);
+    if let Rate::Paced(rate) = load.rate {
+        // Until every flow has begun.
+        settle = settle.max(Duration::from_secs(load.flows.into()) / rate);
+    }
     let mut generator = bed.generator(peers)?;
     let traffic = generator.start(load)?;
     std::thread::sleep(settle);
