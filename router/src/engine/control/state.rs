@@ -217,3 +217,63 @@ impl State {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(key: u8) -> PeerSpec {
+        PeerSpec {
+            public_key: PublicKey([key; 32]),
+            preshared_key: None,
+            allowed_ips: Vec::new(),
+            endpoint: None,
+            keepalive: None,
+        }
+    }
+
+    fn state() -> State {
+        State {
+            bind: Bind {
+                port: 0,
+                mark: 0,
+                workers: 2,
+                offload: false,
+            },
+            sockets: Vec::new(),
+            overflows: Overflows::default(),
+            public: PublicKey([1; 32]),
+            peers: HashMap::new(),
+            free: Vec::new(),
+            indices: HashSet::new(),
+            steering: None,
+            watch: None,
+        }
+    }
+
+    #[test]
+    fn indices_stay_with_their_peers() {
+        let mut state = state();
+        let mut diff = |specs: &[PeerSpec]| {
+            let mut changes = [Change::default(), Change::default()];
+            let gone = state.diff(specs, &mut changes).unwrap();
+            let new = changes.iter().flat_map(|change| &change.add);
+            let new: HashSet<u32> = new.map(|setup| setup.index).collect();
+            (new, gone, state.indices.clone())
+        };
+        let (first, gone, in_use) = diff(&[spec(2), spec(3), spec(4)]);
+        assert_eq!((first.len(), &gone[..]), (3, &[][..]));
+        assert_eq!(first, in_use);
+
+        // Whatever changes of a peer that stays, its index does not.
+        let mut moved = spec(2);
+        moved.endpoint = Some(([192, 0, 2, 1], 7).into());
+        let (new, gone, in_use) = diff(&[moved, spec(4), spec(5)]);
+        assert_eq!((new.len(), gone.len(), in_use.len()), (1, 1, 3));
+        assert!(first.contains(&gone[0]) && !in_use.contains(&gone[0]));
+        assert!(new.is_subset(&in_use));
+
+        let (new, gone, in_use) = diff(&[]);
+        assert_eq!((new.len(), gone.len(), in_use.len()), (0, 3, 0));
+    }
+}
