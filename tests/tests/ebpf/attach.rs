@@ -262,7 +262,7 @@ fn the_lack_of_rights_is_told_in_plain_words() {
 }
 
 /// Takes every capability from this thread alone.
-fn drop_capabilities() {
+pub(super) fn drop_capabilities() {
     // `_LINUX_CAPABILITY_VERSION_3` and the thread itself; then three empty sets of 64 bits.
     let header = [0x2008_0522_u32, 0];
     let data = [0_u32; 6];

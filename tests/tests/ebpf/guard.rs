@@ -17,6 +17,7 @@ use router_ebpf::guard::{
 };
 use router_ebpf::verdict::Class;
 
+use super::attach::drop_capabilities;
 use super::differential::Random;
 use super::fixture::{FAMILIES, Family, Net, PEER, ROUTER, link};
 use super::packets::{Ip, TCP, UDP, frame};
@@ -168,6 +169,41 @@ fn what_is_told_counts_at_once() {
         ensure!(run(&mut guard, &junk)? == Judgement::PassUnrelated, "port");
         guard.protect(PORT, &[])?;
         ensure!(run(&mut guard, &junk)? == Judgement::PassUnrelated, "gone");
+        Ok(())
+    });
+}
+
+#[test]
+fn an_index_that_cannot_be_told_ends_the_judging() {
+    lab::test(|_| {
+        let mut guard = guard()?;
+        let data = message(4, 96, 7 << 8);
+        let data = wrapped(&datagram(Family::V4, PORT, &data), 0);
+        ensure!(run(&mut guard, &data)? == Judgement::DropIndex);
+        // There is no such index: the kernel refuses as it would for want of memory.
+        let outcome = guard.indices().change(&[1 << 24], &[]);
+        ensure!(outcome.is_err());
+        ensure!(run(&mut guard, &data)? == Judgement::PassWireguard);
+        // What was missed then is missing for good.
+        guard.indices().change(&[8], &[])?;
+        ensure!(run(&mut guard, &data)? == Judgement::PassWireguard);
+        Ok(())
+    });
+}
+
+#[test]
+fn the_lack_of_rights_is_told_in_plain_words() {
+    lab::test(|lab| {
+        let host = lab.host("router")?;
+        let loaded = host.enter(|| {
+            drop_capabilities();
+            Guard::load().map(drop)
+        })?;
+        let error = loaded.unwrap_err().to_string();
+        ensure!(
+            error.starts_with("load the maps of the uplink's guard: not permitted: it takes CAP"),
+            "{error}"
+        );
         Ok(())
     });
 }
