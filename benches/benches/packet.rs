@@ -8,12 +8,13 @@ use benches::packet::{Segment, tcp};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ipnet::IpNet;
 use router::engine::pieces::{AllowedIps, Merger, cut, with_slack};
-use router_ebpf::abi::{ABI_VERSION, Prefix, Route, Settings, Side};
-use router_ebpf::decide::{Hop, Tables, decide};
+use router_ebpf::abi::{Address, Link, Prefix, Route, Settings, Side};
+use router_ebpf::decide::{Forward, Hop, decide};
 use router_ebpf::memory::Memory;
 use router_ebpf::packet::{Packet, parse};
 use router_ebpf::rewrite;
 use router_ebpf::verdict::Verdict;
+use router_ebpf::world::World;
 
 const ACK: u8 = 0x10;
 const SYN: u8 = 0x02;
@@ -21,6 +22,7 @@ const MTU: usize = 1420;
 /// Payload of a full segment, with time stamps in its header.
 const SEGMENT: usize = MTU - 52;
 const NIC: u32 = 3;
+const TUN: u32 = 7;
 
 fn ends() -> (SocketAddr, SocketAddr) {
     (
@@ -29,68 +31,69 @@ fn ends() -> (SocketAddr, SocketAddr) {
     )
 }
 
-/// The maps of a router with a single route, answered without a search.
-struct One;
-
-impl Tables for One {
-    fn settings(&self) -> Settings {
-        Settings {
-            abi_version: ABI_VERSION,
-            flags: Settings::FIB_MTU,
-            tun: 7,
-            mtu: MTU as u32,
-            ..Settings::default()
-        }
-    }
-
-    fn ingress(&self) -> u32 {
-        7
-    }
-
-    fn in_overlay(&self, address: &Prefix) -> bool {
-        address.address.octets[0] == 100
-    }
-
-    fn route(&self, _: &Prefix) -> Option<Route> {
-        Some(Route::default())
-    }
-
-    fn link_mtu(&self, _: u32) -> Option<u32> {
-        Some(1500)
-    }
-
-    fn next_hop(&self, _: &Packet, _: &Settings) -> Result<Hop, Verdict> {
+/// A router with a single route, whose sources it translates.
+fn world() -> World {
+    let mut world = World::new(Settings {
+        flags: Settings::FIB_MTU,
+        tun: TUN,
+        mtu: MTU as u32,
+        generation: 1,
+        flows_per_source: 10,
+        kept_ports: [1024, u16::MAX],
+        ..Settings::default()
+    });
+    world.ingress = [TUN, NIC];
+    world.overlay = vec![Prefix::cidr(Address::v4([100, 64, 0, 0]), 10)];
+    let route = Route { flags: Route::SNAT };
+    world.routes = vec![(Prefix::cidr(Address::v4([10, 0, 0, 0]), 8), route)];
+    let mut link = Link {
+        mtu: 1500,
+        v4_count: 1,
+        ..Link::default()
+    };
+    link.v4[0] = [192, 0, 2, 1];
+    world.links.insert(NIC, link);
+    world.routing = Box::new(|_, _| {
         Ok(Hop {
             link: NIC,
             mtu: 1500,
-            hardware: [2; 12],
+            hardware: Some([2; 12]),
         })
-    }
+    });
+    world
 }
 
 fn program(c: &mut Criterion) {
+    const SIDE: Side = Side::Overlay;
     let (from, to) = ends();
     let mss = [2, 4, 0x23, 0];
-    for (name, flags, options) in [("data", ACK, &[][..]), ("syn", SYN, &mss[..])] {
+    let mut world = world();
+    // The SYN opens the flow that the data goes with.
+    for (name, flags, options) in [("syn", SYN, &mss[..]), ("data", ACK, &[][..])] {
         let segment = Segment {
             flags,
             options,
             ..Segment::default()
         };
-        let frame = Memory::new(Side::Overlay, tcp(from, to, segment), 0);
-        let packet = parse(&frame).unwrap();
-        let forward = decide(Side::Overlay, &packet, &One).unwrap();
-        assert_eq!(forward.link, NIC);
+        let frame = Memory::new(SIDE, tcp(from, to, segment), 0);
+        let (verdict, forward) = world.run(SIDE, &mut frame.clone());
+        assert_eq!(verdict, Verdict::Forwarded);
+        let forward = forward.unwrap();
+        assert!(forward.is_translated);
+        let mut packet = Packet::default();
+        parse(SIDE, &frame, &mut packet).unwrap();
         c.bench_function(&format!("program/parse/{name}"), |b| {
-            b.iter(|| parse(black_box(&frame)));
+            b.iter(|| parse(SIDE, black_box(&frame), &mut packet));
         });
         c.bench_function(&format!("program/decide/{name}"), |b| {
-            b.iter(|| decide(Side::Overlay, black_box(&packet), &One));
+            let mut forward = Forward::default();
+            let tables = world.view(SIDE);
+            b.iter(|| decide(SIDE, black_box(&mut packet), &frame, &tables, &mut forward));
         });
         c.bench_function(&format!("program/rewrite/{name}"), |b| {
             b.iter_batched_ref(
                 || frame.clone(),
-                |frame| rewrite::apply(&packet, &forward, frame).unwrap(),
+                |frame| rewrite::apply(SIDE, &packet, &forward, frame).unwrap(),
                 BatchSize::SmallInput,
             );
         });

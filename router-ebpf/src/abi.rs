@@ -23,7 +23,7 @@ mod flows;
 pub use flows::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";
@@ -46,6 +46,10 @@ pub const LINKS: &str = "LINKS";
 /// Map of the counters (per-CPU array of [`Counter`], see [`Side::counter`]).
 pub const COUNTERS: &str = "COUNTERS";
 
+/// Mark of packets that `from_subnet` hands to the kernel after it has judged and translated them.
+/// None of the bits that kube-proxy (0xc000), Tailscale (0xff0000) and Calico (0xffff0000) look at.
+pub const HANDED_OVER: u32 = 0x15ce;
+
 /// Most overlay CIDRs.
 pub const MAX_OVERLAY: usize = 1 << 18;
 /// Most advertised routes, both families.
@@ -56,7 +60,7 @@ pub const MAX_LINKS: usize = 256;
 pub const MAX_COUNTERS: usize = Side::ALL.len() * Verdict::ALL.len();
 
 /// Which program a packet is in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Side {
     /// [`FROM_OVERLAY`]: from the TUN device toward the subnet.
     Overlay,
@@ -67,6 +71,15 @@ pub enum Side {
 impl Side {
     /// Both programs.
     pub const ALL: [Self; 2] = [Self::Overlay, Self::Subnet];
+
+    /// The other one.
+    #[inline(always)]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Overlay => Self::Subnet,
+            Self::Subnet => Self::Overlay,
+        }
+    }
 
     /// The program's label in metrics.
     pub const fn label(self) -> &'static str {
@@ -181,7 +194,7 @@ impl Prefix {
 pub struct Settings {
     /// [`ABI_VERSION`] of the writer.
     pub abi_version: u32,
-    /// [`Settings::POLICY`] and [`Settings::FIB_MTU`].
+    /// [`Settings::FIB_MTU`].
     pub flags: u32,
     /// Interface index of the TUN device.
     pub tun: u32,
@@ -203,10 +216,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Flag: policy rules exist, which only the kernel datapath applies.
-    pub const POLICY: u32 = 1 << 0;
     /// Flag: the kernel's FIB lookup answers with the MTU of the path (Linux 5.12).
-    pub const FIB_MTU: u32 = 1 << 1;
+    pub const FIB_MTU: u32 = 1 << 0;
 }
 
 /// Value of [`OVERLAY`]. Only the key matters yet.

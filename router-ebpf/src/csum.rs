@@ -1,14 +1,43 @@
 //! Incremental update of the Internet checksum.
 
-/// The checksum after the 16-bit word `from` under it became `to` (RFC 1624, equation 3).
+/// What changed under a checksum: the difference of the sums over the 16-bit words, new less old.
+/// In memory order, as the kernel's helpers take it; one's complement sums do not care (RFC 1071,
+/// section 2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Delta(pub u32);
+
+impl Delta {
+    /// Adds the change of one word. At an odd place of the sum swap the bytes of both.
+    #[inline(always)]
+    pub const fn word(self, from: [u8; 2], to: [u8; 2]) -> Self {
+        // 16 bits and a carry for each of a few dozen words: no overflow.
+        Self(self.0 + !u16::from_ne_bytes(from) as u32 + u16::from_ne_bytes(to) as u32)
+    }
+
+    /// Adds the change of an even number of bytes.
+    #[inline(always)]
+    pub fn bytes<const N: usize>(self, from: &[u8; N], to: &[u8; N]) -> Self {
+        let mut delta = self;
+        let mut at = 0;
+        while at + 1 < N {
+            delta = delta.word([from[at], from[at + 1]], [to[at], to[at + 1]]);
+            at += 2;
+        }
+        delta
+    }
+
+    /// The checksum after the change (RFC 1624, equation 3).
+    #[inline(always)]
+    pub const fn apply(self, checksum: [u8; 2]) -> [u8; 2] {
+        (!fold(self.0 + !u16::from_ne_bytes(checksum) as u32)).to_ne_bytes()
+    }
+}
+
+/// The 16-bit one's complement sum of the halves of `sum`.
 #[inline(always)]
-pub const fn update(checksum: [u8; 2], from: [u8; 2], to: [u8; 2]) -> [u8; 2] {
-    let sum = !u16::from_be_bytes(checksum) as u32
-        + !u16::from_be_bytes(from) as u32
-        + u16::from_be_bytes(to) as u32;
+pub const fn fold(sum: u32) -> u16 {
     let folded = (sum & 0xffff) + (sum >> 16);
-    let folded = (folded & 0xffff) + (folded >> 16);
-    (!(folded as u16)).to_be_bytes()
+    ((folded & 0xffff) + (folded >> 16)) as u16
 }
 
 #[cfg(test)]
@@ -32,7 +61,9 @@ pub(crate) mod tests {
     #[test]
     fn the_example_of_rfc_1624() {
         // Section 4: here equation 2 would give ffff.
-        let updated = update([0xdd, 0x2f], [0x55, 0x55], [0x32, 0x85]);
+        let updated = Delta::default()
+            .word([0x55, 0x55], [0x32, 0x85])
+            .apply([0xdd, 0x2f]);
         assert_eq!(updated, [0x00, 0x00]);
     }
 
@@ -52,7 +83,7 @@ pub(crate) mod tests {
             let at = 2 + 2 * position.index(len / 2 - 1);
             let from = [bytes[at], bytes[at + 1]];
             bytes[at..at + 2].copy_from_slice(&to);
-            bytes[..2].copy_from_slice(&update(checksum, from, to));
+            bytes[..2].copy_from_slice(&Delta::default().word(from, to).apply(checksum));
             // All words zero is the one case that one's complement cannot tell from all ones.
             prop_assert!(sum(&bytes) == 0xffff || bytes[2..].iter().all(|byte| *byte == 0));
         }

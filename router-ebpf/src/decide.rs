@@ -1,17 +1,35 @@
 //! What becomes of a parsed packet. No packet byte is changed here.
 
-use crate::abi::{Address, Prefix, Route, Settings, Side};
+use crate::abi::{Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple};
+use crate::flow::{self, Entry};
+use crate::fragment;
+use crate::icmp;
 use crate::mss;
-use crate::packet::{Packet, SYN, Transport};
+use crate::packet::{Frame, Packet, SYN, Transport};
 use crate::verdict::Verdict;
+
+/// Why the flow table did not take an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// There is one with this key.
+    Exists,
+    /// It is full, or the kernel has no memory.
+    Full,
+}
 
 /// What a decision looks up: the maps, and the kernel's routing.
 pub trait Tables {
-    /// The settings.
-    fn settings(&self) -> Settings;
+    /// The settings, once there are any.
+    fn settings(&self) -> Option<&Settings>;
 
     /// Interface that the packet came in by.
     fn ingress(&self) -> u32;
+
+    /// `CLOCK_MONOTONIC` in ns.
+    fn now(&self) -> u64;
+
+    /// Any number.
+    fn random(&self) -> u32;
 
     /// Whether `address` is one of a peer's allowed IPs.
     fn in_overlay(&self, address: &Prefix) -> bool;
@@ -19,12 +37,105 @@ pub trait Tables {
     /// The advertised route with the longest prefix that contains `address`.
     fn route(&self, address: &Prefix) -> Option<Route>;
 
-    /// MTU in bytes of a subnet-side NIC; `None` if `from_subnet` is not attached to it.
-    fn link_mtu(&self, index: u32) -> Option<u32>;
+    /// A subnet-side NIC; `None` if `from_subnet` is not attached to it.
+    fn link(&self, index: u32) -> Option<&Link>;
 
-    /// The kernel's answer where `packet` goes. The kernel judges [`Packet::segment_len`] by the
-    /// path's MTU.
-    fn next_hop(&self, packet: &Packet, settings: &Settings) -> Result<Hop, Verdict>;
+    /// Whether the policy lets a new flow through, and by which clause; its first packet has
+    /// `tuple`.
+    fn permits(&self, tuple: &Tuple, settings: &Settings) -> Result<u16, Verdict>;
+
+    /// Counts a new flow for the clause that let it through.
+    fn count_clause(&self, clause: u16, settings: &Settings);
+
+    /// The entry of the flow table for packets with `tuple` in the program of `side`.
+    fn flow(&self, side: Side, tuple: &Tuple) -> Option<Entry<'_>>;
+
+    /// Adds an entry to the flow table.
+    fn add_flow(&self, side: Side, tuple: &Tuple, flow: &Flow) -> Result<(), Refused>;
+
+    /// Takes an entry out of the flow table.
+    fn remove_flow(&self, side: Side, tuple: &Tuple);
+
+    /// Counts one more flow of an overlay address, unless it has `limit` already.
+    fn take_place(&self, overlay: &Prefix, limit: u32) -> bool;
+
+    /// Takes back what [`Tables::take_place`] has counted.
+    fn give_place_back(&self, overlay: &Prefix);
+
+    /// Whether a socket of the router itself would get a packet with `tuple` that comes in.
+    fn is_socket(&self, tuple: &Tuple) -> bool;
+
+    /// What is known of a fragmented packet.
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment>;
+
+    /// Remembers a fragmented packet.
+    fn add_fragment(&self, key: &FragmentKey, fragment: Fragment);
+
+    /// Whether one more ICMP error may be sent now, and counts it.
+    fn may_send_error(&self) -> bool;
+
+    /// [`find_flow`]; the programs have the rare steps in functions of their own, which the
+    /// verifier judges one by one.
+    fn find_flow<F: Frame>(
+        &self,
+        side: Side,
+        packet: &mut Packet,
+        frame: &F,
+    ) -> Result<bool, Verdict>
+    where
+        Self: Sized,
+    {
+        find_flow(side, packet, frame, self)
+    }
+
+    /// [`flow::open`].
+    fn open(&self, side: Side, packet: &Packet) -> Result<(), Verdict>
+    where
+        Self: Sized,
+    {
+        flow::open(side, packet, self, &mut flow::Draft::default())
+    }
+
+    /// [`flow::judge`].
+    fn judge(&self, side: Side, packet: &Packet, entry: Entry<'_>) -> Result<(), Verdict>
+    where
+        Self: Sized,
+    {
+        flow::judge(side, packet, entry, self)
+    }
+
+    /// [`flow::probe_mtu`].
+    fn probe_mtu(&self, packet: &Packet, entry: Entry<'_>) -> Result<(), Verdict>
+    where
+        Self: Sized,
+    {
+        flow::probe_mtu(packet, entry, self)
+    }
+
+    /// [`flow::is_believed`].
+    fn is_believed(&self, side: Side, packet: &Packet, entry: Entry<'_>) -> bool
+    where
+        Self: Sized,
+    {
+        flow::is_believed(side, packet, entry, self)
+    }
+
+    /// [`fragment::lead`].
+    fn lead(
+        &self,
+        side: Side,
+        packet: &Packet,
+        translated: bool,
+        stack: bool,
+    ) -> Result<(), Verdict>
+    where
+        Self: Sized,
+    {
+        fragment::lead(side, packet, self, translated, stack)
+    }
+
+    /// The kernel's answer where `packet` goes, were it `len` bytes long.
+    fn next_hop(&self, packet: &Packet, len: u32, settings: &Settings) -> Result<Hop, Verdict>;
 }
 
 /// Where a packet goes.
@@ -34,101 +145,241 @@ pub struct Hop {
     pub link: u32,
     /// MTU of the path in bytes, `u32::MAX` where the kernel does not tell.
     pub mtu: u32,
-    /// Destination, then source hardware address; zero toward the TUN device.
-    pub hardware: [u8; 12],
-}
-
-/// A packet that the fast path carries, and how.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Forward {
-    /// Interface index to redirect to.
-    pub link: u32,
-    /// Hardware addresses, destination first, of the Ethernet header to put in front; `None`
+    /// Destination, then source hardware address; `None` while the neighbour is not known, and
     /// toward the TUN device.
     pub hardware: Option<[u8; 12]>,
-    /// The largest MSS that a SYN may announce; `None` for what is no SYN.
-    pub mss: Option<u16>,
 }
 
-/// Decides about `packet` in the program of `side`.
-#[inline(always)]
-pub fn decide<T: Tables>(side: Side, packet: &Packet, tables: &T) -> Result<Forward, Verdict> {
-    let (overlay, subnet) = match side {
-        Side::Overlay => (&packet.source, &packet.destination),
-        Side::Subnet => (&packet.destination, &packet.source),
-    };
-    if !tables.in_overlay(overlay) {
-        return Err(match side {
-            Side::Overlay => Verdict::DropSpoofed,
-            Side::Subnet => Verdict::PassUnrelated,
-        });
-    }
-    let settings = tables.settings();
-    check_route(tables.route(subnet), &settings)?;
-    check_scope(&overlay.address)?;
-    check_scope(&subnet.address)?;
-    match packet.transport {
-        Transport::Tcp | Transport::Udp | Transport::Icmp => {}
-        Transport::Fragment => return Err(Verdict::SlowFragment),
-        Transport::Options => return Err(Verdict::SlowOptions),
-        Transport::Other => return Err(Verdict::SlowProtocol),
-        Transport::Bad => return Err(Verdict::SlowTransport),
-    }
-    if packet.ttl <= 1 {
-        return Err(Verdict::SlowTtl);
-    }
+/// Where a packet leaves to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// To the TUN device.
+    Tun,
+    /// To a NIC with the hardware addresses that are known.
+    Ethernet,
+    /// To a NIC; the kernel finds the neighbour.
+    Neighbour,
+    /// To the kernel, translated.
+    Stack,
+    /// It ends here, and its sender is told by an ICMP error.
+    Answer,
+}
 
-    let hop = tables.next_hop(packet, &settings)?;
-    let (near, hardware) = match side {
-        Side::Overlay => (hop.link, Some(hop.hardware)),
-        Side::Subnet if hop.link != settings.tun => return Err(Verdict::SlowOtherLink),
-        Side::Subnet => (tables.ingress(), None),
+/// The overlay side of a flow as the subnet side knows it, or the other way round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Nat {
+    /// The new address as in [`crate::abi::Address::octets`]: the source of what comes from the
+    /// overlay, the destination of what comes from the subnet.
+    pub address: [u8; 16],
+    /// The port or ICMP identifier that goes with it.
+    pub port: [u8; 2],
+}
+
+/// A packet that the fast path takes on, and what to do with it. Flat and filled in place: an enum
+/// with fields would not always be whole, which the verifier refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// Where it leaves to.
+    pub exit: Exit,
+    /// What became of it.
+    pub verdict: Verdict,
+    /// Interface index; zero for [`Exit::Stack`] and [`Exit::Answer`].
+    pub link: u32,
+    /// For [`Exit::Answer`]: the MTU in bytes of the way on, or zero for "time exceeded".
+    pub mtu: u32,
+    /// For [`Exit::Ethernet`]: destination, then source hardware address.
+    pub hardware: [u8; 12],
+    /// The translation, if `is_translated`. Of an ICMP error, the packet that it quotes is
+    /// translated too.
+    pub nat: Nat,
+    /// Whether it is translated.
+    pub is_translated: bool,
+    /// The largest MSS that a SYN may announce; `u16::MAX` for what is no SYN.
+    pub mss: u16,
+}
+
+impl Default for Forward {
+    fn default() -> Self {
+        Self {
+            exit: Exit::Tun,
+            verdict: Verdict::Forwarded,
+            link: 0,
+            mtu: 0,
+            hardware: [0; 12],
+            nat: Nat::default(),
+            is_translated: false,
+            mss: u16::MAX,
+        }
+    }
+}
+
+/// Decides about `packet` in the program of `side`; all of `forward` is filled unless it fails.
+#[inline(always)]
+pub fn decide<F: Frame, T: Tables>(
+    side: Side,
+    packet: &mut Packet,
+    frame: &F,
+    tables: &T,
+    forward: &mut Forward,
+) -> Result<(), Verdict> {
+    let settings = tables.settings().ok_or(Verdict::DropInternal)?;
+    let mut through_stack = false;
+    match packet.transport {
+        Transport::Tcp | Transport::Udp | Transport::Echo => {}
+        _ => through_stack = tables.find_flow(side, packet, frame)?,
+    }
+    let packet = &*packet;
+    let tuple = packet.flow_tuple();
+
+    let entry = match tables.flow(side, tuple) {
+        Some(entry) => entry,
+        None => {
+            // Soon said of the underlay, which on many routers is most of what comes in here.
+            if side == Side::Subnet && !tables.in_overlay(&Prefix::host(packet.tuple.destination)) {
+                return Err(Verdict::PassUnrelated);
+            }
+            tables.open(side, packet)?;
+            tables.flow(side, tuple).ok_or(Verdict::DropInternal)?
+        }
     };
-    // An interface that replies do not come back by would split the flow over two paths.
-    let link_mtu = tables.link_mtu(near).ok_or(Verdict::SlowOtherLink)?;
-    let mss = (packet.tcp_flags & SYN != 0).then(|| {
+    if entry.generation() != settings.generation {
+        tables.judge(side, packet, entry)?;
+    }
+    let translated = entry.flags() & Flow::SNAT != 0;
+    forward.verdict = Verdict::Forwarded;
+    forward.mtu = match side {
+        Side::Overlay => u32::from(entry.mtu()),
+        Side::Subnet => settings.mtu,
+    };
+    forward.mss = u16::MAX;
+    forward.nat.address = entry.address();
+    forward.nat.port = entry.port();
+    forward.is_translated = translated;
+
+    if packet.ttl <= 1 {
+        return match side {
+            // The kernel would take it for its own, were it a reply to a translated flow.
+            Side::Subnet if translated => {
+                forward.exit = Exit::Answer;
+                forward.verdict = Verdict::DropTtl;
+                forward.mtu = 0;
+                Ok(())
+            }
+            _ => Err(Verdict::SlowTtl),
+        };
+    }
+    match side {
+        Side::Subnet => {
+            forward.exit = Exit::Tun;
+            forward.link = settings.tun;
+        }
+        Side::Overlay => {
+            forward.link = entry.link();
+            forward.hardware = entry.hardware();
+            forward.exit = if entry.generation() == settings.generation {
+                Exit::Ethernet
+            } else if translated {
+                // A packet of a translated flow must not reach the kernel untranslated.
+                Exit::Neighbour
+            } else {
+                return Err(Verdict::SlowNoNeighbour);
+            };
+        }
+    }
+    if packet.segment_len() > forward.mtu || through_stack {
+        if side == Side::Overlay && settings.flags & Settings::FIB_MTU == 0 && !through_stack {
+            tables.probe_mtu(packet, entry)?;
+        } else {
+            too_big(side, packet, through_stack, forward)?;
+        }
+    }
+    if packet.is_fragment && packet.transport != Transport::Fragment {
+        tables.lead(side, packet, translated, forward.exit == Exit::Stack)?;
+    }
+    if forward.exit == Exit::Answer {
+        return Ok(());
+    }
+    flow::touch(side, packet, entry, tables);
+
+    if packet.tcp_flags & SYN != 0 {
         // The segments that the announcement allows come the other way: every MTU on both sides
         // counts.
-        let mtu = settings.mtu.min(link_mtu).min(hop.mtu);
-        mss::for_mtu(mtu, packet.header_len)
-    });
-    Ok(Forward {
-        link: hop.link,
-        hardware,
-        mss,
-    })
-}
-
-/// Routes whose flows the kernel's connection tracking must see whole, both directions.
-#[inline(always)]
-fn check_route(route: Option<Route>, settings: &Settings) -> Result<(), Verdict> {
-    let route = route.ok_or(Verdict::SlowNotRouted)?;
-    if route.flags & Route::STACK != 0 {
-        Err(Verdict::SlowStackRoute)
-    } else if route.flags & Route::SNAT != 0 {
-        Err(Verdict::SlowSnat)
-    } else if settings.flags & Settings::POLICY != 0 {
-        Err(Verdict::SlowPolicy)
-    } else {
-        Ok(())
+        let near = match side {
+            Side::Overlay => entry.link(),
+            Side::Subnet => tables.ingress(),
+        };
+        let link = tables.link(near).ok_or(Verdict::SlowOtherLink)?;
+        let mut smallest = settings.mtu.min(link.mtu);
+        if settings.flags & Settings::FIB_MTU != 0 {
+            smallest = smallest.min(forward.mtu);
+        }
+        forward.mss = mss::for_mtu(smallest, packet.header_len);
     }
+    Ok(())
 }
 
-/// Addresses that a router must not forward, or forwards by rules of its own (RFC 1812, RFC 4007).
+/// What becomes of a packet that is too big for the way on, or part of one that is.
 #[inline(always)]
-fn check_scope(address: &Address) -> Result<(), Verdict> {
-    let o = &address.octets;
-    let special = if address.is_v4() {
-        // 0/8, 127/8, 169.254/16, multicast, reserved and limited broadcast.
-        matches!(o[0], 0 | 127 | 224..) || (o[0] == 169 && o[1] == 254)
-    } else {
-        // Multicast; fe80::/10; ::/96 with the unspecified and the loopback address.
-        o[0] == 0xff || (o[0] == 0xfe && o[1] & 0xc0 == 0x80) || (o[0] == 0 && o[..12] == [0; 12])
+fn too_big(
+    side: Side,
+    packet: &Packet,
+    through_stack: bool,
+    forward: &mut Forward,
+) -> Result<(), Verdict> {
+    if through_stack || !forward.is_translated {
+        // What the kernel is to put together must reach it whole.
+        forward.exit = Exit::Stack;
+        forward.verdict = Verdict::SlowMtu;
+        return Ok(());
+    }
+    match side {
+        Side::Subnet if packet.may_cut => {
+            forward.exit = Exit::Stack;
+            forward.verdict = Verdict::SlowMtu;
+        }
+        // The kernel looks at the size before it translates.
+        Side::Overlay if !packet.may_cut => return Err(Verdict::SlowMtu),
+        // From the subnet: the kernel would answer about a flow that it does not know. From the
+        // overlay: it would cut it, but would translate it to another port.
+        _ => {
+            forward.exit = Exit::Answer;
+            forward.verdict = Verdict::DropTooBig;
+        }
+    }
+    Ok(())
+}
+
+/// Finds the flow of what has no ports of its own, see [`Packet::flow`]; `true` if the kernel gets
+/// all of a fragmented packet.
+#[inline(always)]
+pub fn find_flow<F: Frame, T: Tables>(
+    side: Side,
+    packet: &mut Packet,
+    frame: &F,
+    tables: &T,
+) -> Result<bool, Verdict> {
+    let verdict = match packet.transport {
+        Transport::Error => return icmp::concerned(side, packet, frame, tables).map(|()| false),
+        Transport::Fragment => return fragment::follow(side, packet, tables),
+        Transport::Options => Verdict::SlowOptions,
+        Transport::Bad => Verdict::SlowTransport,
+        _ => Verdict::SlowProtocol,
     };
-    if special {
-        Err(Verdict::SlowScope)
-    } else {
-        Ok(())
+    Err(refuse(side, packet, tables, verdict))
+}
+
+/// The verdict about a packet that belongs to no flow, and that `verdict` would be about if it came
+/// from a peer to an advertised route, or the other way.
+#[inline(always)]
+pub(crate) fn refuse<T: Tables>(
+    side: Side,
+    packet: &Packet,
+    tables: &T,
+    verdict: Verdict,
+) -> Verdict {
+    match flow::route(side, &packet.tuple, tables) {
+        Ok(_) => verdict,
+        Err(verdict) => verdict,
     }
 }
 
@@ -145,256 +396,4 @@ pub const fn fib_failure(code: i64) -> Verdict {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use crate::packet::{TCP, UDP};
-
-    const TUN: u32 = 7;
-    const NIC: u32 = 3;
-    const MAC: [u8; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
-
-    /// One peer network, one route and one next hop.
-    struct Fake {
-        settings: Settings,
-        route: Option<Route>,
-        hop: Result<Hop, Verdict>,
-        ingress: u32,
-    }
-
-    fn toward(side: Side) -> Fake {
-        let (link, ingress) = match side {
-            Side::Overlay => (NIC, TUN),
-            Side::Subnet => (TUN, NIC),
-        };
-        Fake {
-            settings: Settings {
-                abi_version: crate::abi::ABI_VERSION,
-                tun: TUN,
-                mtu: 1420,
-                ..Settings::default()
-            },
-            route: Some(Route::default()),
-            hop: Ok(Hop {
-                link,
-                mtu: u32::MAX,
-                hardware: MAC,
-            }),
-            ingress,
-        }
-    }
-
-    impl Tables for Fake {
-        fn settings(&self) -> Settings {
-            self.settings
-        }
-
-        fn ingress(&self) -> u32 {
-            self.ingress
-        }
-
-        fn in_overlay(&self, address: &Prefix) -> bool {
-            address.address.octets[0] == 100
-        }
-
-        fn route(&self, address: &Prefix) -> Option<Route> {
-            self.route.filter(|_| address.address.octets[0] == 10)
-        }
-
-        fn link_mtu(&self, index: u32) -> Option<u32> {
-            (index == NIC).then_some(1500)
-        }
-
-        fn next_hop(&self, _: &Packet, _: &Settings) -> Result<Hop, Verdict> {
-            self.hop
-        }
-    }
-
-    fn packet(side: Side) -> Packet {
-        let peer = Prefix::host(Address::v4([100, 64, 0, 2]));
-        let near = Prefix::host(Address::v4([10, 0, 0, 2]));
-        let (source, destination) = match side {
-            Side::Overlay => (peer, near),
-            Side::Subnet => (near, peer),
-        };
-        Packet {
-            source,
-            destination,
-            first_word: [0x45, 0, 0, 100],
-            header_checksum: [0; 2],
-            ttl: 64,
-            protocol: UDP,
-            ports: [[0, 1], [0, 2]],
-            header_len: 20,
-            len: 100,
-            gso_size: 0,
-            transport: Transport::Udp,
-            tcp_flags: 0,
-            transport_len: 8,
-        }
-    }
-
-    fn syn(side: Side) -> Packet {
-        Packet {
-            protocol: TCP,
-            transport: Transport::Tcp,
-            tcp_flags: SYN,
-            transport_len: 24,
-            ..packet(side)
-        }
-    }
-
-    fn verdict(side: Side, packet: &Packet, tables: &Fake) -> Verdict {
-        decide(side, packet, tables).unwrap_err()
-    }
-
-    #[test]
-    fn a_routed_packet_of_a_peer_goes_on() {
-        let wanted = |link, hardware| Forward {
-            link,
-            hardware,
-            mss: None,
-        };
-        let up = decide(
-            Side::Overlay,
-            &packet(Side::Overlay),
-            &toward(Side::Overlay),
-        );
-        assert_eq!(up, Ok(wanted(NIC, Some(MAC))));
-        let down = decide(Side::Subnet, &packet(Side::Subnet), &toward(Side::Subnet));
-        assert_eq!(down, Ok(wanted(TUN, None)));
-    }
-
-    #[test]
-    fn the_smallest_mtu_of_both_ways_clamps_a_syn() {
-        for side in Side::ALL {
-            let mut tables = toward(side);
-            let mss = |tables: &Fake| decide(side, &syn(side), tables).unwrap().mss;
-            assert_eq!(mss(&tables), Some(1420 - 40));
-            tables.settings.mtu = 9000;
-            assert_eq!(mss(&tables), Some(1500 - 40));
-            tables.hop = tables.hop.map(|hop| Hop { mtu: 1300, ..hop });
-            assert_eq!(mss(&tables), Some(1300 - 40));
-        }
-    }
-
-    #[test]
-    fn addresses_come_before_all_else() {
-        for side in Side::ALL {
-            let stranger = match side {
-                Side::Overlay => Verdict::DropSpoofed,
-                Side::Subnet => Verdict::PassUnrelated,
-            };
-            let mut odd = packet(side);
-            odd.transport = Transport::Fragment;
-            odd.ttl = 0;
-            let other = match side {
-                Side::Overlay => Side::Subnet,
-                Side::Subnet => Side::Overlay,
-            };
-            let backward = Packet {
-                source: packet(other).source,
-                destination: packet(other).destination,
-                ..odd
-            };
-            assert_eq!(verdict(side, &backward, &toward(side)), stranger);
-            let mut tables = toward(side);
-            tables.route = None;
-            assert_eq!(verdict(side, &odd, &tables), Verdict::SlowNotRouted);
-            assert_eq!(verdict(side, &odd, &toward(side)), Verdict::SlowFragment);
-        }
-    }
-
-    #[test]
-    fn flows_that_the_kernel_tracks_are_its_own() {
-        for side in Side::ALL {
-            let mut tables = toward(side);
-            tables.settings.flags = Settings::POLICY;
-            assert_eq!(verdict(side, &packet(side), &tables), Verdict::SlowPolicy);
-            tables.route = Some(Route { flags: Route::SNAT });
-            assert_eq!(verdict(side, &packet(side), &tables), Verdict::SlowSnat);
-            tables.route = Some(Route {
-                flags: Route::SNAT | Route::STACK,
-            });
-            assert_eq!(
-                verdict(side, &packet(side), &tables),
-                Verdict::SlowStackRoute
-            );
-        }
-    }
-
-    #[test]
-    fn both_directions_agree_on_the_interfaces() {
-        let mut tables = toward(Side::Overlay);
-        tables.hop = tables.hop.map(|hop| Hop { link: 9, ..hop });
-        let up = packet(Side::Overlay);
-        assert_eq!(verdict(Side::Overlay, &up, &tables), Verdict::SlowOtherLink);
-
-        let mut tables = toward(Side::Subnet);
-        tables.ingress = 9;
-        let down = packet(Side::Subnet);
-        assert_eq!(
-            verdict(Side::Subnet, &down, &tables),
-            Verdict::SlowOtherLink
-        );
-        let mut tables = toward(Side::Subnet);
-        tables.hop = tables.hop.map(|hop| Hop { link: NIC, ..hop });
-        assert_eq!(
-            verdict(Side::Subnet, &down, &tables),
-            Verdict::SlowOtherLink
-        );
-    }
-
-    #[test]
-    fn special_addresses_are_the_kernels() {
-        let v4 = |octets| check_scope(&Address::v4(octets)).is_err();
-        let v6 = |text: &str| {
-            let address: std::net::Ipv6Addr = text.parse().unwrap();
-            check_scope(&Address::v6(address.octets())).is_err()
-        };
-        for octets in [
-            [0, 0, 0, 0],
-            [127, 0, 0, 1],
-            [169, 254, 169, 254],
-            [224, 0, 0, 1],
-            [239, 1, 2, 3],
-            [240, 0, 0, 1],
-            [255, 255, 255, 255],
-        ] {
-            assert!(v4(octets), "{octets:?}");
-        }
-        for octets in [
-            [1, 0, 0, 0],
-            [126, 0, 0, 1],
-            [169, 253, 0, 1],
-            [223, 255, 255, 255],
-        ] {
-            assert!(!v4(octets), "{octets:?}");
-        }
-        for text in ["::", "::1", "::10.0.0.1", "fe80::1", "febf::1", "ff02::1"] {
-            assert!(v6(text), "{text}");
-        }
-        for text in [
-            "::ffff:10.0.0.1",
-            "64:ff9b::1",
-            "fec0::1",
-            "fd00::1",
-            "fe00::1",
-            "2001:db8::1",
-        ] {
-            assert!(!v6(text), "{text}");
-        }
-    }
-
-    #[test]
-    fn a_refused_lookup_keeps_its_reason() {
-        for code in 1..=9 {
-            let wanted = fib_failure(code);
-            let mut tables = toward(Side::Overlay);
-            tables.hop = Err(wanted);
-            let up = packet(Side::Overlay);
-            assert_eq!(verdict(Side::Overlay, &up, &tables), wanted);
-        }
-        assert_eq!(fib_failure(-22), Verdict::SlowFib);
-    }
-}
+mod tests;

@@ -9,13 +9,22 @@
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 pub mod abi;
+#[cfg(not(target_arch = "bpf"))]
+pub mod craft;
 pub mod csum;
 pub mod decide;
+pub mod flow;
+pub mod fragment;
 pub mod guard;
+pub mod icmp;
 #[cfg(not(target_arch = "bpf"))]
 pub mod memory;
 pub mod mss;
 pub mod packet;
 pub mod policy;
 pub mod rewrite;
+#[cfg(test)]
+mod site;
 pub mod verdict;
+#[cfg(not(target_arch = "bpf"))]
+pub mod world;

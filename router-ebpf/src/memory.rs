@@ -1,8 +1,9 @@
 //! A packet in memory: the host's [`Frame`], for tests and measurements.
 
 use crate::abi::Side;
-use crate::csum;
-use crate::packet::{Bytes, Frame, Sum};
+use crate::csum::Delta;
+use crate::mss::{MAX_OPTIONS, Options};
+use crate::packet::{Bytes, Covers, Frame, Sum};
 use crate::verdict::Verdict;
 
 /// A packet as a program of one side sees it, with complete checksums.
@@ -52,26 +53,58 @@ impl Frame for Memory {
         bytes.first_chunk().copied().map(Bytes)
     }
 
+    fn read_into(&self, at: u32, len: u32, to: &mut Options) -> bool {
+        let start = self.offset + at as usize;
+        let bytes = self.bytes.get(start..start + len as usize);
+        match (bytes, to.bytes.0.get_mut(..len as usize)) {
+            (Some(bytes), Some(to)) if len > 0 && len <= MAX_OPTIONS => {
+                to.copy_from_slice(bytes);
+                true
+            }
+            _ => false,
+        }
+    }
+
     fn write<const N: usize>(&mut self, at: u32, bytes: &Bytes<N>, _: Sum) -> Result<(), Verdict> {
         self.slice(at, N)?.copy_from_slice(&bytes.0);
         Ok(())
     }
 
-    fn replace_checksum(&mut self, at: u32, from: [u8; 2], to: [u8; 2]) -> Result<(), Verdict> {
+    fn replace_checksum(&mut self, at: u32, delta: Delta, covers: Covers) -> Result<(), Verdict> {
         let field = self.slice(at, 2)?;
-        let new = csum::update([field[0], field[1]], from, to);
+        let udp = matches!(covers, Covers::UdpPayload | Covers::UdpPseudo);
+        if udp && field == [0, 0] {
+            return Ok(());
+        }
+        let mut new = delta.apply([field[0], field[1]]);
+        if udp && new == [0, 0] {
+            new = [0xff, 0xff];
+        }
         field.copy_from_slice(&new);
         Ok(())
     }
 
     fn trim(&mut self, len: u32) -> Result<(), Verdict> {
         self.bytes.truncate(self.offset + len as usize);
+        self.gso_size = 0;
         Ok(())
     }
 
     fn push_ethernet(&mut self, header: &Bytes<14>) -> Result<(), Verdict> {
         self.bytes.splice(..0, header.0);
         self.offset += header.0.len();
+        Ok(())
+    }
+
+    fn insert<const N: usize>(&mut self, headers: &Bytes<N>) -> Result<(), Verdict> {
+        self.bytes.splice(self.offset..self.offset, headers.0);
+        Ok(())
+    }
+
+    fn turn_back(&mut self) -> Result<(), Verdict> {
+        if self.offset >= 12 {
+            self.bytes[..12].rotate_left(6);
+        }
         Ok(())
     }
 }

@@ -1,13 +1,67 @@
 //! The maximum segment size option of a TCP SYN (RFC 9293, section 3.7.1).
 
-use crate::packet::{Bytes, Frame, Sum};
+use core::hint::black_box;
+
+use crate::csum::Delta;
+use crate::packet::{Bytes, Covers, Frame, Sum};
 use crate::verdict::Verdict;
 
 const END: u8 = 0;
 const NOP: u8 = 1;
 const MSS: u8 = 2;
-/// Options that may stand in 40 bytes, were each one byte long.
-const MAX_OPTIONS: u32 = 40;
+/// Length in bytes of a TCP header without options (RFC 9293, section 3.1).
+const HEADER: u32 = 20;
+
+/// Most bytes of TCP options.
+pub const MAX_OPTIONS: u32 = 40;
+
+/// Room to look for an option.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The options; as many as a mask lets an index reach, and those of an option behind it.
+    pub(crate) bytes: Bytes<68>,
+    /// Where the next one begins. In memory, where the verifier does not follow it: all steps look
+    /// alike to it then.
+    next: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            bytes: Bytes([0; 68]),
+            next: 0,
+        }
+    }
+}
+
+impl Options {
+    /// Room for [`MAX_OPTIONS`] bytes.
+    #[inline(always)]
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.bytes.0.as_mut_ptr()
+    }
+
+    /// The four bytes at a place, of which the lowest six bits count.
+    #[inline(always)]
+    fn at(&self, at: u32) -> [u8; 4] {
+        // The verifier must see the very index that the mask has passed.
+        let at = black_box(at as usize) & 63;
+        let bytes = &self.bytes.0;
+        [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]
+    }
+
+    #[inline(always)]
+    fn next(&self) -> u32 {
+        // SAFETY: a reference is valid.
+        unsafe { (&raw const self.next).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn set_next(&mut self, at: u32) {
+        // SAFETY: as above.
+        unsafe { (&raw mut self.next).write_volatile(at) }
+    }
+}
 
 /// The largest MSS that fits into `mtu` bytes, without IP options and extension headers.
 #[inline(always)]
@@ -21,58 +75,57 @@ pub const fn for_mtu(mtu: u32, ip_header_len: u32) -> u16 {
 }
 
 /// Lowers the MSS option of the TCP header at `tcp`, `header_len` bytes long, to `limit`. A lower
-/// one and a missing one stay as they are: an absent option means 536 or 1220 bytes.
+/// one and a missing one stay as they are: an absent option means 536 or 1220 bytes. `options` is
+/// room for the work: the stack of a program has none to index.
 #[inline(always)]
 pub fn clamp<F: Frame>(
     frame: &mut F,
     tcp: u32,
     header_len: u32,
     limit: u16,
+    options: &mut Options,
 ) -> Result<(), Verdict> {
-    let Some(offset) = find(frame, tcp, header_len) else {
+    let len = header_len.wrapping_sub(HEADER);
+    if !frame.read_into(tcp + HEADER, len, options) {
         return Ok(());
-    };
-    let Some(Bytes(old)) = frame.read::<2>(tcp + offset) else {
+    }
+    let Some((at, old)) = find(options, len) else {
         return Ok(());
     };
     if u16::from_be_bytes(old) <= limit {
         return Ok(());
     }
     let new = limit.to_be_bytes();
-    if offset % 2 == 0 {
-        frame.replace_checksum(tcp + 16, old, new)?;
+    let delta = if at % 2 == 0 {
+        Delta::default().word(old, new)
     } else {
-        // The value straddles two words of the sum: swapped bytes give the same difference
-        // (RFC 1071, section 2).
-        frame.replace_checksum(tcp + 16, [old[1], old[0]], [new[1], new[0]])?;
-    }
-    frame.write(tcp + offset, &Bytes(new), Sum::Kept)
+        // The value straddles two words of the sum.
+        Delta::default().word([old[1], old[0]], [new[1], new[0]])
+    };
+    frame.replace_checksum(tcp + 16, delta, Covers::Payload)?;
+    frame.write(tcp + HEADER + at, &Bytes(new), Sum::Kept)
 }
 
-/// Offset of the MSS value from the start of the TCP header.
+/// Place and value of the MSS in the first `len` bytes of `options`.
 #[inline(always)]
-fn find<F: Frame>(frame: &F, tcp: u32, header_len: u32) -> Option<u32> {
-    let mut offset = 20;
+fn find(options: &mut Options, len: u32) -> Option<(u32, [u8; 2])> {
+    options.set_next(0);
+    // As many as there may be if each is a NOP.
     for _ in 0..MAX_OPTIONS {
-        if offset >= header_len {
+        let at = options.next();
+        if at >= len {
             return None;
         }
-        let Bytes([kind]) = frame.read(tcp + offset)?;
-        match kind {
-            END => return None,
-            NOP => offset += 1,
-            _ => {
-                let Bytes([len]) = frame.read(tcp + offset + 1)?;
-                let end = offset + u32::from(len);
-                if len < 2 || end > header_len {
-                    return None;
-                }
-                if kind == MSS {
-                    return if len == 4 { Some(offset + 2) } else { None };
-                }
-                offset = end;
-            }
+        let [kind, length, value @ ..] = options.at(at);
+        let length = u32::from(length);
+        if kind == END || (kind != NOP && length < 2) {
+            return None;
         }
+        let end = at + if kind == NOP { 1 } else { length };
+        if kind == MSS {
+            return (length == 4 && end <= len).then_some((at + 2, value));
+        }
+        options.set_next(end);
     }
     None
 }
@@ -104,7 +157,7 @@ mod tests {
     fn clamped(options: &[u8], limit: u16) -> Vec<u8> {
         let mut frame = header(options);
         let len = frame.bytes.len() as u32;
-        clamp(&mut frame, 0, len, limit).unwrap();
+        clamp(&mut frame, 0, len, limit, &mut Options::default()).unwrap();
         assert_eq!(sum(&frame.bytes), 0xffff, "checksum");
         frame.bytes[20..20 + options.len()].to_vec()
     }
@@ -165,18 +218,21 @@ mod tests {
             let before = header(&options);
             let mut after = before.clone();
             let len = before.bytes.len() as u32;
-            clamp(&mut after, 0, len, limit).unwrap();
+            clamp(&mut after, 0, len, limit, &mut Options::default()).unwrap();
             prop_assert_eq!(sum(&after.bytes), 0xffff);
-            let found = find(&before, 0, len);
-            prop_assert_eq!(found, find(&after, 0, len));
+            let mss = |frame: &Memory| {
+                let mut room = Options::default();
+                room.bytes.0[..frame.bytes.len() - 20].copy_from_slice(&frame.bytes[20..]);
+                find(&mut room, len - 20)
+            };
+            let found = mss(&before);
+            prop_assert_eq!(found.map(|f| f.0), mss(&after).map(|f| f.0));
             for (at, (old, new)) in before.bytes.iter().zip(&after.bytes).enumerate() {
-                let of_mss = found.is_some_and(|f| (f..f + 2).contains(&(at as u32)));
+                let of_mss = found.is_some_and(|f| (f.0 + 20..f.0 + 22).contains(&(at as u32)));
                 prop_assert!(old == new || of_mss || (16..18).contains(&at));
             }
-            if let Some(found) = found {
-                let value = |frame: &Memory| u16::from_be_bytes(frame.read(found).unwrap().0);
-                prop_assert_eq!(value(&after), value(&before).min(limit));
-            }
+            let value = |frame: &Memory| mss(frame).map(|f| u16::from_be_bytes(f.1));
+            prop_assert_eq!(value(&after), value(&before).map(|value| value.min(limit)));
         }
     }
 }

@@ -1,6 +1,10 @@
 //! The bytes of a packet, and what the fast path must know of them.
 
-use crate::abi::{Address, Prefix};
+use crate::abi::{Address, Side, Tuple};
+use crate::csum::Delta;
+use crate::decide::Nat;
+use crate::icmp;
+use crate::mss;
 use crate::verdict::Verdict;
 
 /// IP protocol number of ICMP.
@@ -12,8 +16,20 @@ pub const UDP: u8 = 17;
 /// IP protocol number of ICMPv6.
 pub const ICMPV6: u8 = 58;
 
+/// IPv6 next header of a fragment header.
+pub const IPV6_FRAGMENT: u8 = 44;
+
+/// TCP flag FIN.
+pub const FIN: u8 = 0x01;
 /// TCP flag SYN.
 pub const SYN: u8 = 0x02;
+/// TCP flag RST.
+pub const RST: u8 = 0x04;
+/// TCP flag ACK.
+pub const ACK: u8 = 0x10;
+
+/// Length in bytes of the IPv6 fragment header (RFC 8200, section 4.5).
+const FRAGMENT_HEADER: u32 = 8;
 
 /// Bytes of a packet; aligned, so that programs can take them word by word.
 #[repr(C, align(8))]
@@ -27,6 +43,19 @@ pub enum Sum {
     Kept,
     /// No checksum inside the packet covers the bytes.
     Changed,
+}
+
+/// What of a changed word a transport checksum covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Covers {
+    /// The transport header and what is behind it. A checksum that is left to the hardware stays.
+    Payload,
+    /// The pseudo-header: it is in the checksum also while that is left to the hardware.
+    Pseudo,
+    /// As [`Covers::Payload`], of UDP: zero means "no checksum" and stays, and is never made.
+    UdpPayload,
+    /// As [`Covers::Pseudo`], of UDP.
+    UdpPseudo,
 }
 
 /// A packet in place; offsets count from its IP header. The only way to its bytes.
@@ -49,19 +78,45 @@ pub trait Frame {
     /// `N` bytes at any place, if the packet has them.
     fn read<const N: usize>(&self, at: u32) -> Option<Bytes<N>>;
 
+    /// Fills the first `len` bytes of `to` with those at `at`; `false` if the packet does not have
+    /// them, or if `len` is zero or more than [`mss::MAX_OPTIONS`].
+    fn read_into(&self, at: u32, len: u32, to: &mut mss::Options) -> bool;
+
     /// Overwrites bytes that [`Frame::read`] has seen.
     fn write<const N: usize>(&mut self, at: u32, bytes: &Bytes<N>, sum: Sum)
     -> Result<(), Verdict>;
 
-    /// Accounts in the transport checksum at `at` for a 16-bit word under it that changes. A
-    /// checksum that is still left to the hardware stays so.
-    fn replace_checksum(&mut self, at: u32, from: [u8; 2], to: [u8; 2]) -> Result<(), Verdict>;
+    /// Accounts in the transport checksum at `at` for what changes under it.
+    fn replace_checksum(&mut self, at: u32, delta: Delta, covers: Covers) -> Result<(), Verdict>;
 
-    /// Cuts the packet to `len` bytes.
+    /// Cuts the packet to `len` bytes; a super-packet becomes a plain one.
     fn trim(&mut self, len: u32) -> Result<(), Verdict>;
 
     /// Puts an Ethernet header in front of a packet that has none.
     fn push_ethernet(&mut self, header: &Bytes<14>) -> Result<(), Verdict>;
+
+    /// Puts headers in front of the IP header: offsets count from the first of them then.
+    fn insert<const N: usize>(&mut self, headers: &Bytes<N>) -> Result<(), Verdict>;
+
+    /// Lowers the MSS option of the TCP header at `tcp`, `header_len` bytes long, to `limit`, as
+    /// [`mss::clamp`] does.
+    fn clamp_mss(&mut self, tcp: u32, header_len: u32, limit: u16) -> Result<(), Verdict>
+    where
+        Self: Sized,
+    {
+        mss::clamp(self, tcp, header_len, limit, &mut mss::Options::default())
+    }
+
+    /// Translates the packet that an ICMP error quotes, as [`icmp::translate_quote`] does.
+    fn translate_quote(&mut self, side: Side, packet: &Packet, nat: &Nat) -> Result<(), Verdict>
+    where
+        Self: Sized,
+    {
+        icmp::translate_quote(side, packet, nat, self)
+    }
+
+    /// Swaps the hardware addresses, if there are any.
+    fn turn_back(&mut self) -> Result<(), Verdict>;
 }
 
 /// What is behind the IP header.
@@ -71,11 +126,13 @@ pub enum Transport {
     Tcp,
     /// UDP; its header lies within the packet.
     Udp,
-    /// ICMP or ICMPv6.
-    Icmp,
-    /// Another protocol.
+    /// An echo request or reply of ICMP or ICMPv6.
+    Echo,
+    /// An ICMP or ICMPv6 error about another packet.
+    Error,
+    /// Another protocol, or another ICMP message.
     Other,
-    /// The packet is a fragment, the first included.
+    /// A fragment that is not the first.
     Fragment,
     /// IPv4 options or an IPv6 extension header stand in front of the transport header.
     Options,
@@ -86,22 +143,25 @@ pub enum Transport {
 /// A parsed packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// Source address, as a key of the maps.
-    pub source: Prefix,
-    /// Destination address, as a key of the maps.
-    pub destination: Prefix,
+    /// Addresses, protocol (of IPv6: the next header, behind a fragment header if there is one),
+    /// and of TCP, UDP and echo the ports; else they are zero.
+    pub tuple: Tuple,
     /// First four bytes of the IP header: TOS, or traffic class and flow label, are in it.
     pub first_word: [u8; 4],
     /// IPv4 header checksum; zero for IPv6.
     pub header_checksum: [u8; 2],
     /// TTL or hop limit.
     pub ttl: u8,
-    /// IPv4 protocol or IPv6 next header.
-    pub protocol: u8,
-    /// Source and destination port of TCP and UDP, big-endian; else zero.
-    pub ports: [[u8; 2]; 2],
+    /// Whether routers may cut the packet: IPv4 without "don't fragment".
+    pub may_cut: bool,
+    /// Whether the packet is a fragment, the first included.
+    pub is_fragment: bool,
+    /// Identification of a fragment; of IPv4 in the last two bytes.
+    pub id: [u8; 4],
     /// IP header length in bytes, without IPv6 extension headers.
     pub header_len: u32,
+    /// Where the transport header begins, in bytes from the IP header.
+    pub transport_at: u32,
     /// Length in bytes that the IP header tells; the packet has as many.
     pub len: u32,
     /// Payload bytes of each segment of a super-packet; zero for a plain packet.
@@ -110,8 +170,42 @@ pub struct Packet {
     pub transport: Transport,
     /// TCP flags from FIN to CWR; else zero.
     pub tcp_flags: u8,
+    /// Sequence number, then acknowledgement number of TCP; else zero.
+    pub sequence: [u32; 2],
     /// Length of the TCP or UDP header in bytes, TCP options included; else zero.
     pub transport_len: u32,
+    /// Of an ICMP error and of a later fragment: the tuple of the flow that it goes with, once a
+    /// decision has found it.
+    pub flow: Tuple,
+}
+
+impl Default for Packet {
+    fn default() -> Self {
+        let tuple = Tuple {
+            source: Address::v4([0; 4]),
+            destination: Address::v4([0; 4]),
+            ports: [[0; 2]; 2],
+            protocol: 0,
+        };
+        Self {
+            tuple,
+            first_word: [0; 4],
+            header_checksum: [0; 2],
+            ttl: 0,
+            may_cut: false,
+            is_fragment: false,
+            id: [0; 4],
+            header_len: 0,
+            transport_at: 0,
+            len: 0,
+            gso_size: 0,
+            transport: Transport::Bad,
+            tcp_flags: 0,
+            sequence: [0; 2],
+            transport_len: 0,
+            flow: tuple,
+        }
+    }
 }
 
 impl Packet {
@@ -122,122 +216,167 @@ impl Packet {
         if self.gso_size == 0 || self.transport_len == 0 {
             self.len
         } else {
-            self.header_len + self.transport_len + self.gso_size
+            self.transport_at + self.transport_len + self.gso_size
         }
+    }
+
+    /// The tuple of the flow that the packet goes with.
+    #[inline(always)]
+    pub fn flow_tuple(&self) -> &Tuple {
+        match self.transport {
+            Transport::Error | Transport::Fragment => &self.flow,
+            _ => &self.tuple,
+        }
+    }
+
+    /// Whether the packet is IPv4.
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        self.tuple.source.is_v4()
     }
 }
 
-/// Parses the packet in `frame`; [`Verdict::DropMalformed`] if it is not a whole IP packet.
+/// Parses the packet that the program of `side` finds in `frame`, in place: a packet is too large
+/// for the stack of a program. [`Verdict::DropMalformed`] if it is not a whole IP packet.
 #[inline(always)]
-pub fn parse<F: Frame>(frame: &F) -> Result<Packet, Verdict> {
+pub fn parse<F: Frame>(side: Side, frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
     let start: [u8; 2] = frame.header::<0, 2>().ok_or(Verdict::DropMalformed)?;
-    let packet = match start[0] >> 4 {
-        4 => transport::<F, 20>(frame, parse_v4(frame)?),
-        6 => transport::<F, 40>(frame, parse_v6(frame)?),
+    packet.gso_size = frame.gso_size();
+    packet.tuple.ports = [[0; 2]; 2];
+    packet.tcp_flags = 0;
+    packet.transport_len = 0;
+    match start[0] >> 4 {
+        4 => {
+            parse_v4(frame, packet)?;
+            transport::<F, 20>(side, frame, packet);
+        }
+        6 => {
+            parse_v6(frame, packet)?;
+            if packet.is_fragment {
+                transport::<F, 48>(side, frame, packet);
+            } else {
+                transport::<F, 40>(side, frame, packet);
+            }
+        }
         _ => return Err(Verdict::DropMalformed),
-    };
+    }
     if packet.len > frame.len() {
         return Err(Verdict::DropMalformed);
     }
-    Ok(packet)
+    Ok(())
 }
 
 /// RFC 791, section 3.1. The header checksum is not verified: an error in it survives the
 /// incremental update, and the next hop drops the packet.
 #[inline(always)]
-fn parse_v4<F: Frame>(frame: &F) -> Result<Packet, Verdict> {
+fn parse_v4<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
     let header: [u8; 20] = frame.header::<0, 20>().ok_or(Verdict::DropMalformed)?;
     let header_len = 4 * u32::from(header[0] & 0x0f);
     let len = u32::from(u16::from_be_bytes([header[2], header[3]]));
     if header_len < 20 || len < header_len {
         return Err(Verdict::DropMalformed);
     }
-    // "More fragments" and the offset; "don't fragment" does not matter here.
-    let transport = if u16::from_be_bytes([header[6], header[7]]) & 0x3fff != 0 {
-        Transport::Fragment
-    } else if header_len != 20 {
+    let fragment = u16::from_be_bytes([header[6], header[7]]);
+    packet.transport = if header_len != 20 {
         Transport::Options
+    } else if fragment & 0x1fff != 0 {
+        Transport::Fragment
     } else {
-        match header[9] {
-            TCP => Transport::Tcp,
-            UDP => Transport::Udp,
-            ICMP => Transport::Icmp,
-            _ => Transport::Other,
-        }
+        kind(header[9])
     };
-    let mut source = Address::v4([0; 4]);
-    let mut destination = Address::v4([0; 4]);
-    source.octets[..4].copy_from_slice(&header[12..16]);
-    destination.octets[..4].copy_from_slice(&header[16..20]);
-    Ok(Packet {
-        source: Prefix::host(source),
-        destination: Prefix::host(destination),
-        first_word: [header[0], header[1], header[2], header[3]],
-        header_checksum: [header[10], header[11]],
-        ttl: header[8],
-        protocol: header[9],
-        ports: [[0; 2]; 2],
-        header_len,
-        len,
-        gso_size: frame.gso_size(),
-        transport,
-        tcp_flags: 0,
-        transport_len: 0,
-    })
+    packet.tuple.source = Address::v4([header[12], header[13], header[14], header[15]]);
+    packet.tuple.destination = Address::v4([header[16], header[17], header[18], header[19]]);
+    packet.tuple.protocol = header[9];
+    packet.first_word = [header[0], header[1], header[2], header[3]];
+    packet.header_checksum = [header[10], header[11]];
+    packet.ttl = header[8];
+    packet.may_cut = fragment & 0x4000 == 0;
+    // "More fragments" and the offset.
+    packet.is_fragment = fragment & 0x3fff != 0;
+    packet.id = [0, 0, header[4], header[5]];
+    packet.header_len = header_len;
+    packet.transport_at = header_len;
+    packet.len = len;
+    Ok(())
 }
 
-/// RFC 8200, section 3.
+/// RFC 8200, sections 3 and 4.5.
 #[inline(always)]
-fn parse_v6<F: Frame>(frame: &F) -> Result<Packet, Verdict> {
+fn parse_v6<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
     let header: [u8; 40] = frame.header::<0, 40>().ok_or(Verdict::DropMalformed)?;
-    let transport = match header[6] {
+    packet.tuple.source.family = Address::v6([0; 16]).family;
+    packet.tuple.source.octets.copy_from_slice(&header[8..24]);
+    packet.tuple.destination.family = packet.tuple.source.family;
+    packet
+        .tuple
+        .destination
+        .octets
+        .copy_from_slice(&header[24..40]);
+    packet.tuple.protocol = header[6];
+    packet.first_word = [header[0], header[1], header[2], header[3]];
+    packet.header_checksum = [0; 2];
+    packet.ttl = header[7];
+    packet.may_cut = false;
+    packet.is_fragment = false;
+    packet.id = [0; 4];
+    packet.header_len = 40;
+    packet.transport_at = 40;
+    packet.len = 40 + u32::from(u16::from_be_bytes([header[4], header[5]]));
+    packet.transport = kind(header[6]);
+    if header[6] == IPV6_FRAGMENT {
+        packet.transport = Transport::Bad;
+        if packet.len >= 40 + FRAGMENT_HEADER
+            && let Some(header) = frame.header::<40, 8>()
+        {
+            packet.is_fragment = true;
+            packet.tuple.protocol = header[0];
+            packet.id = [header[4], header[5], header[6], header[7]];
+            packet.transport_at = 40 + FRAGMENT_HEADER;
+            packet.transport = if u16::from_be_bytes([header[2], header[3]]) & 0xfff8 != 0 {
+                Transport::Fragment
+            } else {
+                kind(header[0])
+            };
+        }
+    }
+    Ok(())
+}
+
+/// What an IPv4 protocol or IPv6 next header announces. Of ICMP the message decides later.
+#[inline(always)]
+fn kind(protocol: u8) -> Transport {
+    match protocol {
         TCP => Transport::Tcp,
         UDP => Transport::Udp,
-        ICMPV6 => Transport::Icmp,
-        44 => Transport::Fragment,
+        ICMP | ICMPV6 => Transport::Echo,
         // Hop-by-hop, routing, destination options, mobility, HIP, shim6: chains of headers.
-        0 | 43 | 60 | 135 | 139 | 140 => Transport::Options,
+        0 | 43 | IPV6_FRAGMENT | 60 | 135 | 139 | 140 => Transport::Options,
         _ => Transport::Other,
-    };
-    let mut source = Address::v6([0; 16]);
-    let mut destination = Address::v6([0; 16]);
-    source.octets.copy_from_slice(&header[8..24]);
-    destination.octets.copy_from_slice(&header[24..40]);
-    Ok(Packet {
-        source: Prefix::host(source),
-        destination: Prefix::host(destination),
-        first_word: [header[0], header[1], header[2], header[3]],
-        header_checksum: [0; 2],
-        ttl: header[7],
-        protocol: header[6],
-        ports: [[0; 2]; 2],
-        header_len: 40,
-        len: 40 + u32::from(u16::from_be_bytes([header[4], header[5]])),
-        gso_size: frame.gso_size(),
-        transport,
-        tcp_flags: 0,
-        transport_len: 0,
-    })
+    }
 }
 
 /// Reads the transport header, which begins at `AT`: RFC 9293, section 3.1; RFC 768; RFC 792 and
 /// RFC 4443, whose messages have eight bytes or more.
 #[inline(always)]
-fn transport<F: Frame, const AT: usize>(frame: &F, mut packet: Packet) -> Packet {
-    let payload = packet.len - packet.header_len;
+fn transport<F: Frame, const AT: usize>(side: Side, frame: &F, packet: &mut Packet) {
+    let payload = packet.len.wrapping_sub(packet.transport_at);
     let kind = packet.transport;
     match kind {
-        Transport::Tcp | Transport::Udp | Transport::Icmp => {}
-        _ => return packet,
+        Transport::Tcp | Transport::Udp | Transport::Echo => {}
+        _ => return,
     }
     packet.transport = Transport::Bad;
     match kind {
         Transport::Tcp => {
             let Some(header) = frame.header::<AT, 14>() else {
-                return packet;
+                return;
             };
-            packet.ports = [[header[0], header[1]], [header[2], header[3]]];
+            packet.tuple.ports = [[header[0], header[1]], [header[2], header[3]]];
             packet.tcp_flags = header[13];
+            packet.sequence = [
+                u32::from_be_bytes([header[4], header[5], header[6], header[7]]),
+                u32::from_be_bytes([header[8], header[9], header[10], header[11]]),
+            ];
             packet.transport_len = 4 * u32::from(header[12] >> 4);
             if packet.transport_len >= 20 && packet.transport_len <= payload {
                 packet.transport = kind;
@@ -245,16 +384,58 @@ fn transport<F: Frame, const AT: usize>(frame: &F, mut packet: Packet) -> Packet
         }
         Transport::Udp if payload >= 8 => {
             let Some([a, b, c, d]) = frame.header::<AT, 4>() else {
-                return packet;
+                return;
             };
-            packet.ports = [[a, b], [c, d]];
+            packet.tuple.ports = [[a, b], [c, d]];
             packet.transport_len = 8;
             packet.transport = kind;
         }
-        Transport::Icmp if payload >= 8 => packet.transport = kind,
+        Transport::Echo if payload >= 8 => {
+            let Some([kind, _, _, _, a, b]) = frame.header::<AT, 6>() else {
+                return;
+            };
+            packet.transport = message(packet.tuple.protocol, packet.is_v4(), kind);
+            if let Some(ports) = echo_ports(side, packet.tuple.protocol, kind, [a, b])
+                && packet.transport == Transport::Echo
+            {
+                packet.tuple.ports = ports;
+            }
+            if packet.is_fragment && packet.transport == Transport::Error {
+                packet.transport = Transport::Other;
+            }
+        }
         _ => {}
     }
-    packet
+}
+
+/// What an ICMP message of type `kind` is. Errors: destination unreachable, time exceeded and
+/// parameter problem of RFC 792; the four of RFC 4443.
+#[inline(always)]
+fn message(protocol: u8, v4: bool, kind: u8) -> Transport {
+    match (protocol, v4, kind) {
+        (ICMP, true, 0 | 8) | (ICMPV6, false, 128 | 129) => Transport::Echo,
+        (ICMP, true, 3 | 11 | 12) | (ICMPV6, false, 1..=4) => Transport::Error,
+        _ => Transport::Other,
+    }
+}
+
+/// The ports of an echo that a packet seen by the program of `side` carries, see [`Tuple`]; `None`
+/// for another message.
+#[inline(always)]
+pub fn echo_ports(side: Side, protocol: u8, kind: u8, id: [u8; 2]) -> Option<[[u8; 2]; 2]> {
+    let request = match (protocol, kind) {
+        (ICMP, 8) | (ICMPV6, 128) => true,
+        (ICMP, 0) | (ICMPV6, 129) => false,
+        _ => return None,
+    };
+    let asked = match (side, request) {
+        (Side::Overlay, true) | (Side::Subnet, false) => Tuple::ASKED_BY_OVERLAY,
+        _ => Tuple::ASKED_BY_SUBNET,
+    };
+    Some(match side {
+        Side::Overlay => [id, asked],
+        Side::Subnet => [asked, id],
+    })
 }
 
 #[cfg(test)]
@@ -266,31 +447,38 @@ mod tests {
     use proptest::prelude::*;
 
     fn read(bytes: &[u8]) -> Result<Packet, Verdict> {
-        parse(&Memory::new(Side::Overlay, bytes.to_vec(), 0))
+        let mut packet = Packet::default();
+        let frame = Memory::new(Side::Overlay, bytes.to_vec(), 0);
+        parse(Side::Overlay, &frame, &mut packet).map(|()| packet)
     }
 
     const TCP_V4: [u8; 40] = [
         0x45, 0x02, 0, 40, 1, 2, 0x40, 0, 64, 6, 0xab, 0xcd, 10, 0, 0, 1, 10, 0, 0, 2, //
-        0x9c, 0x40, 0x01, 0xbb, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x12, 0, 0, 0, 0, 0, 0,
+        0x9c, 0x40, 0x01, 0xbb, 0, 0, 0, 3, 0, 0, 0, 4, 0x50, 0x12, 0, 0, 0, 0, 0, 0,
     ];
 
     #[test]
     fn the_fields_of_a_tcp_segment() {
         let packet = read(&TCP_V4).unwrap();
         let wanted = Packet {
-            source: Prefix::host(Address::v4([10, 0, 0, 1])),
-            destination: Prefix::host(Address::v4([10, 0, 0, 2])),
+            tuple: Tuple {
+                source: Address::v4([10, 0, 0, 1]),
+                destination: Address::v4([10, 0, 0, 2]),
+                ports: [[0x9c, 0x40], [0x01, 0xbb]],
+                protocol: TCP,
+            },
             first_word: [0x45, 2, 0, 40],
             header_checksum: [0xab, 0xcd],
             ttl: 64,
-            protocol: TCP,
-            ports: [[0x9c, 0x40], [0x01, 0xbb]],
+            id: [0, 0, 1, 2],
             header_len: 20,
+            transport_at: 20,
             len: 40,
-            gso_size: 0,
             transport: Transport::Tcp,
             tcp_flags: 0x12,
+            sequence: [3, 4],
             transport_len: 20,
+            ..Packet::default()
         };
         assert_eq!(packet, wanted);
     }
@@ -302,15 +490,21 @@ mod tests {
         bytes.extend([2; 16]);
         bytes.extend(&TCP_V4[20..]);
         let packet = read(&bytes).unwrap();
+        let over_v4 = read(&TCP_V4).unwrap();
         let wanted = Packet {
-            source: Prefix::host(Address::v6([1; 16])),
-            destination: Prefix::host(Address::v6([2; 16])),
+            tuple: Tuple {
+                source: Address::v6([1; 16]),
+                destination: Address::v6([2; 16]),
+                ..over_v4.tuple
+            },
             first_word: [0x6a, 0xbc, 0xde, 0xf0],
             header_checksum: [0; 2],
             ttl: 63,
+            id: [0; 4],
             header_len: 40,
+            transport_at: 40,
             len: 60,
-            ..read(&TCP_V4).unwrap()
+            ..over_v4
         };
         assert_eq!(packet, wanted);
     }
@@ -359,11 +553,13 @@ mod tests {
             if let Some(first) = bytes.first_mut() {
                 *first = version;
             }
-            if let Ok(packet) = parse(&Memory::new(Side::Overlay, bytes.clone(), gso_size)) {
+            let frame = Memory::new(Side::Overlay, bytes.clone(), gso_size);
+            let mut packet = Packet::default();
+            if parse(Side::Overlay, &frame, &mut packet).is_ok() {
                 prop_assert!(packet.len as usize <= bytes.len());
                 prop_assert!(packet.header_len <= packet.len);
-                if packet.transport == Transport::Tcp {
-                    prop_assert!(packet.header_len + packet.transport_len <= packet.len);
+                if let Transport::Tcp | Transport::Udp | Transport::Echo = packet.transport {
+                    prop_assert!(packet.transport_at + packet.transport_len <= packet.len);
                 }
             }
         }

@@ -1,53 +1,171 @@
 //! Carries out a decision on the packet's bytes.
 
-use crate::csum;
-use crate::decide::Forward;
-use crate::mss;
-use crate::packet::{Bytes, Frame, Packet, Sum};
+use crate::abi::Side;
+use crate::csum::Delta;
+use crate::decide::{Exit, Forward, Nat};
+use crate::packet::{Bytes, Covers, Frame, ICMP, Packet, Sum, Transport};
 use crate::verdict::Verdict;
 
 const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
 const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
 
-/// Clamps the MSS, lowers the TTL, cuts link-layer padding and puts the Ethernet header in front.
-/// After an error the packet may be half rewritten: it must be dropped.
+/// Clamps the MSS, translates, lowers the TTL, cuts link-layer padding and puts the Ethernet header
+/// in front. After an error the packet may be half rewritten: it must be dropped. Not for
+/// [`Exit::Answer`].
 #[inline(always)]
-pub fn apply<F: Frame>(packet: &Packet, forward: &Forward, frame: &mut F) -> Result<(), Verdict> {
-    if let Some(limit) = forward.mss {
-        mss::clamp(frame, packet.header_len, packet.transport_len, limit)?;
+pub fn apply<F: Frame>(
+    side: Side,
+    packet: &Packet,
+    forward: &Forward,
+    frame: &mut F,
+) -> Result<(), Verdict> {
+    if forward.mss != u16::MAX {
+        frame.clamp_mss(packet.transport_at, packet.transport_len, forward.mss)?;
     }
-    decrement_ttl(packet, frame)?;
+    if forward.is_translated {
+        let nat = &forward.nat;
+        if packet.transport == Transport::Error {
+            frame.translate_quote(side, packet, nat)?;
+        }
+        translate_transport(side, packet, nat, frame)?;
+    }
+    // The kernel lowers the TTL of what it carries itself.
+    let ttl = match forward.exit {
+        Exit::Stack => packet.ttl,
+        _ => packet.ttl.wrapping_sub(1),
+    };
+    if packet.is_v4() {
+        write_v4(side, packet, forward, ttl, frame)?;
+    } else {
+        write_v6(side, packet, forward, ttl, frame)?;
+    }
+    if matches!(forward.exit, Exit::Stack | Exit::Answer) {
+        return Ok(());
+    }
     // Ethernet pads to 60 bytes; inside a tunnel the padding would only cost.
     if packet.gso_size == 0 && packet.len < frame.len() {
         frame.trim(packet.len)?;
     }
-    if let Some(hardware) = forward.hardware {
-        let ethertype = if packet.source.address.is_v4() {
+    if side == Side::Overlay {
+        let ethertype = if packet.is_v4() {
             ETHERTYPE_IPV4
         } else {
             ETHERTYPE_IPV6
         };
         let mut header = Bytes([0; 14]);
-        header.0[..12].copy_from_slice(&hardware);
+        // The kernel overwrites the addresses where it finds the neighbour.
+        header.0[..12].copy_from_slice(&forward.hardware);
         header.0[12..].copy_from_slice(&ethertype);
         frame.push_ethernet(&header)?;
     }
     Ok(())
 }
 
-/// `packet.ttl` is at least two.
+/// The address that a translation changes.
 #[inline(always)]
-fn decrement_ttl<F: Frame>(packet: &Packet, frame: &mut F) -> Result<(), Verdict> {
-    let ttl = packet.ttl.wrapping_sub(1);
-    if packet.source.address.is_v4() {
-        // TTL, protocol and checksum in one write.
-        let old = [packet.ttl, packet.protocol];
-        let new = [ttl, packet.protocol];
-        let [high, low] = csum::update(packet.header_checksum, old, new);
-        frame.write(8, &Bytes([ttl, packet.protocol, high, low]), Sum::Kept)
-    } else {
-        frame.write(7, &Bytes([ttl]), Sum::Changed)
+fn translated(side: Side, packet: &Packet) -> &[u8; 16] {
+    match side {
+        Side::Overlay => &packet.tuple.source.octets,
+        Side::Subnet => &packet.tuple.destination.octets,
     }
+}
+
+/// Translates the port, and accounts for address and port in the transport checksum. A later
+/// fragment has neither.
+#[inline(always)]
+fn translate_transport<F: Frame>(
+    side: Side,
+    packet: &Packet,
+    nat: &Nat,
+    frame: &mut F,
+) -> Result<(), Verdict> {
+    let (old_port, port_at) = match side {
+        Side::Overlay => (packet.tuple.ports[0], 0),
+        Side::Subnet => (packet.tuple.ports[1], 2),
+    };
+    let (checksum_at, port_at, pseudo, payload) = match packet.transport {
+        Transport::Tcp => (16, port_at, Covers::Pseudo, Covers::Payload),
+        Transport::Udp => (6, port_at, Covers::UdpPseudo, Covers::UdpPayload),
+        Transport::Echo | Transport::Error => (2, 4, Covers::Pseudo, Covers::Payload),
+        _ => return Ok(()),
+    };
+    let checksum_at = packet.transport_at + checksum_at;
+    // ICMP of IPv4 has no pseudo-header.
+    if packet.tuple.protocol != ICMP {
+        let old = translated(side, packet);
+        let delta = Delta::default();
+        let delta = if packet.is_v4() {
+            let ([a, b, c, d, ..], [e, f, g, h, ..]) = (*old, nat.address);
+            delta.bytes(&[a, b, c, d], &[e, f, g, h])
+        } else {
+            delta.bytes(old, &nat.address)
+        };
+        frame.replace_checksum(checksum_at, delta, pseudo)?;
+    }
+    if old_port == nat.port || packet.transport == Transport::Error {
+        return Ok(());
+    }
+    let delta = Delta::default().word(old_port, nat.port);
+    frame.replace_checksum(checksum_at, delta, payload)?;
+    frame.write(packet.transport_at + port_at, &Bytes(nat.port), Sum::Kept)
+}
+
+/// Writes TTL, header checksum and, if they change, addresses.
+#[inline(always)]
+fn write_v4<F: Frame>(
+    side: Side,
+    packet: &Packet,
+    forward: &Forward,
+    ttl: u8,
+    frame: &mut F,
+) -> Result<(), Verdict> {
+    let protocol = packet.tuple.protocol;
+    let delta = Delta::default().word([packet.ttl, protocol], [ttl, protocol]);
+    if !forward.is_translated {
+        let [high, low] = delta.apply(packet.header_checksum);
+        return frame.write(8, &Bytes([ttl, protocol, high, low]), Sum::Kept);
+    }
+    let nat = &forward.nat;
+    let [a, b, c, d, ..] = *translated(side, packet);
+    let [e, f, g, h, ..] = nat.address;
+    let [high, low] = delta
+        .bytes(&[a, b, c, d], &[e, f, g, h])
+        .apply(packet.header_checksum);
+    match side {
+        Side::Overlay => {
+            let bytes = [ttl, protocol, high, low, e, f, g, h];
+            frame.write(8, &Bytes(bytes), Sum::Kept)
+        }
+        Side::Subnet => {
+            let [i, j, k, l] = packet.tuple.source.v4_octets();
+            let bytes = [ttl, protocol, high, low, i, j, k, l, e, f, g, h];
+            frame.write(8, &Bytes(bytes), Sum::Kept)
+        }
+    }
+}
+
+/// Writes the hop limit and, if it changes, the address.
+#[inline(always)]
+fn write_v6<F: Frame>(
+    side: Side,
+    packet: &Packet,
+    forward: &Forward,
+    ttl: u8,
+    frame: &mut F,
+) -> Result<(), Verdict> {
+    if forward.is_translated {
+        let at = match side {
+            Side::Overlay => 8,
+            Side::Subnet => 24,
+        };
+        // The transport checksum, mended as a pseudo-header's is, offsets what this adds to a sum
+        // over the whole packet.
+        frame.write(at, &Bytes(forward.nat.address), Sum::Changed)?;
+    }
+    if ttl == packet.ttl {
+        return Ok(());
+    }
+    frame.write(7, &Bytes([ttl]), Sum::Changed)
 }
 
 #[cfg(test)]
@@ -62,11 +180,18 @@ mod tests {
 
     const MACS: [u8; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
 
-    fn forward(hardware: Option<[u8; 12]>) -> Forward {
+    fn carried(side: Side, mut frame: Memory, forward: &Forward) -> Vec<u8> {
+        let mut packet = Packet::default();
+        parse(side, &frame, &mut packet).unwrap();
+        apply(side, &packet, forward, &mut frame).unwrap();
+        frame.bytes
+    }
+
+    fn onto_ethernet() -> Forward {
         Forward {
-            link: 1,
-            hardware,
-            mss: None,
+            exit: Exit::Ethernet,
+            hardware: MACS,
+            ..Forward::default()
         }
     }
 
@@ -86,10 +211,9 @@ mod tests {
     proptest! {
         #[test]
         fn the_header_checksum_follows_the_ttl(ttl in 2..=255_u8, id: [u8; 2]) {
-            let mut frame = Memory::new(Side::Overlay, v4(ttl, id, &[0; 8]), 0);
-            let packet = parse(&frame).unwrap();
-            apply(&packet, &forward(None), &mut frame).unwrap();
-            prop_assert_eq!(&frame.bytes, &v4(ttl - 1, id, &[0; 8]));
+            let frame = Memory::new(Side::Overlay, v4(ttl, id, &[0; 8]), 0);
+            let out = carried(Side::Overlay, frame, &onto_ethernet());
+            prop_assert_eq!(&out[14..], &v4(ttl - 1, id, &[0; 8]));
         }
     }
 
@@ -98,24 +222,21 @@ mod tests {
         let mut bytes = vec![0x60, 0, 0, 0, 0, 8, 58, 2];
         bytes.extend([1; 32]);
         bytes.extend([9; 8]);
-        let mut frame = Memory::new(Side::Overlay, bytes.clone(), 0);
-        let packet = parse(&frame).unwrap();
-        apply(&packet, &forward(Some(MACS)), &mut frame).unwrap();
+        let frame = Memory::new(Side::Overlay, bytes.clone(), 0);
         bytes[7] = 1;
-        assert_eq!(frame.bytes, [&MACS[..], &ETHERTYPE_IPV6, &bytes].concat());
+        let wanted = [&MACS[..], &ETHERTYPE_IPV6, &bytes].concat();
+        assert_eq!(carried(Side::Overlay, frame, &onto_ethernet()), wanted);
     }
 
     #[test]
     fn padding_is_cut_off_plain_packets() {
         let packet_bytes = v4(9, [0; 2], &[1; 8]);
         let padded = [&[0; 14][..], &packet_bytes, &[0; 18]].concat();
-        let mut frame = Memory::new(Side::Subnet, padded.clone(), 0);
-        let packet = parse(&frame).unwrap();
-        apply(&packet, &forward(None), &mut frame).unwrap();
-        assert_eq!(frame.bytes.len(), 14 + packet_bytes.len());
-
-        let mut frame = Memory::new(Side::Subnet, padded.clone(), 500);
-        apply(&parse(&frame).unwrap(), &forward(None), &mut frame).unwrap();
-        assert_eq!(frame.bytes.len(), padded.len());
+        let out = |gso_size| {
+            let frame = Memory::new(Side::Subnet, padded.clone(), gso_size);
+            carried(Side::Subnet, frame, &Forward::default())
+        };
+        assert_eq!(out(0).len(), 14 + packet_bytes.len());
+        assert_eq!(out(500).len(), padded.len());
     }
 }

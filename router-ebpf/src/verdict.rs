@@ -60,7 +60,6 @@ verdicts! {
     SlowStackRoute Slow "slow_stack_route" "The route is marked for the kernel stack.";
     SlowSnat Slow "slow_snat" "The kernel translates the sources of this route: the link has no external address of the family.";
     SlowNoFlow Slow "slow_no_flow" "In the middle of a TCP connection, or an ICMP error about a packet, of no flow here; the kernel may know it.";
-    SlowPolicy Slow "slow_policy" "Policy rules exist, and the kernel applies them.";
     SlowScope Slow "slow_scope" "Multicast, broadcast, loopback or link-local address.";
     SlowFragment Slow "slow_fragment" "A fragment.";
     SlowOptions Slow "slow_options" "IPv4 options or an IPv6 extension header.";

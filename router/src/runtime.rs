@@ -375,7 +375,7 @@ impl Daemon {
             &self.facts,
             |host, port| names.address(host, port),
         );
-        if self.ebpf.is_none() || !Ebpf::TRANSLATES {
+        if self.ebpf.is_none() {
             plan.datapath.external.clear();
         }
         self.core.want(plan);

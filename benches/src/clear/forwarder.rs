@@ -57,11 +57,10 @@ impl Kind {
     pub(super) fn missing(self) -> Option<String> {
         let spec = self.spec(0, 0)?;
         let fast = matches!(self, Self::SluiceFast | Self::SluiceFastNat);
-        let slow = |route| slow_reason(route, &spec.policy);
         if !fast {
             return None;
         }
-        if let Some(reason) = spec.routes.iter().find_map(slow) {
+        if let Some(reason) = spec.routes.iter().find_map(slow_reason) {
             return Some(format!("not in this version: {reason}"));
         }
         Ebpf::support().err().map(|error| error.to_string())

@@ -35,6 +35,7 @@ pub const MAX_EXTERNAL: usize = 8;
 
 /// What a packet belongs to. An ICMP echo has its identifier in place of the port on the overlay
 /// side, and [`Tuple::ASKED_BY_OVERLAY`] or [`Tuple::ASKED_BY_SUBNET`] in place of the other.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tuple {
     /// Source address.
@@ -263,7 +264,7 @@ pub struct FragmentKey {
 pub struct Fragment {
     /// The ports of the packet, as in [`Tuple::ports`].
     pub ports: [[u8; 2]; 2],
-    /// [`Fragment::STACK`].
+    /// [`Fragment::STACK`] and [`Fragment::EARLY`].
     pub flags: u32,
 }
 
@@ -271,6 +272,8 @@ impl Fragment {
     /// Flag: all fragments of the packet go to the kernel, which puts them together and cuts them
     /// anew.
     pub const STACK: u32 = 1 << 0;
+    /// Flag: a later fragment came before the first, so the ports are not known.
+    pub const EARLY: u32 = 1 << 1;
 }
 
 layout! {

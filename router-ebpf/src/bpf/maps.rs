@@ -1,9 +1,13 @@
 //! The maps, and the kernel's routing, as [`Tables`].
 
+use core::cell::UnsafeCell;
 use core::mem::size_of;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, bpf_fib_lookup};
+use aya_ebpf::bindings::{
+    BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST, bpf_fib_lookup, bpf_sock_tuple,
+    bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
+};
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use aya_ebpf::helpers;
@@ -12,17 +16,31 @@ use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{
     Address, Counter, DEFAULT_ENTRIES, Flow, Fragment, FragmentKey, Key4, Key6, Link, MAX_COUNTERS,
     MAX_FRAGMENTS, MAX_LINKS, MAX_OVERLAY, MAX_ROUTES, MAX_SOURCES, Overlay, Prefix, Route,
-    Settings, Side,
+    Settings, Side, Tuple,
 };
-use router_ebpf::decide::{Hop, Tables, fib_failure};
-use router_ebpf::packet::Packet;
+use router_ebpf::decide::{Hop, Refused, Tables, fib_failure};
+use router_ebpf::flow::Entry;
+use router_ebpf::packet::{Frame, Packet, TCP, UDP};
 use router_ebpf::policy::{self, MAX_HITS, MAX_PREFIXES, MAX_SETS, Rules, Set};
 use router_ebpf::verdict::Verdict;
+
+use super::steps;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const FIB_SUCCESS: i64 = 0;
 const FIB_NO_NEIGHBOUR: i64 = 7;
+
+/// `EEXIST` as the kernel returns it.
+const EEXIST: i32 = -17;
+/// `BPF_TCP_LISTEN` of linux/bpf.h.
+const BPF_TCP_LISTEN: u32 = 10;
+/// `BPF_F_CURRENT_NETNS` of linux/bpf.h.
+const THIS_NETNS: u64 = u64::MAX;
+
+/// ICMP errors in a row, and one more each interval, in ns: on each CPU.
+const ERROR_INTERVAL: u64 = 1_000_000;
+const ERROR_BURST: u64 = 50 * ERROR_INTERVAL;
 
 #[btf_map]
 static SETTINGS: Array<Settings, 1> = Array::new();
@@ -78,25 +96,83 @@ pub(crate) fn count_hit(bank: u32, clause: u32) {
 /// The tables as one packet sees them.
 pub(crate) struct Maps<'a> {
     ctx: &'a TcContext,
+    done: u32,
 }
 
 impl<'a> Maps<'a> {
     #[inline(always)]
     pub(crate) fn new(ctx: &'a TcContext) -> Self {
-        Self { ctx }
+        Self::of(ctx, 0)
     }
+
+    /// As [`Maps::new`]; `done`: the steps that need not be done again.
+    #[inline(always)]
+    pub(crate) fn of(ctx: &'a TcContext, done: u32) -> Self {
+        Self { ctx, done }
+    }
+}
+
+impl Maps<'_> {
+    /// Whether a step need not be done again.
+    #[inline(always)]
+    pub(crate) fn has_done(&self, step: u32) -> bool {
+        self.done & step != 0
+    }
+
+    /// Asks the kernel's routing. Types with a niche do not go through the signature: LLVM
+    /// describes them in BTF as unions that kernels refuse.
+    #[inline(never)]
+    fn ask_fib(&self, packet: &Packet, len: u32, answer: &mut Answer) -> i64 {
+        let mut query = query(packet, len, self.ingress());
+        // SAFETY: the query is a whole `bpf_fib_lookup` of the size given.
+        let code = unsafe {
+            helpers::bpf_fib_lookup(
+                self.ctx.as_ptr(),
+                &raw mut query,
+                size_of::<bpf_fib_lookup>() as i32,
+                0,
+            )
+        };
+        answer.link = query.ifindex;
+        // SAFETY: every bit pattern is a valid `u16`.
+        answer.mtu = u32::from(unsafe { query.__bindgen_anon_1.mtu_result });
+        answer.hardware[..6].copy_from_slice(&query.dmac);
+        answer.hardware[6..].copy_from_slice(&query.smac);
+        code
+    }
+}
+
+/// What the kernel's routing answers.
+#[derive(Default)]
+struct Answer {
+    link: u32,
+    mtu: u32,
+    hardware: [u8; 12],
 }
 
 impl Tables for Maps<'_> {
     #[inline(always)]
-    fn settings(&self) -> Settings {
-        SETTINGS.get(0).copied().unwrap_or_default()
+    fn settings(&self) -> Option<&Settings> {
+        SETTINGS.get(0)
     }
 
     #[inline(always)]
     fn ingress(&self) -> u32 {
+        // Volatile: LLVM must not take the field's address apart from the access.
         // SAFETY: the kernel passes a valid context, and the field is readable in tc programs.
-        unsafe { (*self.ctx.skb.skb).ifindex }
+        unsafe { (&raw const (*self.ctx.skb.skb).ifindex).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: the helper takes nothing.
+        unsafe { helpers::bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: the helper takes nothing.
+        unsafe { helpers::bpf_get_prandom_u32() }
     }
 
     #[inline(always)]
@@ -110,41 +186,224 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn link_mtu(&self, index: u32) -> Option<u32> {
-        // SAFETY: user space replaces whole values; a reader sees the old or the new word.
-        unsafe { LINKS.get(index) }.map(|link| link.mtu)
+    fn link(&self, index: u32) -> Option<&Link> {
+        // SAFETY: user space replaces whole values; a reader sees old or new words.
+        unsafe { LINKS.get(index) }
     }
 
     #[inline(always)]
-    fn next_hop(&self, packet: &Packet, settings: &Settings) -> Result<Hop, Verdict> {
-        let mut query = query(packet, self.ingress())?;
-        // SAFETY: the query is a whole `bpf_fib_lookup` of the size given.
-        let code = unsafe {
-            helpers::bpf_fib_lookup(
-                self.ctx.as_ptr(),
-                &raw mut query,
-                size_of::<bpf_fib_lookup>() as i32,
-                0,
-            )
+    fn permits(&self, tuple: &Tuple, settings: &Settings) -> Result<u16, Verdict> {
+        if settings.bank == 0 {
+            return Ok(Flow::NO_CLAUSE);
+        }
+        steps::clause(self.ctx, tuple, settings.bank)
+            .map(|clause| clause as u16)
+            .ok_or(Verdict::DropPolicy)
+    }
+
+    #[inline(always)]
+    fn count_clause(&self, clause: u16, settings: &Settings) {
+        if settings.bank != 0 {
+            count_hit(settings.bank, clause.into());
+        }
+    }
+
+    #[inline(never)]
+    fn flow(&self, side: Side, tuple: &Tuple) -> Option<Entry<'_>> {
+        let entry = if tuple.source.is_v4() {
+            FLOWS4.get_ptr_mut(Key4::new(side, tuple))
+        } else {
+            FLOWS6.get_ptr_mut(Key6::new(side, tuple))
+        }?;
+        // SAFETY: the kernel keeps the entry's memory until the program ends, also when the entry
+        // is deleted; `UnsafeCell` has the layout of what it holds.
+        Some(Entry::new(unsafe { &*entry.cast::<UnsafeCell<Flow>>() }))
+    }
+
+    #[inline(never)]
+    fn add_flow(&self, side: Side, tuple: &Tuple, flow: &Flow) -> Result<(), Refused> {
+        let added = if tuple.source.is_v4() {
+            FLOWS4.insert(Key4::new(side, tuple), flow, BPF_NOEXIST.into())
+        } else {
+            FLOWS6.insert(Key6::new(side, tuple), flow, BPF_NOEXIST.into())
         };
-        // The TUN device has no neighbours.
-        if code != FIB_SUCCESS && (code != FIB_NO_NEIGHBOUR || query.ifindex != settings.tun) {
+        added.map_err(|errno| {
+            if errno == EEXIST {
+                Refused::Exists
+            } else {
+                Refused::Full
+            }
+        })
+    }
+
+    #[inline(never)]
+    fn remove_flow(&self, side: Side, tuple: &Tuple) {
+        // That it is gone already is as good.
+        let _ = if tuple.source.is_v4() {
+            FLOWS4.remove(Key4::new(side, tuple))
+        } else {
+            FLOWS6.remove(Key6::new(side, tuple))
+        };
+    }
+
+    #[inline(never)]
+    fn take_place(&self, overlay: &Prefix, limit: u32) -> bool {
+        if let Some(count) = SOURCES.get_ptr_mut(overlay.address) {
+            // SAFETY: the entry's memory stays. BPF has no atomic addition here, so a count of two
+            // CPUs at a time may be lost: user space counts anew.
+            unsafe {
+                if *count >= limit {
+                    return false;
+                }
+                *count += 1;
+            }
+        } else {
+            // Where there is no room for another source, it has no limit of its own.
+            let _ = SOURCES.insert(overlay.address, 1, BPF_NOEXIST.into());
+        }
+        true
+    }
+
+    #[inline(never)]
+    fn give_place_back(&self, overlay: &Prefix) {
+        if let Some(count) = SOURCES.get_ptr_mut(overlay.address) {
+            // SAFETY: as in `take_place`.
+            unsafe { *count = (*count).saturating_sub(1) };
+        }
+    }
+
+    #[inline(never)]
+    fn is_socket(&self, tuple: &Tuple) -> bool {
+        let [source_port, destination_port] = tuple.ports.map(u16::from_ne_bytes);
+        // SAFETY: the type holds integers only, for which zero is valid.
+        let mut query: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+        let size = if tuple.source.is_v4() {
+            query.__bindgen_anon_1.ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
+                saddr: u32::from_ne_bytes(tuple.source.v4_octets()),
+                daddr: u32::from_ne_bytes(tuple.destination.v4_octets()),
+                sport: source_port,
+                dport: destination_port,
+            };
+            size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1>()
+        } else {
+            query.__bindgen_anon_1.ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
+                saddr: words(&tuple.source),
+                daddr: words(&tuple.destination),
+                sport: source_port,
+                dport: destination_port,
+            };
+            size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2>()
+        };
+        let ctx = self.ctx.as_ptr();
+        match tuple.protocol {
+            // SAFETY: the tuple has the size given, and what is found is released.
+            TCP => unsafe {
+                let socket =
+                    helpers::bpf_skc_lookup_tcp(ctx, &raw mut query, size as u32, THIS_NETNS, 0);
+                if socket.is_null() {
+                    return false;
+                }
+                let state = (*socket).state;
+                helpers::bpf_sk_release(socket.cast());
+                // A service of the router waits for others than whom the flow is with.
+                state != BPF_TCP_LISTEN
+            },
+            // SAFETY: as above.
+            UDP => unsafe {
+                let socket =
+                    helpers::bpf_sk_lookup_udp(ctx, &raw mut query, size as u32, THIS_NETNS, 0);
+                if socket.is_null() {
+                    return false;
+                }
+                helpers::bpf_sk_release(socket.cast());
+                true
+            },
+            _ => false,
+        }
+    }
+
+    #[inline(never)]
+    fn fragment(&self, key: &FragmentKey) -> Option<Fragment> {
+        // SAFETY: an entry that is replaced meanwhile is another packet's with the same ports.
+        unsafe { FRAGMENTS.get(key) }.copied()
+    }
+
+    #[inline(never)]
+    fn add_fragment(&self, key: &FragmentKey, fragment: Fragment) {
+        // A packet whose fragments are not remembered is lost, as on a link.
+        let _ = FRAGMENTS.insert(key, fragment, BPF_ANY.into());
+    }
+
+    #[inline(always)]
+    fn may_send_error(&self) -> bool {
+        let Some(used_up) = ERRORS.get_ptr_mut(0) else {
+            return false;
+        };
+        let now = self.now();
+        // SAFETY: the slot is this CPU's alone, and ingress programs do not interrupt each other.
+        unsafe {
+            let next = (*used_up).max(now) + ERROR_INTERVAL;
+            if next > now + ERROR_BURST {
+                return false;
+            }
+            *used_up = next;
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn find_flow<F: Frame>(&self, _: Side, _: &mut Packet, _: &F) -> Result<bool, Verdict> {
+        if self.done & steps::FOUND != 0 {
+            return Ok(self.done & steps::THROUGH_STACK != 0);
+        }
+        steps::find_flow().map(|()| false)
+    }
+
+    #[inline(always)]
+    fn open(&self, _: Side, _: &Packet) -> Result<(), Verdict> {
+        steps::open()
+    }
+
+    #[inline(always)]
+    fn judge(&self, _: Side, _: &Packet, _: Entry<'_>) -> Result<(), Verdict> {
+        if self.done & steps::JUDGED != 0 {
+            return Ok(());
+        }
+        steps::judge()
+    }
+
+    #[inline(always)]
+    fn probe_mtu(&self, _: &Packet, _: Entry<'_>) -> Result<(), Verdict> {
+        steps::probe_mtu(self.ctx)
+    }
+
+    #[inline(always)]
+    fn is_believed(&self, side: Side, _: &Packet, _: Entry<'_>) -> bool {
+        steps::is_believed(self.ctx, side)
+    }
+
+    #[inline(always)]
+    fn lead(&self, side: Side, _: &Packet, translated: bool, stack: bool) -> Result<(), Verdict> {
+        steps::lead(self.ctx, side, translated, stack)
+    }
+
+    #[inline(always)]
+    fn next_hop(&self, packet: &Packet, len: u32, settings: &Settings) -> Result<Hop, Verdict> {
+        let mut answer = Answer::default();
+        let code = self.ask_fib(packet, len, &mut answer);
+        if code != FIB_SUCCESS && code != FIB_NO_NEIGHBOUR {
             return Err(fib_failure(code));
         }
         // Without a neighbour the kernel leaves the packet's length in place of the MTU.
         let mtu = if code == FIB_SUCCESS && settings.flags & Settings::FIB_MTU != 0 {
-            // SAFETY: every bit pattern is a valid `u16`.
-            u32::from(unsafe { query.__bindgen_anon_1.mtu_result })
+            answer.mtu
         } else {
             u32::MAX
         };
-        let mut hardware = [0; 12];
-        hardware[..6].copy_from_slice(&query.dmac);
-        hardware[6..].copy_from_slice(&query.smac);
         Ok(Hop {
-            link: query.ifindex,
+            link: answer.link,
             mtu,
-            hardware,
+            hardware: (code == FIB_SUCCESS).then_some(answer.hardware),
         })
     }
 }
@@ -167,33 +426,30 @@ fn key(prefix: &Prefix) -> &Key<Address> {
     unsafe { &*core::ptr::from_ref(prefix).cast() }
 }
 
+/// A segment has at most 65,535 bytes.
 #[inline(always)]
-fn query(packet: &Packet, ingress: u32) -> Result<bpf_fib_lookup, Verdict> {
+fn query(packet: &Packet, len: u32, ingress: u32) -> bpf_fib_lookup {
     // SAFETY: the type holds integers only, for which zero is valid.
     let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
-    let Ok(segment_len) = u16::try_from(packet.segment_len()) else {
-        return Err(Verdict::SlowMtu);
-    };
-    let [source_port, destination_port] = packet.ports;
-    query.l4_protocol = packet.protocol;
+    let [source_port, destination_port] = packet.tuple.ports;
+    query.l4_protocol = packet.tuple.protocol;
     query.sport = u16::from_ne_bytes(source_port);
     query.dport = u16::from_ne_bytes(destination_port);
-    query.__bindgen_anon_1.tot_len = segment_len;
+    query.__bindgen_anon_1.tot_len = len as u16;
     query.ifindex = ingress;
-    if packet.source.address.is_v4() {
+    if packet.tuple.source.is_v4() {
         query.family = AF_INET;
         query.__bindgen_anon_2.tos = packet.first_word[1];
-        query.__bindgen_anon_3.ipv4_src = u32::from_ne_bytes(packet.source.address.v4_octets());
-        query.__bindgen_anon_4.ipv4_dst =
-            u32::from_ne_bytes(packet.destination.address.v4_octets());
+        query.__bindgen_anon_3.ipv4_src = u32::from_ne_bytes(packet.tuple.source.v4_octets());
+        query.__bindgen_anon_4.ipv4_dst = u32::from_ne_bytes(packet.tuple.destination.v4_octets());
     } else {
         query.family = AF_INET6;
         let [version, a, b, c] = packet.first_word;
         query.__bindgen_anon_2.flowinfo = u32::from_ne_bytes([version & 0x0f, a, b, c]);
-        query.__bindgen_anon_3.ipv6_src = words(&packet.source.address);
-        query.__bindgen_anon_4.ipv6_dst = words(&packet.destination.address);
+        query.__bindgen_anon_3.ipv6_src = words(&packet.tuple.source);
+        query.__bindgen_anon_4.ipv6_dst = words(&packet.tuple.destination);
     }
-    Ok(query)
+    query
 }
 
 #[inline(always)]

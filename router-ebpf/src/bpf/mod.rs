@@ -3,20 +3,22 @@
 
 mod maps;
 mod skb;
+mod steps;
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
-use aya_ebpf::helpers::bpf_redirect;
+use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use router_ebpf::abi::{ABI_VERSION, Side};
-use router_ebpf::decide::{Tables as _, decide};
-use router_ebpf::packet::{Frame as _, parse};
-use router_ebpf::policy::{self, NewFlow};
+use router_ebpf::abi::{ABI_VERSION, HANDED_OVER, Side};
+use router_ebpf::decide::{Exit, Tables as _, decide};
+use router_ebpf::icmp;
+use router_ebpf::packet::{Frame as _, Transport, parse};
 use router_ebpf::rewrite;
 use router_ebpf::verdict::{Class, Verdict};
 
 use maps::Maps;
 use skb::Skb;
+use steps::Work;
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
@@ -45,19 +47,20 @@ pub(crate) fn sluice_from_subnet(ctx: TcContext) -> i32 {
 #[classifier]
 pub(crate) fn sluice_policy(ctx: TcContext) -> i32 {
     let maps = Maps::new(&ctx);
-    let bank = maps.settings().bank;
-    let Ok(packet) = parse(&Skb::new(&ctx, Side::Subnet)) else {
+    let Some(settings) = maps.settings() else {
         return 0;
     };
-    let flow = NewFlow {
-        source: packet.source,
-        destination: packet.destination,
-        protocol: packet.protocol,
-        port: packet.ports[1],
+    let Some(work) = steps::work() else {
+        return 0;
     };
-    match policy::clause(&maps, bank, &flow) {
+    // SAFETY: the place is valid and this program's alone, and `parse` fills what is read.
+    let packet = unsafe { &mut (*work).packet };
+    if parse(Side::Subnet, &Skb::new(&ctx, Side::Subnet), packet).is_err() {
+        return 0;
+    }
+    match steps::clause(&ctx, &packet.tuple, settings.bank) {
         Some(clause) => {
-            maps::count_hit(bank, clause);
+            maps::count_hit(settings.bank, clause);
             clause as i32 + 1
         }
         None => 0,
@@ -66,35 +69,65 @@ pub(crate) fn sluice_policy(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn run(side: Side, ctx: TcContext) -> i32 {
-    let mut skb = Skb::new(&ctx, side);
-    let bytes = skb.len();
-    let outcome = carry(side, &ctx, &mut skb);
+    let bytes = Skb::at(&ctx, side).len();
+    let Some(work) = steps::work() else {
+        return TC_ACT_SHOT;
+    };
+    let outcome = steps::run(&ctx, side, work);
+    // SAFETY: the place is valid and this program's alone, and no step is at work on it any more.
+    let forward = unsafe { &(*work).forward };
     let verdict = match outcome {
-        Ok(_) => Verdict::Forwarded,
+        Ok(()) => forward.verdict,
         Err(verdict) => verdict,
     };
     maps::count(side, verdict, bytes);
-    match outcome {
-        // SAFETY: the helper takes plain numbers.
-        Ok(link) => unsafe { bpf_redirect(link, 0) as i32 },
-        Err(verdict) if matches!(verdict.class(), Class::Drop) => TC_ACT_SHOT,
-        // Not TC_ACT_OK: programs and filters behind this one have their turn.
-        Err(_) => TC_ACT_UNSPEC,
-    }
+    // SAFETY: the helpers take plain numbers, and no parameters when the pointer is null; the
+    // kernel passes a valid context, whose mark a tc program may write.
+    let code = unsafe {
+        match outcome {
+            Ok(()) => match forward.exit {
+                Exit::Stack => {
+                    if side == Side::Subnet {
+                        (*ctx.skb.skb).mark = HANDED_OVER;
+                    }
+                    TC_ACT_UNSPEC.into()
+                }
+                Exit::Answer => bpf_redirect(Skb::at(&ctx, side).ingress(), 0),
+                Exit::Neighbour => bpf_redirect_neigh(forward.link, core::ptr::null_mut(), 0, 0),
+                _ => bpf_redirect(forward.link, 0),
+            },
+            Err(verdict) if matches!(verdict.class(), Class::Drop) => TC_ACT_SHOT.into(),
+            // Not TC_ACT_OK: programs and filters behind this one have their turn.
+            Err(_) => TC_ACT_UNSPEC.into(),
+        }
+    };
+    code as i32
 }
 
-/// The interface to redirect the rewritten packet to.
+/// Parses the packet, decides about it and carries that out, but for an answer.
 #[inline(always)]
-fn carry(side: Side, ctx: &TcContext, skb: &mut Skb<'_>) -> Result<u32, Verdict> {
-    let packet = match side {
-        Side::Overlay => parse(skb)?,
+fn carry(side: Side, ctx: &TcContext, work: &mut Work, maps: &Maps<'_>) -> Result<(), Verdict> {
+    let skb = &mut Skb::new(ctx, side);
+    match side {
+        Side::Overlay => parse(side, skb, &mut work.packet)?,
         Side::Subnet if !skb.is_untagged_ip_to_us() => return Err(Verdict::PassUnrelated),
         // What is wrong with a frame from the wire is the stack's to judge and to count.
-        Side::Subnet => parse(skb).map_err(|_| Verdict::PassUnrelated)?,
-    };
-    let forward = decide(side, &packet, &Maps::new(ctx))?;
-    rewrite::apply(&packet, &forward, skb)?;
-    Ok(forward.link)
+        Side::Subnet => {
+            parse(side, skb, &mut work.packet).map_err(|_| Verdict::PassUnrelated)?;
+        }
+    }
+    decide(side, &mut work.packet, skb, maps, &mut work.forward)?;
+    if work.forward.exit == Exit::Answer {
+        if !icmp::may_answer(&work.packet) || !maps.may_send_error() {
+            return Err(work.forward.verdict);
+        }
+        return Ok(());
+    }
+    let quotes = work.packet.transport == Transport::Error && work.forward.is_translated;
+    if quotes && !maps.has_done(steps::QUOTED) {
+        return steps::translate_quote();
+    }
+    rewrite::apply(side, &work.packet, &work.forward, skb)
 }
 
 #[panic_handler]

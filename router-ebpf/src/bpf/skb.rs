@@ -1,17 +1,24 @@
 //! A socket buffer as a [`Frame`].
 
+use core::hint::black_box;
 use core::mem::MaybeUninit;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::BPF_F_RECOMPUTE_CSUM;
+use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::{
-    bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_load_bytes,
-    bpf_skb_store_bytes,
+    bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail,
+    bpf_skb_load_bytes, bpf_skb_store_bytes,
 };
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::Side;
-use router_ebpf::packet::{Bytes, Frame, Sum};
+use router_ebpf::csum::Delta;
+use router_ebpf::decide::Nat;
+use router_ebpf::mss::{MAX_OPTIONS, Options};
+use router_ebpf::packet::{Bytes, Covers, Frame, Packet, Sum};
 use router_ebpf::verdict::Verdict;
+
+use super::steps;
 
 /// `PACKET_HOST` of linux/if_packet.h: the frame is addressed to this machine.
 const PACKET_HOST: u32 = 0;
@@ -19,15 +26,16 @@ const PACKET_HOST: u32 = 0;
 const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
 const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
 
-/// What [`Frame::header`] reaches: an IPv6 header and a TCP header without options.
-const HEADERS: u32 = 60;
+/// What [`Frame::header`] reaches: an IPv6 header, a fragment header and a TCP header without
+/// options.
+const HEADERS: u32 = 68;
 
 /// A socket buffer. The helpers behind it serve linear and paged data alike and make shared data
 /// private before they write.
 pub(crate) struct Skb<'a> {
-    ctx: &'a TcContext,
+    pub(super) ctx: &'a TcContext,
     /// Bytes in front of the IP header.
-    offset: u32,
+    pub(super) offset: u32,
 }
 
 impl<'a> Skb<'a> {
@@ -41,6 +49,23 @@ impl<'a> Skb<'a> {
             let _ = ctx.pull_data(wanted);
         }
         Self { ctx, offset }
+    }
+
+    /// As [`Skb::new`], where that was called before.
+    #[inline(always)]
+    pub(crate) fn at(ctx: &'a TcContext, side: Side) -> Self {
+        Self {
+            ctx,
+            offset: side.header_offset(),
+        }
+    }
+
+    /// Interface that the packet came in by.
+    #[inline(always)]
+    pub(crate) fn ingress(&self) -> u32 {
+        // Volatile: LLVM must not take the field's address apart from the access.
+        // SAFETY: the kernel passes a valid context, and the field is readable in tc programs.
+        unsafe { (&raw const (*self.ctx.skb.skb).ifindex).read_volatile() }
     }
 
     /// Whether the frame is IP without a VLAN tag and addressed to this machine: a NIC in
@@ -104,6 +129,25 @@ impl Frame for Skb<'_> {
     }
 
     #[inline(always)]
+    fn read_into(&self, at: u32, len: u32, to: &mut Options) -> bool {
+        // What is compared must be what is passed, or the verifier does not see the bounds.
+        let len = black_box(len);
+        if len == 0 || len > MAX_OPTIONS {
+            return false;
+        }
+        // SAFETY: the destination has as many bytes and more.
+        let code = unsafe {
+            bpf_skb_load_bytes(
+                self.ctx.as_ptr(),
+                self.offset + at,
+                to.as_mut_ptr().cast(),
+                len,
+            )
+        };
+        code == 0
+    }
+
+    #[inline(always)]
     fn write<const N: usize>(
         &mut self,
         at: u32,
@@ -127,15 +171,21 @@ impl Frame for Skb<'_> {
     }
 
     #[inline(always)]
-    fn replace_checksum(&mut self, at: u32, from: [u8; 2], to: [u8; 2]) -> Result<(), Verdict> {
-        // SAFETY: the helper takes plain numbers; two is the size of the words.
+    fn replace_checksum(&mut self, at: u32, delta: Delta, covers: Covers) -> Result<(), Verdict> {
+        let flags = match covers {
+            Covers::Payload => 0,
+            Covers::Pseudo => BPF_F_PSEUDO_HDR,
+            Covers::UdpPayload => BPF_F_MARK_MANGLED_0,
+            Covers::UdpPseudo => BPF_F_PSEUDO_HDR | BPF_F_MARK_MANGLED_0,
+        };
+        // SAFETY: the helper takes plain numbers; of size zero it takes a difference of sums.
         done(unsafe {
             bpf_l4_csum_replace(
                 self.ctx.skb.skb,
                 self.offset + at,
-                u64::from(u16::from_ne_bytes(from)),
-                u64::from(u16::from_ne_bytes(to)),
-                2,
+                0,
+                delta.0.into(),
+                flags.into(),
             )
         })
     }
@@ -160,5 +210,50 @@ impl Frame for Skb<'_> {
                 0,
             )
         })
+    }
+
+    #[inline(always)]
+    fn insert<const N: usize>(&mut self, headers: &Bytes<N>) -> Result<(), Verdict> {
+        // SAFETY: the helper takes plain numbers.
+        done(unsafe {
+            bpf_skb_adjust_room(self.ctx.skb.skb, N as i32, BPF_ADJ_ROOM_MAC as u32, 0)
+        })?;
+        self.write(0, headers, Sum::Changed)
+    }
+
+    #[inline(always)]
+    fn clamp_mss(&mut self, tcp: u32, header_len: u32, limit: u16) -> Result<(), Verdict> {
+        steps::clamp_mss(self.ctx, self.offset, tcp, header_len, limit)
+    }
+
+    #[inline(always)]
+    fn translate_quote(&mut self, _: Side, _: &Packet, _: &Nat) -> Result<(), Verdict> {
+        // A step of its own, see `carry`.
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn turn_back(&mut self) -> Result<(), Verdict> {
+        if self.offset == 0 {
+            return Ok(());
+        }
+        let mut addresses = [0_u8; 12];
+        // SAFETY: source and destination of the copies have twelve bytes.
+        unsafe {
+            done(bpf_skb_load_bytes(
+                self.ctx.as_ptr(),
+                0,
+                addresses.as_mut_ptr().cast(),
+                12,
+            ))?;
+            addresses.rotate_left(6);
+            done(bpf_skb_store_bytes(
+                self.ctx.skb.skb,
+                0,
+                addresses.as_ptr().cast(),
+                12,
+                0,
+            ))
+        }
     }
 }

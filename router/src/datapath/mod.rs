@@ -107,16 +107,11 @@ impl Spec {
 }
 
 /// Why packets of `route` take the slow path although the eBPF datapath is there; `None`: they take
-/// the fast one. Both directions follow the same answer, so that a flow never changes its path.
-pub fn slow_reason(route: &Route, policy: &Policy) -> Option<&'static str> {
-    if route.mode == RouteMode::Stack {
-        Some("the route is marked for the kernel stack")
-    } else if route.snat {
-        Some("the kernel translates its sources")
-    } else if !policy.rules.is_empty() {
-        Some("the kernel applies the policy")
-    } else {
-        None
+/// the fast one.
+pub fn slow_reason(route: &Route) -> Option<&'static str> {
+    match route.mode {
+        RouteMode::Stack => Some("the route is marked for the kernel stack"),
+        RouteMode::Fast => None,
     }
 }
 

@@ -153,7 +153,7 @@ impl Daemon {
     fn route_status(&self) -> Vec<RouteStatus> {
         let reason = |route| match &self.ebpf {
             None => Some("the kernel datapath is in use"),
-            Some(_) => slow_reason(route, &self.snapshot.policy),
+            Some(_) => slow_reason(route),
         };
         let status = self.snapshot.routes.iter().map(|route| RouteStatus {
             cidr: route.cidr,

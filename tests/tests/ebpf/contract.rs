@@ -23,7 +23,7 @@ fn the_object_keeps_its_contract() {
     let wanted = [abi::FROM_OVERLAY, abi::FROM_SUBNET, abi::POLICY_PROBE].map(|name| (name, true));
     assert_eq!(programs, BTreeMap::from(wanted));
 
-    // Type, bytes of key and of value, entries. `.rodata` and the like would be maps too.
+    // Type, bytes of key and of value, entries.
     let maps: BTreeMap<&str, (u32, u32, u32, u32)> = object
         .maps
         .iter()
@@ -54,6 +54,15 @@ fn the_object_keeps_its_contract() {
         (
             abi::SETTINGS,
             (bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, 4, 40, 1),
+        ),
+        // The packet that a CPU works on; what the compiler counts bits with.
+        (
+            "WORK",
+            (bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32, 4, 440, 1),
+        ),
+        (
+            ".rodata",
+            (bpf_map_type::BPF_MAP_TYPE_ARRAY as u32, 4, 64, 1),
         ),
         (policy::POLICY, (trie, 24, 4, 1 << 18)),
         (policy::POLICY_SETS, (hash, 4, 520, 1 << 15)),
@@ -91,5 +100,5 @@ fn a_change_of_the_contract_changes_its_version() {
         size_of::<abi::Prefix>(),
         size_of::<abi::Flow>(),
     );
-    assert_eq!((abi::ABI_VERSION, layout), (3, (28, 40, 24, 56)));
+    assert_eq!((abi::ABI_VERSION, layout), (4, (27, 40, 24, 56)));
 }

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, ensure};
+use aya::maps::{Map, MapData};
 use aya::programs::{TestRun, TestRunOptions};
 use aya::util::KernelVersion;
 use lab::{Host, Lab};
@@ -152,6 +153,8 @@ pub(super) fn router(lab: &Lab) -> anyhow::Result<Host> {
         "route add prohibit 2001:db8:60::/64",
         "route add 10.70.0.0/16 via 10.20.0.20 mtu lock 1300",
         "route add 2001:db8:70::/64 via 2001:db8:20::14 mtu lock 1300",
+        "route add 10.30.0.0/16 via 10.20.0.20",
+        "route add 2001:db8:30::/64 via 2001:db8:20::14",
         "route add 10.80.0.0/16 via 10.20.0.80",
         "route add 2001:db8:80::/64 via 2001:db8:20::80",
     ]) {
@@ -196,6 +199,16 @@ impl Fixture {
 
     /// As [`Fixture::new`], with another subnet-side NIC than eth0.
     pub(super) fn new_on(nic: &str, mode: Option<AttachMode>) -> anyhow::Result<Self> {
+        let options = Options {
+            attach: mode,
+            sweep: false,
+            ..Options::default()
+        };
+        Self::with(nic, options)
+    }
+
+    /// As [`Fixture::new_on`], with other options.
+    pub(super) fn with(nic: &str, options: Options) -> anyhow::Result<Self> {
         let mut routes = Vec::new();
         for net in Net::ALL {
             for (family, len) in [(Family::V4, 16), (Family::V6, 64)] {
@@ -210,20 +223,18 @@ impl Fixture {
                 });
             }
         }
+        let nic = link(nic)?;
+        let external = FAMILIES.map(|family| family.subnet(Net::NEAR, ROUTER));
         let spec = Spec {
             tun: link("tun0")?,
             mtu: MTU,
-            subnet: vec![link(nic)?],
+            external: [(nic.index, external.to_vec())].into(),
+            subnet: vec![nic],
             overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
             routes,
             policy: Policy::default(),
-            external: Default::default(),
         };
-        let mut ebpf = Ebpf::load_with(Options {
-            attach: mode,
-            sweep: false,
-            ..Options::default()
-        })?;
+        let mut ebpf = Ebpf::load_with(options)?;
         ebpf.apply(&spec)?;
         Ok(Self {
             ebpf,
@@ -294,6 +305,18 @@ impl Fixture {
         out.truncate(result.data_size_out as usize);
         Ok((result.return_value, out))
     }
+}
+
+/// A map of the loaded programs, by its name.
+pub(super) fn map(ebpf: &Ebpf, name: &str) -> anyhow::Result<Map> {
+    let info = ebpf.program(Side::Overlay)?.info()?;
+    for id in info.map_ids()?.context("the kernel tells no maps")? {
+        let data = MapData::from_id(id)?;
+        if data.info()?.name_as_str() == Some(name) {
+            return Ok(Map::from_map_data(data)?);
+        }
+    }
+    anyhow::bail!("the programs have no map {name}")
 }
 
 /// All counters, in the order of their slots.

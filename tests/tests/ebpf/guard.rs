@@ -20,7 +20,7 @@ use router_ebpf::verdict::Class;
 use super::attach::drop_capabilities;
 use super::differential::Random;
 use super::fixture::{FAMILIES, Family, Net, PEER, ROUTER, link};
-use super::packets::{Ip, TCP, UDP, frame};
+use router_ebpf::craft::{Ip, TCP, UDP, frame};
 
 const PORT: u16 = 51820;
 const SOON: Duration = Duration::from_secs(10);

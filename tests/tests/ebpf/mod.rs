@@ -8,7 +8,6 @@ mod differential;
 mod fixture;
 mod frames;
 mod guard;
-mod packets;
 mod policy;
 mod sweep;
 mod verdicts;

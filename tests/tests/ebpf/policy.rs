@@ -6,10 +6,10 @@ use anyhow::ensure;
 use aya::programs::{TestRun, TestRunOptions};
 use router::control::{Destination, Policy, Rule};
 use router::datapath::policy::{NewFlow, TCP, UDP, allows};
+use router_ebpf::craft::{Ip, SYN, frame};
 
 use super::differential::Random;
 use super::fixture::*;
-use super::packets::{Ip, SYN, frame};
 
 /// What the programs say of a flow: the number of the clause that lets it through.
 fn clause(fixture: &mut Fixture, flow: &NewFlow) -> anyhow::Result<Option<u32>> {

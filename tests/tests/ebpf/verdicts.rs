@@ -2,10 +2,10 @@
 
 use anyhow::ensure;
 use router_ebpf::abi::Side;
+use router_ebpf::craft::*;
 use router_ebpf::verdict::{Class, Verdict};
 
 use super::fixture::*;
-use super::packets::*;
 
 /// A packet and what must become of it.
 struct Case {
@@ -97,7 +97,7 @@ fn cases(family: Family) -> Vec<Case> {
             Ip::udp(peer, family.overlay(3), 10),
             SlowNotRouted,
         ),
-        case("translated", Side::Overlay, to(Net::SNAT), SlowSnat),
+        case("translated", Side::Overlay, to(Net::SNAT), Forwarded),
         case("stack", Side::Overlay, to(Net::STACK), SlowStackRoute),
         case(
             "elsewhere",
@@ -208,7 +208,12 @@ fn cases(family: Family) -> Vec<Case> {
             Ip::udp(family.foreign(), peer, 10),
             SlowNotRouted,
         ),
-        case("translated", Side::Subnet, from(Net::SNAT), SlowSnat),
+        case(
+            "opened from a translated net",
+            Side::Subnet,
+            from(Net::SNAT),
+            Forwarded,
+        ),
         case("stack", Side::Subnet, from(Net::STACK), SlowStackRoute),
         case(
             "to the tunnel address",
@@ -256,11 +261,12 @@ fn cases(family: Family) -> Vec<Case> {
                 ("middle fragment", 0x2007),
                 ("last fragment", 0x0007),
             ] {
+                // The later ones know the first by their identification.
                 cases.push(case(
                     name,
                     side,
                     with(whole.clone(), &|ip| ip.fragment = fragment),
-                    SlowFragment,
+                    Forwarded,
                 ));
             }
             cases.push(case(
@@ -276,7 +282,7 @@ fn cases(family: Family) -> Vec<Case> {
             for (name, header, verdict) in [
                 ("hop-by-hop", 0, SlowOptions),
                 ("routing", 43, SlowOptions),
-                ("fragment", 44, SlowFragment),
+                ("later fragment", 44, SlowFragment),
                 ("destination options", 60, SlowOptions),
             ] {
                 let chain = with(whole.clone(), &|ip| {
@@ -329,6 +335,14 @@ fn check(fixture: &mut Fixture, case: &Case) -> anyhow::Result<()> {
         Class::Forward => {
             let mut sent = case.packet.clone();
             sent.ttl -= 1;
+            if case.name == "translated" {
+                let family = if sent.source.is_ipv4() {
+                    Family::V4
+                } else {
+                    Family::V6
+                };
+                sent = sent.from(family.subnet(Net::NEAR, ROUTER));
+            }
             let (to, from) = match case.side {
                 Side::Overlay => (fixture.gateway_mac, fixture.mac),
                 // The kernel takes the header off on the way into the TUN device.

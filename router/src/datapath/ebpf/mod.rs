@@ -79,10 +79,6 @@ pub struct Ebpf {
 }
 
 impl Ebpf {
-    /// Whether the programs translate sources. As long as they do not, they get no external
-    /// addresses, and the kernel keeps the ports for it to itself.
-    pub const TRANSLATES: bool = false;
-
     /// Tells in one sentence why this kernel or these rights do not allow the eBPF datapath.
     pub fn support() -> Result<(), Error> {
         let context = "use eBPF";

@@ -150,9 +150,6 @@ fn link_value(mtu: u32, external: &[IpAddr]) -> abi::Link {
 fn settings(spec: &Spec) -> Settings {
     let ends = |ports: RangeInclusive<u16>| [*ports.start(), *ports.end()];
     let mut flags = 0;
-    if !spec.policy.rules.is_empty() {
-        flags |= Settings::POLICY;
-    }
     if KernelVersion::current().is_ok_and(|version| version >= FIB_MTU_KERNEL) {
         flags |= Settings::FIB_MTU;
     }

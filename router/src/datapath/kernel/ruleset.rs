@@ -2,10 +2,10 @@
 //!
 //! | chain | on | does |
 //! |---|---|---|
-//! | `spoofed` | all that comes from the TUN device | drops sources that are no peer's |
+//! | `spoofed` | all that comes in | drops sources that are no peer's; keeps what the eBPF programs hand over out of connection tracking |
 //! | `forward` | all that passes through | sends to `from_overlay` or `to_overlay`; leaves the rest alone |
 //! | `from_overlay` | from a peer | clamps the MSS; known flows pass; new ones to routed CIDRs, or to a peer if the policy has let them |
-//! | `to_overlay` | to a peer | clamps the MSS; known flows pass; new ones from routed CIDRs, if the policy lets them |
+//! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones from routed CIDRs, if the policy lets them |
 //! | `permit` | all that comes from the TUN device, once there are rules | drops new flows that no rule allows, also those to the router itself |
 //! | `translate` | the first packet of a flow from a peer | masquerades where the route says so |
 //!
@@ -22,6 +22,8 @@
 //! that the kernel takes, such as a concatenation with `ct original proto-dst`.
 
 use std::ops::RangeInclusive;
+
+use router_ebpf::abi::HANDED_OVER;
 
 use super::policy::Compiled;
 use super::span::Family;
@@ -204,6 +206,9 @@ pub(super) fn write(
             decide(r, DROP_SPOOFED, Verdict::Drop);
         });
     }
+    tx.rule("spoofed", |r| {
+        handed_over(r).no_track();
+    });
     tx.rule("forward", |r| {
         r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
         r.verdict(Verdict::Jump("from_overlay"));
@@ -366,6 +371,13 @@ fn clamp_syn(tx: &mut Transaction<'_>, chain: &str, clamp: &str) {
     });
 }
 
+/// What the eBPF programs have judged already, of a flow of theirs: connection tracking has not seen
+/// it begin.
+fn handed_over<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
+    rule.meta(Meta::Mark, REG)
+        .cmp(Cmp::Eq, REG, &HANDED_OVER.to_ne_bytes())
+}
+
 fn known<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
     rule.ct(Ct::State, REG)
         .any_bit(REG, &CT_ESTABLISHED_RELATED.to_ne_bytes())
@@ -433,6 +445,9 @@ fn write_from_overlay(
 fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: bool) {
     let chain = "to_overlay";
     clamp_syn(tx, chain, "clamp_to");
+    tx.rule(chain, |r| {
+        decide(handed_over(r), TO.forwarded, Verdict::Accept)
+    });
     known_flows(tx, chain, TO.forwarded);
     if restricted {
         tx.rule(chain, |r| {

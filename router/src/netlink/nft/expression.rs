@@ -18,6 +18,8 @@ pub(crate) const WORD: u32 = 8;
 /// What the packet itself tells.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Meta {
+    /// Mark; host order.
+    Mark,
     /// Index of the interface it came in by; host order.
     Iif,
     /// Index of the interface it leaves by; host order.
@@ -105,6 +107,7 @@ impl<'a, 'b> Rule<'a, 'b> {
     /// Loads what the packet tells.
     pub(crate) fn meta(&mut self, key: Meta, register: u32) -> &mut Self {
         let key = match key {
+            Meta::Mark => 3,
             Meta::Iif => 4,
             Meta::Oif => 5,
             Meta::NfProto => 15,
@@ -133,6 +136,11 @@ impl<'a, 'b> Rule<'a, 'b> {
                 data.attribute(3, &[ORIGINAL]);
             }
         })
+    }
+
+    /// Keeps the packet out of connection tracking; in [`super::Hook::Raw`].
+    pub(crate) fn no_track(&mut self) -> &mut Self {
+        self.expression("notrack", |_| ())
     }
 
     /// Loads bytes of the packet.

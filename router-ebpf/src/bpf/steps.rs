@@ -1,0 +1,345 @@
+//! The rare steps of a decision, each a global function of the object: the verifier judges it once
+//! and by itself, not for every way that leads to it. Such functions take the context and numbers
+//! only (Linux 5.10), so the packet lies in a map, which also keeps it off the stack.
+
+use core::hint::black_box;
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::btf_maps::PerCpuArray;
+use aya_ebpf::macros::btf_map;
+use aya_ebpf::programs::TcContext;
+use router_ebpf::abi::{Prefix, Side, Tuple};
+use router_ebpf::decide::{self, Exit, Forward, Tables as _};
+use router_ebpf::flow::{self, Draft};
+use router_ebpf::packet::Packet;
+use router_ebpf::policy::{self, NewFlow};
+use router_ebpf::verdict::Verdict;
+use router_ebpf::{fragment, icmp, mss};
+
+use super::maps::Maps;
+use super::skb::Skb;
+
+/// The packet that this CPU works on, and what was decided about it.
+#[repr(C)]
+pub(crate) struct Work {
+    pub(crate) packet: Packet,
+    pub(crate) forward: Forward,
+    pub(crate) draft: Draft,
+    /// The first packet of the flow that [`sluice_clause`] is asked about.
+    opening: Tuple,
+    /// What [`sluice_clamp_mss`] looks through.
+    options: mss::Options,
+    /// The step that must be done before the packet can be carried; see [`run`].
+    pub(crate) pending: u32,
+}
+
+/// No step is pending.
+const DONE: u32 = 0;
+/// [`sluice_open`] is pending.
+const OPEN: u32 = 1;
+/// [`sluice_judge`] is pending.
+const JUDGE: u32 = 2;
+/// [`sluice_find_flow`] is pending.
+const FIND: u32 = 3;
+
+/// [`sluice_translate_quote`] is pending.
+const QUOTE: u32 = 4;
+
+/// Done already: the quoted packet was translated.
+pub(crate) const QUOTED: u32 = 1 << 28;
+/// Done already: the flow was judged.
+pub(crate) const JUDGED: u32 = 1 << 29;
+/// Done already: the flow was found.
+pub(crate) const FOUND: u32 = 1 << 30;
+/// With [`FOUND`]: the kernel gets all of a fragmented packet.
+pub(crate) const THROUGH_STACK: u32 = 1 << 31;
+
+/// Carries the packet. Steps that need much of the stack are not called from where they are found
+/// to be needed, but from here, and then the packet is carried from the beginning.
+#[inline(always)]
+pub(crate) fn run(ctx: &TcContext, side: Side, work: *const Work) -> Result<(), Verdict> {
+    let (skb, from) = (ctx.skb.skb, side as u32);
+    // SAFETY: the program's own context, and the place of its work. So in all functions below. The
+    // steps write to that place behind the compiler's back, hence no reference to it here.
+    unsafe {
+        let carry = |done: u32| match side {
+            Side::Overlay => sluice_carry_overlay(skb, done),
+            Side::Subnet => sluice_carry_subnet(skb, done),
+        };
+        let pending = || (&raw const (*work).pending).read_volatile();
+        let mut done = 0;
+        let mut outcome = carry(done);
+        if pending() == FIND {
+            done = sluice_find_flow(skb, from);
+            if done & FOUND == 0 {
+                return result(done).and(Err(Verdict::DropInternal));
+            }
+            outcome = carry(done);
+        }
+        if pending() == OPEN {
+            result(sluice_open(skb, from))?;
+            outcome = carry(done);
+        }
+        // Not a second time, should the tables change meanwhile.
+        if pending() == JUDGE {
+            result(sluice_judge(skb, from))?;
+            done |= JUDGED;
+            outcome = carry(done);
+        }
+        if pending() == QUOTE {
+            result(sluice_translate_quote(skb, from))?;
+            outcome = carry(done | QUOTED);
+        }
+        result(outcome)?;
+        if (*work).forward.exit == Exit::Answer {
+            return result(sluice_answer(skb, from));
+        }
+    }
+    Ok(())
+}
+
+/// [`Work`], as bytes: the types in it are none that user space or BTF should know.
+type Bytes = [u64; size_of::<Work>().div_ceil(8)];
+
+#[btf_map]
+static WORK: PerCpuArray<Bytes, 1> = PerCpuArray::new();
+
+/// The place of this CPU's work. No other program of ours runs on this CPU before this one ends.
+#[inline(always)]
+pub(crate) fn work() -> Option<*mut Work> {
+    WORK.get_ptr_mut(0).map(|bytes| bytes.cast())
+}
+
+/// A result as a number: zero is success.
+#[inline(always)]
+fn number(result: Result<(), Verdict>) -> u32 {
+    match result {
+        Ok(()) => 0,
+        Err(verdict) => verdict as u32 + 1,
+    }
+}
+
+/// What [`number`] has made of a result.
+#[inline(always)]
+fn result(number: u32) -> Result<(), Verdict> {
+    if number == 0 {
+        return Ok(());
+    }
+    if number > Verdict::ALL.len() as u32 {
+        return Err(Verdict::DropInternal);
+    }
+    // SAFETY: the verdicts are numbered from zero without a gap, as `verdict`'s tests assert.
+    Err(unsafe { core::mem::transmute::<u32, Verdict>(number - 1) })
+}
+
+#[inline(always)]
+fn side(number: u32) -> Side {
+    if number == Side::Overlay as u32 {
+        Side::Overlay
+    } else {
+        Side::Subnet
+    }
+}
+
+macro_rules! steps {
+    ($($(#[$attribute:meta])* $symbol:ident ($ctx:ident, $work:ident $(, $argument:ident)*) $body:block)*) => {
+        $(
+            $(#[$attribute])*
+            ///
+            /// # Safety
+            ///
+            /// `skb` is the context that the program was called with, and the work of this CPU is
+            /// filled as far as the step needs it.
+            #[unsafe(no_mangle)]
+            #[inline(never)]
+            pub(crate) unsafe extern "C" fn $symbol(skb: *mut __sk_buff $(, $argument: u32)*) -> u32 {
+                // For an argument that a step does not use, LLVM would pass anything, and the
+                // verifier wants what the signature says.
+                let skb = black_box(skb);
+                $(let $argument = black_box($argument);)*
+                let $ctx = &TcContext::new(skb);
+                let Some($work) = work() else {
+                    return number(Err(Verdict::DropInternal));
+                };
+                // SAFETY: the place is valid and this program's alone, and the program has filled it.
+                let $work = unsafe { &mut *$work };
+                $body
+            }
+        )*
+    };
+}
+
+steps! {
+    /// Carries a packet of the overlay, but for an answer; `done`: what need not be done again.
+    sluice_carry_overlay(ctx, work, done) {
+        work.pending = DONE;
+        number(super::carry(Side::Overlay, ctx, work, &Maps::of(ctx, done)))
+    }
+
+    /// Carries a packet of the subnet, but for an answer; `done`: what need not be done again.
+    sluice_carry_subnet(ctx, work, done) {
+        work.pending = DONE;
+        number(super::carry(Side::Subnet, ctx, work, &Maps::of(ctx, done)))
+    }
+
+    /// [`decide::find_flow`].
+    sluice_find_flow(ctx, work, from) {
+        let side = side(from);
+        let skb = Skb::at(ctx, side);
+        match decide::find_flow(side, &mut work.packet, &skb, &Maps::new(ctx)) {
+            Ok(false) => FOUND,
+            Ok(true) => FOUND | THROUGH_STACK,
+            Err(verdict) => number(Err(verdict)),
+        }
+    }
+
+    /// [`flow::open`].
+    sluice_open(ctx, work, from) {
+        number(flow::open(side(from), &work.packet, &Maps::new(ctx), &mut work.draft))
+    }
+
+    /// [`flow::judge`].
+    sluice_judge(ctx, work, from) {
+        let (maps, side) = (Maps::new(ctx), side(from));
+        let Some(entry) = maps.flow(side, work.packet.flow_tuple()) else {
+            return number(Err(Verdict::DropInternal));
+        };
+        number(flow::judge(side, &work.packet, entry, &maps))
+    }
+
+    /// [`policy::clause`] for the flow that begins as `work` tells: zero, or one more than the
+    /// clause that lets it through.
+    sluice_clause(ctx, work, bank) {
+        let opening = &work.opening;
+        let flow = NewFlow {
+            source: Prefix::host(opening.source),
+            destination: Prefix::host(opening.destination),
+            protocol: opening.protocol,
+            port: opening.ports[1],
+        };
+        policy::clause(&Maps::new(ctx), bank, &flow).map_or(0, |clause| clause + 1)
+    }
+
+    /// [`flow::probe_mtu`].
+    sluice_probe_mtu(ctx, work) {
+        let maps = Maps::new(ctx);
+        let Some(entry) = maps.flow(Side::Overlay, work.packet.flow_tuple()) else {
+            return number(Err(Verdict::DropInternal));
+        };
+        number(flow::probe_mtu(&work.packet, entry, &maps))
+    }
+
+    /// [`flow::is_believed`]; not zero if it is.
+    sluice_is_believed(ctx, work, from) {
+        let (maps, side) = (Maps::new(ctx), side(from));
+        match maps.flow(side, work.packet.flow_tuple()) {
+            Some(entry) => flow::is_believed(side, &work.packet, entry, &maps).into(),
+            None => 0,
+        }
+    }
+
+    /// [`fragment::lead`].
+    sluice_lead(ctx, work, from, translated, stack) {
+        number(fragment::lead(side(from), &work.packet, &Maps::new(ctx), translated != 0, stack != 0))
+    }
+
+    /// [`mss::clamp`] with the packet's TCP header.
+    sluice_clamp_mss(ctx, work, offset, tcp, header_len, limit) {
+        let mut skb = Skb { ctx, offset };
+        // What every header keeps to, told to the verifier.
+        let (tcp, header_len) = (tcp & 63, header_len & 63);
+        number(mss::clamp(&mut skb, tcp, header_len, limit as u16, &mut work.options))
+    }
+
+    /// [`icmp::translate_quote`].
+    sluice_translate_quote(ctx, work, from) {
+        let side = side(from);
+        let nat = &work.forward.nat;
+        number(icmp::translate_quote(side, &work.packet, nat, &mut Skb::at(ctx, side)))
+    }
+
+    /// [`icmp::answer`].
+    sluice_answer(ctx, work, from) {
+        number(icmp::answer(&work.packet, work.forward.mtu, &mut Skb::at(ctx, side(from))))
+    }
+}
+
+/// Has the flow found, and the packet carried again.
+#[inline(always)]
+pub(crate) fn find_flow() -> Result<(), Verdict> {
+    suspend(FIND)
+}
+
+/// Has the flow opened, and the packet carried again.
+#[inline(always)]
+pub(crate) fn open() -> Result<(), Verdict> {
+    suspend(OPEN)
+}
+
+/// Has the flow judged, and the packet carried again.
+#[inline(always)]
+pub(crate) fn judge() -> Result<(), Verdict> {
+    suspend(JUDGE)
+}
+
+#[inline(always)]
+fn suspend(step: u32) -> Result<(), Verdict> {
+    if let Some(work) = work() {
+        // SAFETY: the place is valid and this program's alone.
+        unsafe { (*work).pending = step };
+    }
+    Err(Verdict::DropInternal)
+}
+
+/// The clause of the policy in `bank` that lets a flow through whose first packet has `opening`.
+#[inline(always)]
+pub(crate) fn clause(ctx: &TcContext, opening: &Tuple, bank: u32) -> Option<u32> {
+    let work = work()?;
+    // SAFETY: the place is valid and this program's alone; see `run`.
+    let found = unsafe {
+        (*work).opening = *opening;
+        sluice_clause(ctx.skb.skb, bank)
+    };
+    found.checked_sub(1)
+}
+
+#[inline(always)]
+pub(crate) fn probe_mtu(ctx: &TcContext) -> Result<(), Verdict> {
+    // SAFETY: see `run`.
+    result(unsafe { sluice_probe_mtu(ctx.skb.skb) })
+}
+
+#[inline(always)]
+pub(crate) fn is_believed(ctx: &TcContext, side: Side) -> bool {
+    // SAFETY: see `run`.
+    unsafe { sluice_is_believed(ctx.skb.skb, side as u32) != 0 }
+}
+
+#[inline(always)]
+pub(crate) fn lead(
+    ctx: &TcContext,
+    side: Side,
+    translated: bool,
+    stack: bool,
+) -> Result<(), Verdict> {
+    // SAFETY: see `run`.
+    result(unsafe { sluice_lead(ctx.skb.skb, side as u32, translated.into(), stack.into()) })
+}
+
+#[inline(always)]
+pub(crate) fn clamp_mss(
+    ctx: &TcContext,
+    offset: u32,
+    tcp: u32,
+    header_len: u32,
+    limit: u16,
+) -> Result<(), Verdict> {
+    // SAFETY: see `run`.
+    result(unsafe { sluice_clamp_mss(ctx.skb.skb, offset, tcp, header_len, limit.into()) })
+}
+
+/// Has the packet that an ICMP error quotes translated, and the error carried again.
+#[inline(always)]
+pub(crate) fn translate_quote() -> Result<(), Verdict> {
+    suspend(QUOTE)
+}

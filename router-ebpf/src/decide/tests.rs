@@ -1,0 +1,226 @@
+#![allow(clippy::unwrap_used)]
+use std::net::IpAddr;
+
+use super::*;
+use crate::abi::Address;
+use crate::craft::{ACK, Ip, frame, mss};
+use crate::memory::Memory;
+use crate::world::World;
+
+const TUN: u32 = 7;
+const NIC: u32 = 3;
+const MAC: [u8; 12] = [6; 12];
+
+fn v4(octets: [u8; 4]) -> Prefix {
+    Prefix::cidr(Address::v4(octets), 8)
+}
+
+/// A router with 100.0.0.0/8 in the tunnel and 10.0.0.0/8 behind its NIC.
+fn router(route: u32) -> World {
+    let mut world = World::new(Settings {
+        tun: TUN,
+        mtu: 1420,
+        flags: Settings::FIB_MTU,
+        generation: 1,
+        flows_per_source: 10,
+        ports: [1024, 2047],
+        kept_ports: [1024, u16::MAX],
+        ..Settings::default()
+    });
+    world.ingress = [TUN, NIC];
+    world.overlay = vec![v4([100, 0, 0, 0])];
+    world.routes = vec![(v4([10, 0, 0, 0]), Route { flags: route })];
+    let link = Link {
+        mtu: 1500,
+        ..Link::default()
+    };
+    world.links.insert(NIC, link);
+    answer(&mut world, 1500);
+    world
+}
+
+/// The kernel routes peers to the TUN device and all else to the NIC.
+fn answer(world: &mut World, mtu: u32) {
+    world.routing = Box::new(move |packet, _| {
+        let to_peer = packet.tuple.destination.octets[0] == 100;
+        Ok(Hop {
+            link: if to_peer { TUN } else { NIC },
+            mtu: if to_peer { u32::MAX } else { mtu },
+            hardware: (!to_peer).then_some(MAC),
+        })
+    });
+}
+
+fn ends(side: Side) -> (IpAddr, IpAddr) {
+    let (peer, near) = ([100, 64, 0, 2].into(), [10, 0, 0, 2].into());
+    match side {
+        Side::Overlay => (peer, near),
+        Side::Subnet => (near, peer),
+    }
+}
+
+fn run(world: &mut World, side: Side, ip: &Ip) -> (Verdict, Option<Forward>) {
+    let bytes = match side {
+        Side::Overlay => ip.bytes(),
+        Side::Subnet => frame([2; 6], [4; 6], &ip.bytes()),
+    };
+    world.run(side, &mut Memory::new(side, bytes, 0))
+}
+
+fn udp(side: Side) -> Ip {
+    let (source, destination) = ends(side);
+    Ip::udp(source, destination, 72)
+}
+
+#[test]
+fn a_routed_packet_of_a_peer_goes_on() {
+    let mut world = router(0);
+    let (verdict, up) = run(&mut world, Side::Overlay, &udp(Side::Overlay));
+    assert_eq!(verdict, Verdict::Forwarded);
+    let up = up.unwrap();
+    assert_eq!((up.exit, up.link, up.hardware), (Exit::Ethernet, NIC, MAC));
+    let (verdict, down) = run(&mut world, Side::Subnet, &udp(Side::Subnet));
+    assert_eq!(verdict, Verdict::Forwarded);
+    let down = down.unwrap();
+    assert_eq!((down.exit, down.link), (Exit::Tun, TUN));
+}
+
+#[test]
+fn the_smallest_mtu_of_both_ways_clamps_a_syn() {
+    for side in Side::ALL {
+        let (source, destination) = ends(side);
+        let syn = Ip::tcp(source, destination, SYN, &mss(9000), 0);
+        let mut world = router(0);
+        let mut clamp = |change: &dyn Fn(&mut World)| {
+            change(&mut world);
+            world.clear();
+            run(&mut world, side, &syn).1.unwrap().mss
+        };
+        assert_eq!(clamp(&|_| ()), 1420 - 40);
+        assert_eq!(clamp(&|world| world.settings.mtu = 9000), 1500 - 40);
+        let of_path = clamp(&|world| answer(world, 1300));
+        let wanted = match side {
+            Side::Overlay => 1300 - 40,
+            // The path back is not known here; the overlay's SYN is where it counts.
+            Side::Subnet => 1500 - 40,
+        };
+        assert_eq!(of_path, wanted);
+    }
+}
+
+#[test]
+fn addresses_come_before_all_else() {
+    for side in Side::ALL {
+        let stranger = match side {
+            Side::Overlay => Verdict::DropSpoofed,
+            Side::Subnet => Verdict::PassUnrelated,
+        };
+        // Backward: a source in the subnet from the tunnel, and the other way round.
+        let mut odd = udp(side.other());
+        odd.fragment = 7;
+        odd.ttl = 0;
+        assert_eq!(run(&mut router(0), side, &odd).0, stranger);
+        let (source, destination) = ends(side);
+        (odd.source, odd.destination) = (source, destination);
+        let mut world = router(0);
+        world.routes.clear();
+        assert_eq!(run(&mut world, side, &odd).0, Verdict::SlowNotRouted);
+        assert_eq!(run(&mut router(0), side, &odd).0, Verdict::SlowFragment);
+    }
+}
+
+#[test]
+fn what_the_kernel_must_translate_is_left_to_it() {
+    for side in Side::ALL {
+        let mut stack = router(Route::SNAT | Route::STACK);
+        let verdict = run(&mut stack, side, &udp(side)).0;
+        assert_eq!(verdict, Verdict::SlowStackRoute);
+    }
+    // Without an external address, and in the middle of a connection.
+    let (source, destination) = ends(Side::Overlay);
+    let mut world = router(Route::SNAT);
+    let udp = run(&mut world, Side::Overlay, &udp(Side::Overlay)).0;
+    assert_eq!(udp, Verdict::SlowSnat);
+    let ack = Ip::tcp(source, destination, ACK, &[], 10);
+    let ack = run(&mut world, Side::Overlay, &ack).0;
+    assert_eq!(ack, Verdict::SlowNoFlow);
+}
+
+#[test]
+fn both_directions_agree_on_the_interfaces() {
+    let other = |link| -> crate::world::Routing {
+        Box::new(move |_, _| {
+            Ok(Hop {
+                link,
+                mtu: 1500,
+                hardware: Some(MAC),
+            })
+        })
+    };
+    let mut world = router(0);
+    world.routing = other(9);
+    let up = run(&mut world, Side::Overlay, &udp(Side::Overlay)).0;
+    assert_eq!(up, Verdict::SlowOtherLink);
+
+    world.routing = other(NIC);
+    let down = run(&mut world, Side::Subnet, &udp(Side::Subnet)).0;
+    assert_eq!(down, Verdict::SlowOtherLink);
+
+    let mut world = router(0);
+    world.ingress = [TUN, 9];
+    let down = run(&mut world, Side::Subnet, &udp(Side::Subnet)).0;
+    assert_eq!(down, Verdict::SlowOtherLink);
+}
+
+#[test]
+fn special_addresses_are_the_kernels() {
+    let v4 = |octets| flow::check_scope(&Address::v4(octets)).is_err();
+    let v6 = |text: &str| {
+        let address: std::net::Ipv6Addr = text.parse().unwrap();
+        flow::check_scope(&Address::v6(address.octets())).is_err()
+    };
+    for octets in [
+        [0, 0, 0, 0],
+        [127, 0, 0, 1],
+        [169, 254, 169, 254],
+        [224, 0, 0, 1],
+        [239, 1, 2, 3],
+        [240, 0, 0, 1],
+        [255, 255, 255, 255],
+    ] {
+        assert!(v4(octets), "{octets:?}");
+    }
+    for octets in [
+        [1, 0, 0, 0],
+        [126, 0, 0, 1],
+        [169, 253, 0, 1],
+        [223, 255, 255, 255],
+    ] {
+        assert!(!v4(octets), "{octets:?}");
+    }
+    for text in ["::", "::1", "::10.0.0.1", "fe80::1", "febf::1", "ff02::1"] {
+        assert!(v6(text), "{text}");
+    }
+    for text in [
+        "::ffff:10.0.0.1",
+        "64:ff9b::1",
+        "fec0::1",
+        "fd00::1",
+        "fe00::1",
+        "2001:db8::1",
+    ] {
+        assert!(!v6(text), "{text}");
+    }
+}
+
+#[test]
+fn a_refused_lookup_keeps_its_reason() {
+    for code in 1..=9 {
+        let wanted = fib_failure(code);
+        let mut world = router(0);
+        world.routing = Box::new(move |_, _| Err(wanted));
+        let up = run(&mut world, Side::Overlay, &udp(Side::Overlay)).0;
+        assert_eq!(up, wanted);
+    }
+    assert_eq!(fib_failure(-22), Verdict::SlowFib);
+}

@@ -1,0 +1,505 @@
+//! Flows: how they are opened, judged anew and kept alive.
+
+use core::cell::UnsafeCell;
+
+use crate::abi::{Address, Flow, Link, Prefix, Route, Settings, Side, Tuple};
+use crate::decide::{Refused, Tables, refuse};
+use crate::packet::{ACK, FIN, Packet, RST, SYN, Transport};
+use crate::verdict::Verdict;
+
+/// Ports that a new translated flow tries at most.
+const PROBES: u32 = 32;
+/// How far in bytes behind the last acknowledgement an RST is believed: what may be on the way.
+const RESET_WINDOW: u32 = 1 << 20;
+
+/// An entry of the flow table, in place.
+#[derive(Clone, Copy)]
+pub struct Entry<'a>(&'a UnsafeCell<Flow>);
+
+macro_rules! fields {
+    ($($(#[$attribute:meta])* $name:ident $set:ident: $type:ty;)*) => {
+        $(
+            $(#[$attribute])*
+            #[inline(always)]
+            pub fn $name(self) -> $type {
+                // SAFETY: the entry outlives `self`, is aligned, and any bytes are valid integers;
+                // no reference to it is ever made.
+                unsafe { (*self.0.get()).$name }
+            }
+
+            #[inline(always)]
+            fn $set(self, value: $type) {
+                // SAFETY: as above; another writer's field is only ever replaced as a whole.
+                unsafe { (*self.0.get()).$name = value }
+            }
+        )*
+    };
+}
+
+impl<'a> Entry<'a> {
+    /// The entry at a place that stays readable and writable.
+    #[inline(always)]
+    pub fn new(flow: &'a UnsafeCell<Flow>) -> Self {
+        Self(flow)
+    }
+
+    fields! {
+        /// [`Flow::last_used`].
+        last_used set_last_used: u64;
+        /// [`Flow::generation`].
+        generation set_generation: u32;
+        /// [`Flow::link`].
+        link set_link: u32;
+        /// [`Flow::acknowledged`].
+        acknowledged set_acknowledged: u32;
+        /// [`Flow::mtu`].
+        mtu set_mtu: u16;
+        /// [`Flow::clause`].
+        clause set_clause: u16;
+        /// [`Flow::hardware`].
+        hardware set_hardware: [u8; 12];
+        /// [`Flow::tcp`].
+        tcp set_tcp: u8;
+    }
+
+    /// [`Flow::address`].
+    #[inline(always)]
+    pub fn address(self) -> [u8; 16] {
+        // SAFETY: as for the other fields.
+        unsafe { (*self.0.get()).address }
+    }
+
+    /// [`Flow::port`].
+    #[inline(always)]
+    pub fn port(self) -> [u8; 2] {
+        // SAFETY: as for the other fields.
+        unsafe { (*self.0.get()).port }
+    }
+
+    /// [`Flow::flags`].
+    #[inline(always)]
+    pub fn flags(self) -> u8 {
+        // SAFETY: as for the other fields.
+        unsafe { (*self.0.get()).flags }
+    }
+
+    /// [`Flow::other`]; the three fields that it needs never change.
+    #[inline(always)]
+    fn other(self, side: Side, tuple: &Tuple) -> (Side, Tuple) {
+        let flow = Flow {
+            address: self.address(),
+            port: self.port(),
+            ..Flow::default()
+        };
+        flow.other(side, tuple)
+    }
+}
+
+/// The route between the two ends of `tuple` as the program of `side` sees it; else why the fast
+/// path has nothing to do with it.
+#[inline(always)]
+pub(crate) fn route<T: Tables>(side: Side, tuple: &Tuple, tables: &T) -> Result<Route, Verdict> {
+    let (overlay, subnet) = match side {
+        Side::Overlay => (&tuple.source, &tuple.destination),
+        Side::Subnet => (&tuple.destination, &tuple.source),
+    };
+    if !tables.in_overlay(&Prefix::host(*overlay)) {
+        return Err(match side {
+            Side::Overlay => Verdict::DropSpoofed,
+            Side::Subnet => Verdict::PassUnrelated,
+        });
+    }
+    let route = tables
+        .route(&Prefix::host(*subnet))
+        .ok_or(Verdict::SlowNotRouted)?;
+    if route.flags & Route::STACK != 0 {
+        return Err(Verdict::SlowStackRoute);
+    }
+    check_scope(overlay)?;
+    check_scope(subnet)?;
+    Ok(route)
+}
+
+/// Addresses that a router must not forward, or forwards by rules of its own (RFC 1812, RFC 4007).
+#[inline(always)]
+pub(crate) fn check_scope(address: &Address) -> Result<(), Verdict> {
+    let o = &address.octets;
+    let special = if address.is_v4() {
+        // 0/8, 127/8, 169.254/16, multicast, reserved and limited broadcast.
+        matches!(o[0], 0 | 127 | 224..) || (o[0] == 169 && o[1] == 254)
+    } else {
+        // Multicast; fe80::/10; ::/96 with the unspecified and the loopback address.
+        o[0] == 0xff || (o[0] == 0xfe && o[1] & 0xc0 == 0x80) || (o[0] == 0 && o[..12] == [0; 12])
+    };
+    if special {
+        Err(Verdict::SlowScope)
+    } else {
+        Ok(())
+    }
+}
+
+/// Entries in the making; too large for the stack of a program.
+#[derive(Default)]
+pub struct Draft {
+    overlay: Flow,
+    subnet: Flow,
+}
+
+/// Opens the flow that `packet` is the first of.
+#[inline(always)]
+pub fn open<T: Tables>(
+    side: Side,
+    packet: &Packet,
+    tables: &T,
+    draft: &mut Draft,
+) -> Result<(), Verdict> {
+    let settings = tables.settings().ok_or(Verdict::DropInternal)?;
+    match packet.transport {
+        Transport::Error => return Err(refuse(side, packet, tables, Verdict::SlowNoFlow)),
+        Transport::Fragment => return Err(refuse(side, packet, tables, Verdict::DropFragment)),
+        _ => {}
+    }
+    let tuple = &packet.tuple;
+    let route = route(side, tuple, tables)?;
+    if packet.ttl <= 1 {
+        return Err(Verdict::SlowTtl);
+    }
+    let snat = route.flags & Route::SNAT != 0;
+    if snat && is_underway(side, packet) {
+        return Err(Verdict::SlowNoFlow);
+    }
+    let clause = tables.permits(tuple, settings)?;
+    let hop = tables.next_hop(packet, packet.header_len, settings)?;
+    let now = tables.now();
+    let Draft { overlay, subnet } = draft;
+    *overlay = Flow {
+        last_used: now,
+        clause,
+        address: tuple.source.octets,
+        port: tuple.ports[0],
+        ..Flow::default()
+    };
+    *subnet = Flow {
+        last_used: now,
+        clause,
+        generation: settings.generation,
+        ..Flow::default()
+    };
+    match side {
+        Side::Overlay => {
+            let link = tables.link(hop.link).ok_or(Verdict::SlowOtherLink)?;
+            overlay.link = hop.link;
+            overlay.mtu = path_mtu(hop.mtu, link, settings);
+            if let Some(hardware) = hop.hardware {
+                overlay.hardware = hardware;
+                overlay.generation = settings.generation;
+            } else if !snat {
+                return Err(Verdict::SlowNoNeighbour);
+            }
+            subnet.address = tuple.source.octets;
+            subnet.port = tuple.ports[0];
+            if snat {
+                overlay.flags = Flow::SNAT;
+                subnet.flags = Flow::SNAT;
+                overlay.address = external(link, &tuple.source).ok_or(Verdict::SlowSnat)?;
+            }
+            counted(&tuple.source, tables, settings, || {
+                add(tuple, overlay, subnet, tables, settings)
+            })?;
+        }
+        Side::Subnet => {
+            if hop.link != settings.tun || tables.link(tables.ingress()).is_none() {
+                return Err(Verdict::SlowOtherLink);
+            }
+            // Its next hop is not known yet.
+            overlay.address = tuple.destination.octets;
+            overlay.port = tuple.ports[1];
+            overlay.flags = Flow::FROM_SUBNET;
+            subnet.address = tuple.destination.octets;
+            subnet.port = tuple.ports[1];
+            subnet.flags = Flow::FROM_SUBNET;
+            let tuple = tuple.reversed();
+            counted(&tuple.source, tables, settings, || {
+                add(&tuple, overlay, subnet, tables, settings)
+            })?;
+        }
+    }
+    tables.count_clause(clause, settings);
+    Ok(())
+}
+
+/// Whether `packet` cannot be the first of a flow that connection tracking would take for new.
+#[inline(always)]
+fn is_underway(side: Side, packet: &Packet) -> bool {
+    match packet.transport {
+        Transport::Tcp => packet.tcp_flags & (SYN | ACK | RST) != SYN,
+        Transport::Echo => {
+            let asked = match side {
+                Side::Overlay => packet.tuple.ports[1] == Tuple::ASKED_BY_OVERLAY,
+                Side::Subnet => packet.tuple.ports[0] == Tuple::ASKED_BY_SUBNET,
+            };
+            !asked
+        }
+        _ => false,
+    }
+}
+
+/// The MTU that an entry keeps. Where the kernel tells none, it is the largest size that has
+/// passed, see [`probe_mtu`]; every path carries the smallest IPv4 MTU (RFC 791).
+#[inline(always)]
+fn path_mtu(path: u32, link: &Link, settings: &Settings) -> u16 {
+    if settings.flags & Settings::FIB_MTU == 0 {
+        return 68;
+    }
+    let mtu = path.min(link.mtu);
+    if mtu > u32::from(u16::MAX) {
+        u16::MAX
+    } else {
+        mtu as u16
+    }
+}
+
+/// The external address of `link` for an inner source, always the same for one source.
+#[inline(always)]
+fn external(link: &Link, source: &Address) -> Option<[u8; 16]> {
+    let mut hash = 0_u32;
+    let mut at = 0;
+    while at < 16 {
+        hash = hash.wrapping_mul(31).wrapping_add(source.octets[at].into());
+        at += 1;
+    }
+    let count = if source.is_v4() {
+        u32::from(link.v4_count)
+    } else {
+        u32::from(link.v6_count)
+    };
+    if count == 0 {
+        return None;
+    }
+    // The mask is for the verifier.
+    let slot = (hash % count) as usize & (link.v4.len() - 1);
+    let mut address = [0; 16];
+    if source.is_v4() {
+        address[..4].copy_from_slice(&link.v4[slot]);
+    } else {
+        address = link.v6[slot];
+    }
+    Some(address)
+}
+
+/// Runs `add` with one flow of `overlay` more counted.
+#[inline(always)]
+fn counted<T: Tables>(
+    overlay: &Address,
+    tables: &T,
+    settings: &Settings,
+    add: impl FnOnce() -> Result<bool, Verdict>,
+) -> Result<(), Verdict> {
+    let overlay = Prefix::host(*overlay);
+    if !tables.take_place(&overlay, settings.flows_per_source) {
+        return Err(Verdict::DropSourceLimit);
+    }
+    let added = add();
+    if added != Ok(true) {
+        tables.give_place_back(&overlay);
+    }
+    added.map(|_| ())
+}
+
+/// Adds both entries of a flow whose packets from the overlay have `tuple`. The reply's entry comes
+/// first: whoever gets it in owns the translation. `false` if another CPU has just opened the flow.
+#[inline(always)]
+fn add<T: Tables>(
+    tuple: &Tuple,
+    overlay: &mut Flow,
+    subnet: &Flow,
+    tables: &T,
+    settings: &Settings,
+) -> Result<bool, Verdict> {
+    let mut reply = overlay.other(Side::Overlay, tuple).1;
+    if overlay.flags & Flow::SNAT == 0 {
+        match tables.add_flow(Side::Subnet, &reply, subnet) {
+            Ok(()) => {}
+            // The remote end and an overlay address: no translated flow can have it, so it is the
+            // other half of this one, left over or just made.
+            Err(Refused::Exists) => {}
+            Err(Refused::Full) => return Err(Verdict::DropTableFull),
+        }
+    } else {
+        claim(&mut reply, subnet, tables, settings)?;
+        overlay.port = reply.ports[1];
+    }
+    match tables.add_flow(Side::Overlay, tuple, overlay) {
+        Ok(()) => Ok(true),
+        Err(refused) => {
+            if overlay.flags & Flow::SNAT != 0 {
+                tables.remove_flow(Side::Subnet, &reply);
+            }
+            match refused {
+                Refused::Exists => Ok(false),
+                Refused::Full => Err(Verdict::DropTableFull),
+            }
+        }
+    }
+}
+
+/// Adds the reply's entry of a translated flow with the first port that is free for it: its own,
+/// else one of our range. `reply` has the own one before, and the one that it got after.
+#[inline(always)]
+fn claim<T: Tables>(
+    reply: &mut Tuple,
+    subnet: &Flow,
+    tables: &T,
+    settings: &Settings,
+) -> Result<(), Verdict> {
+    let own = u16::from_be_bytes(reply.ports[1]);
+    let [kept_first, kept_last] = settings.kept_ports;
+    let [first, last] = settings.ports;
+    let keep = own >= kept_first && own <= kept_last;
+    let span = u32::from(last.wrapping_sub(first)) + 1;
+    let mut place = tables.random() % span;
+    // Odd, hence no port comes twice in a range of a power of two, and seldom in others.
+    let step = (tables.random() % span) | 1;
+    let mut probe = 0;
+    while probe < PROBES {
+        if probe > 0 || !keep {
+            reply.ports[1] = (first.wrapping_add(place as u16)).to_be_bytes();
+            place += step;
+            if place >= span {
+                place -= span;
+            }
+        }
+        if !tables.is_socket(reply) {
+            match tables.add_flow(Side::Subnet, reply, subnet) {
+                Ok(()) => return Ok(()),
+                Err(Refused::Exists) => {}
+                Err(Refused::Full) => return Err(Verdict::DropTableFull),
+            }
+        }
+        probe += 1;
+    }
+    Err(Verdict::DropNatExhausted)
+}
+
+/// Judges a flow by the present tables, and finds its next hop anew. Its entry has the present
+/// generation afterwards, unless the neighbour is not known.
+#[inline(always)]
+pub fn judge<T: Tables>(
+    side: Side,
+    packet: &Packet,
+    entry: Entry<'_>,
+    tables: &T,
+) -> Result<(), Verdict> {
+    let settings = tables.settings().ok_or(Verdict::DropInternal)?;
+    let tuple = packet.flow_tuple();
+    let overlay = match side {
+        Side::Overlay => *tuple,
+        Side::Subnet => entry.other(side, tuple).1,
+    };
+    // A peer that is none any more is not a spoofed source, but ends alike.
+    route(Side::Overlay, &overlay, tables).map_err(|verdict| match (side, verdict) {
+        (Side::Subnet, Verdict::DropSpoofed) => Verdict::PassUnrelated,
+        (_, verdict) => verdict,
+    })?;
+    let opening = if entry.flags() & Flow::FROM_SUBNET != 0 {
+        overlay.reversed()
+    } else {
+        overlay
+    };
+    entry.set_clause(tables.permits(&opening, settings)?);
+    if side == Side::Subnet {
+        entry.set_generation(settings.generation);
+        return Ok(());
+    }
+    let hop = tables.next_hop(packet, packet.header_len, settings)?;
+    let link = tables.link(hop.link).ok_or(Verdict::SlowOtherLink)?;
+    entry.set_link(hop.link);
+    entry.set_mtu(path_mtu(hop.mtu, link, settings));
+    if let Some(hardware) = hop.hardware {
+        entry.set_hardware(hardware);
+        entry.set_generation(settings.generation);
+    }
+    Ok(())
+}
+
+/// Asks the kernel about the size of `packet`, where it does not tell the path's MTU (before Linux
+/// 5.12), and remembers that it fits.
+#[inline(always)]
+pub fn probe_mtu<T: Tables>(packet: &Packet, entry: Entry<'_>, tables: &T) -> Result<(), Verdict> {
+    let settings = tables.settings().ok_or(Verdict::DropInternal)?;
+    let len = packet.segment_len();
+    let link = tables.link(entry.link()).ok_or(Verdict::SlowOtherLink)?;
+    if len > link.mtu {
+        return Err(Verdict::SlowMtu);
+    }
+    tables.next_hop(packet, len, settings)?;
+    entry.set_mtu(len as u16);
+    Ok(())
+}
+
+/// Notes that `packet` has passed. Writes only what differs: the entries of busy flows stay shared
+/// between the CPUs' caches.
+#[inline(always)]
+pub(crate) fn touch<T: Tables>(side: Side, packet: &Packet, entry: Entry<'_>, tables: &T) {
+    // An error keeps nothing alive (RFC 5508, section 3.2).
+    if packet.transport == Transport::Error {
+        return;
+    }
+    let now = tables.now();
+    if now.wrapping_sub(entry.last_used()) > Flow::COARSE {
+        entry.set_last_used(now);
+    }
+    if packet.transport != Transport::Tcp {
+        return;
+    }
+    let flags = packet.tcp_flags;
+    if flags & ACK != 0 && entry.acknowledged() != packet.sequence[1] {
+        entry.set_acknowledged(packet.sequence[1]);
+    }
+    let seen = entry.tcp();
+    // All is well as long as acknowledgements come.
+    if flags & (SYN | FIN | RST) == 0 && seen & (Flow::ACK | Flow::RST) == Flow::ACK {
+        return;
+    }
+    let resets = flags & RST != 0 && tables.is_believed(side, packet, entry);
+    let now = seen_after(seen, flags, resets);
+    if now != seen {
+        entry.set_tcp(now);
+    }
+}
+
+/// [`Flow::tcp`] of a direction after a segment with `flags`.
+#[inline(always)]
+fn seen_after(seen: u8, flags: u8, resets: bool) -> u8 {
+    if flags & RST != 0 {
+        return if resets { seen | Flow::RST } else { seen };
+    }
+    if flags & SYN != 0 {
+        // The first of a connection, be it with the ports of one that ended.
+        return Flow::SYN;
+    }
+    let mut now = seen & !Flow::RST;
+    if flags & FIN != 0 {
+        now |= Flow::FIN;
+    }
+    if flags & ACK != 0 {
+        now |= Flow::ACK;
+    }
+    now
+}
+
+/// Whether the other end will believe an RST: its sequence number is where that end waits, or a
+/// little behind (RFC 5961, section 3.2, as far as one in the middle can tell).
+#[inline(always)]
+pub fn is_believed<T: Tables>(side: Side, packet: &Packet, entry: Entry<'_>, tables: &T) -> bool {
+    let (side, tuple) = entry.other(side, packet.flow_tuple());
+    let Some(other) = tables.flow(side, &tuple) else {
+        return true;
+    };
+    // An end that never acknowledged waits for whatever answers its SYN.
+    other.acknowledged() == 0
+        || packet.sequence[0].wrapping_sub(other.acknowledged()) < RESET_WINDOW
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,308 @@
+//! ICMP errors: those about packets of a flow, and those that the programs send themselves.
+
+use crate::abi::{Address, Prefix, Side, Tuple};
+use crate::csum::{Delta, fold};
+use crate::decide::{Nat, Tables, refuse};
+use crate::packet::{
+    Bytes, Covers, Frame, ICMP, ICMPV6, Packet, Sum, TCP, Transport, UDP, echo_ports,
+};
+use crate::verdict::Verdict;
+
+/// Length in bytes of an ICMP error's own header (RFC 792, RFC 4443).
+const HEADER: u32 = 8;
+/// TTL of the errors that the programs send.
+const TTL: u8 = 64;
+/// TOS of ICMP errors: internetwork control (RFC 1812, section 4.3.2.5).
+const TOS: u8 = 0xc0;
+/// Bytes of the packet that an error quotes at most: the whole error has 576 (RFC 1812, section
+/// 4.3.2.3) or 1280 (RFC 4443, section 2.4).
+const QUOTE_V4: u32 = 576 - 28;
+const QUOTE_V6: u32 = 1280 - 48;
+/// Bytes that are summed up at a time, and how often that may be.
+const CHUNK: u32 = 32;
+const CHUNKS: u32 = QUOTE_V6.div_ceil(CHUNK);
+
+/// The transport header of the packet that an error quotes, and that packet's addresses.
+struct Quote {
+    tuple: Tuple,
+}
+
+/// Reads the packet that the error `packet` quotes; `None` where it is no packet of a flow. `seen_by`
+/// is the side whose program has seen it.
+#[inline(always)]
+fn quote<F: Frame>(seen_by: Side, packet: &Packet, frame: &F) -> Option<Quote> {
+    let at = packet.transport_at + HEADER;
+    let (source, destination, protocol, transport_at) = if packet.is_v4() {
+        let Bytes(header) = frame.read::<20>(at)?;
+        // Without options, and not a later fragment.
+        if header[0] != 0x45 || u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0 {
+            return None;
+        }
+        let mut source = Address::v4([0; 4]);
+        let mut destination = Address::v4([0; 4]);
+        source.octets[..4].copy_from_slice(&header[12..16]);
+        destination.octets[..4].copy_from_slice(&header[16..20]);
+        (source, destination, header[9], at + 20)
+    } else {
+        let Bytes(header) = frame.read::<40>(at)?;
+        if header[0] >> 4 != 6 {
+            return None;
+        }
+        let mut source = Address::v6([0; 16]);
+        let mut destination = Address::v6([0; 16]);
+        source.octets.copy_from_slice(&header[8..24]);
+        destination.octets.copy_from_slice(&header[24..40]);
+        (source, destination, header[6], at + 40)
+    };
+    // RFC 792 promises eight bytes behind the IP header.
+    if packet.len < transport_at + 8 {
+        return None;
+    }
+    let Bytes([a, b, c, d, e, f]) = frame.read::<6>(transport_at)?;
+    let ports = match protocol {
+        TCP | UDP => [[a, b], [c, d]],
+        _ => echo_ports(seen_by, protocol, a, [e, f])?,
+    };
+    let tuple = Tuple {
+        source,
+        destination,
+        ports,
+        protocol,
+    };
+    Some(Quote { tuple })
+}
+
+/// Sets [`Packet::flow`] to the flow that the error `packet` is about, as this side's packets have
+/// it.
+#[inline(always)]
+pub(crate) fn concerned<F: Frame, T: Tables>(
+    side: Side,
+    packet: &mut Packet,
+    frame: &F,
+    tables: &T,
+) -> Result<(), Verdict> {
+    if side == Side::Overlay && !tables.in_overlay(&Prefix::host(packet.tuple.source)) {
+        return Err(Verdict::DropSpoofed);
+    }
+    // The packet came through the other program, the other way.
+    match quote(side.other(), packet, frame) {
+        Some(quote) if quote.tuple.source == packet.tuple.destination => {
+            packet.flow = quote.tuple.reversed();
+            Ok(())
+        }
+        _ => Err(refuse(side, packet, tables, Verdict::SlowNoFlow)),
+    }
+}
+
+/// Translates the packet that an error quotes, and accounts for it in the error's checksum, which
+/// does not yet know of the outer address.
+#[inline(always)]
+pub fn translate_quote<F: Frame>(
+    side: Side,
+    packet: &Packet,
+    nat: &Nat,
+    frame: &mut F,
+) -> Result<(), Verdict> {
+    // The flow has the quoted packet's tuple, reversed: no need to read it again.
+    let flow = &packet.flow;
+    let at = packet.transport_at + HEADER;
+    let transport_at = at + packet.header_len;
+    // What went into the subnet has the overlay's end as its source, what came out as its
+    // destination.
+    let (old, to_source) = match side {
+        Side::Subnet => (&flow.destination, true),
+        Side::Overlay => (&flow.source, false),
+    };
+    let echo = matches!(flow.protocol, ICMP | ICMPV6);
+    let port_at = transport_at
+        + if echo {
+            4
+        } else if to_source {
+            0
+        } else {
+            2
+        };
+    let Some(Bytes(old_port)) = frame.read::<2>(port_at) else {
+        return Err(Verdict::DropInternal);
+    };
+    let addresses = Delta::default().bytes(&old.octets, &nat.address);
+    let ports = Delta::default().word(old_port, nat.port);
+    let mut whole = Delta(addresses.0 + ports.0);
+
+    frame.write(port_at, &Bytes(nat.port), Sum::Kept)?;
+    if packet.is_v4() {
+        let Some(Bytes(checksum)) = frame.read::<2>(at + 10) else {
+            return Err(Verdict::DropInternal);
+        };
+        let new = addresses.apply(checksum);
+        whole = whole.word(checksum, new);
+        frame.write(at + 10, &Bytes(new), Sum::Kept)?;
+        let [a, b, c, d, ..] = nat.address;
+        let place = if to_source { at + 12 } else { at + 16 };
+        frame.write(place, &Bytes([a, b, c, d]), Sum::Kept)?;
+    } else {
+        let place = if to_source { at + 8 } else { at + 24 };
+        frame.write(place, &Bytes(nat.address), Sum::Kept)?;
+    }
+
+    // The transport checksum, where the quote reaches so far.
+    let (checksum_at, under) = match flow.protocol {
+        TCP => (16, Delta(addresses.0 + ports.0)),
+        UDP => (6, Delta(addresses.0 + ports.0)),
+        ICMPV6 => (2, Delta(addresses.0 + ports.0)),
+        _ => (2, ports),
+    };
+    let checksum_at = transport_at + checksum_at;
+    if checksum_at + 2 <= packet.len
+        && let Some(Bytes(checksum)) = frame.read::<2>(checksum_at)
+        && (flow.protocol != UDP || checksum != [0; 2])
+    {
+        let new = under.apply(checksum);
+        whole = whole.word(checksum, new);
+        frame.write(checksum_at, &Bytes(new), Sum::Kept)?;
+    }
+    frame.replace_checksum(packet.transport_at + 2, whole, Covers::Payload)
+}
+
+/// Makes of `frame`, which holds `packet` as it came, the ICMP error about it to its sender, and in
+/// the name of its destination: "packet too big" with `mtu`, or "time exceeded" if that is zero.
+/// Afterwards it leaves by the interface that it came in by.
+#[inline(always)]
+pub fn answer<F: Frame>(packet: &Packet, mtu: u32, frame: &mut F) -> Result<(), Verdict> {
+    let v4 = packet.is_v4();
+    let most = if v4 { QUOTE_V4 } else { QUOTE_V6 };
+    // Whole words are summed.
+    let quoted = packet.len.min(most) & !3;
+    let sum = sum(frame, quoted).ok_or(Verdict::DropInternal)?;
+    // An error is a plain packet, whatever it is about.
+    if frame.len() > quoted || packet.gso_size != 0 {
+        frame.trim(quoted)?;
+    }
+    if v4 {
+        insert_v4(packet, mtu, quoted, sum, frame)?;
+    } else {
+        insert_v6(packet, mtu, quoted, sum, frame)?;
+    }
+    frame.turn_back()
+}
+
+/// The sum over the first `len` bytes, whole words; `None` if they are not there.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn sum<F: Frame>(frame: &F, len: u32) -> Option<u16> {
+    let mut sum = 0_u64;
+    let mut at = 0;
+    let mut chunk = 0;
+    while chunk < CHUNKS {
+        if at + CHUNK > len {
+            break;
+        }
+        let Bytes(bytes) = frame.read::<{ CHUNK as usize }>(at)?;
+        let (words, _) = bytes.as_chunks::<4>();
+        for word in words {
+            sum += u64::from(u32::from_ne_bytes(*word));
+        }
+        at += CHUNK;
+        chunk += 1;
+    }
+    let mut word = 0;
+    while word < CHUNK / 4 {
+        if at + 4 > len {
+            break;
+        }
+        let Bytes(bytes) = frame.read::<4>(at)?;
+        sum += u64::from(u32::from_ne_bytes(bytes));
+        at += 4;
+        word += 1;
+    }
+    // A few hundred words of 32 bits: two carries at most.
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    Some(fold(sum as u32))
+}
+
+/// Puts IPv4 and ICMP header of an error about `packet` in front of the `quoted` bytes, whose sum is
+/// `sum`.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn insert_v4<F: Frame>(
+    packet: &Packet,
+    mtu: u32,
+    quoted: u32,
+    sum: u16,
+    frame: &mut F,
+) -> Result<(), Verdict> {
+    let mut bytes = Bytes([0; 28]);
+    let header = &mut bytes.0;
+    header[0] = 0x45;
+    header[1] = TOS;
+    header[2..4].copy_from_slice(&((28 + quoted) as u16).to_be_bytes());
+    header[8] = TTL;
+    header[9] = ICMP;
+    header[12..16].copy_from_slice(&packet.tuple.destination.v4_octets());
+    header[16..20].copy_from_slice(&packet.tuple.source.v4_octets());
+    if mtu == 0 {
+        header[20] = 11;
+    } else {
+        header[20] = 3;
+        header[21] = 4;
+        header[26..28].copy_from_slice(&(mtu as u16).to_be_bytes());
+    }
+    let (mut ip, mut icmp) = (0, u32::from(sum));
+    let mut at = 0;
+    while at < 28 {
+        let word = u32::from(u16::from_ne_bytes([header[at], header[at + 1]]));
+        if at < 20 {
+            ip += word;
+        } else {
+            icmp += word;
+        }
+        at += 2;
+    }
+    header[10..12].copy_from_slice(&(!fold(ip)).to_ne_bytes());
+    header[22..24].copy_from_slice(&(!fold(icmp)).to_ne_bytes());
+    frame.insert(&bytes)
+}
+
+/// As [`insert_v4`], with IPv6 and ICMPv6 header.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn insert_v6<F: Frame>(
+    packet: &Packet,
+    mtu: u32,
+    quoted: u32,
+    sum: u16,
+    frame: &mut F,
+) -> Result<(), Verdict> {
+    let mut bytes = Bytes([0; 48]);
+    let header = &mut bytes.0;
+    header[0] = 0x60 | TOS >> 4;
+    header[4..6].copy_from_slice(&((HEADER + quoted) as u16).to_be_bytes());
+    header[6] = ICMPV6;
+    header[7] = TTL;
+    header[8..24].copy_from_slice(&packet.tuple.destination.octets);
+    header[24..40].copy_from_slice(&packet.tuple.source.octets);
+    if mtu == 0 {
+        header[40] = 3;
+    } else {
+        header[40] = 2;
+        header[44..48].copy_from_slice(&mtu.to_be_bytes());
+    }
+    // The pseudo-header has the same addresses, length and protocol (RFC 8200, section 8.1).
+    let mut icmp = u32::from(sum) + u32::from(u16::from_ne_bytes([0, ICMPV6]));
+    let mut at = 4;
+    while at < 48 {
+        if at != 6 {
+            icmp += u32::from(u16::from_ne_bytes([header[at], header[at + 1]]));
+        }
+        at += 2;
+    }
+    header[42..44].copy_from_slice(&(!fold(icmp)).to_ne_bytes());
+    frame.insert(&bytes)
+}
+
+/// Whether an error may be sent about `packet` (RFC 1812, section 4.3.2.7; RFC 4443, section 2.4).
+#[inline(always)]
+pub fn may_answer(packet: &Packet) -> bool {
+    !matches!(packet.transport, Transport::Error | Transport::Fragment)
+}
+
+#[cfg(test)]
+mod tests;
