@@ -74,6 +74,15 @@ pub trait Tables {
     /// Whether one more ICMP error may be sent now, and counts it.
     fn may_send_error(&self) -> bool;
 
+    /// Adds the reply's entry of a translated flow, unless a socket of the router itself has its
+    /// tuple.
+    fn claim(&self, reply: &Tuple, flow: &Flow) -> Result<(), Refused> {
+        if self.is_socket(reply) {
+            return Err(Refused::Exists);
+        }
+        self.add_flow(Side::Subnet, reply, flow)
+    }
+
     /// [`find_flow`]; the programs have the rare steps in functions of their own, which the
     /// verifier judges one by one.
     fn find_flow<F: Frame>(

@@ -369,12 +369,10 @@ fn claim<T: Tables>(
                 place -= span;
             }
         }
-        if !tables.is_socket(reply) {
-            match tables.add_flow(Side::Subnet, reply, subnet) {
-                Ok(()) => return Ok(()),
-                Err(Refused::Exists) => {}
-                Err(Refused::Full) => return Err(Verdict::DropTableFull),
-            }
+        match tables.claim(reply, subnet) {
+            Ok(()) => return Ok(()),
+            Err(Refused::Exists) => {}
+            Err(Refused::Full) => return Err(Verdict::DropTableFull),
         }
         probe += 1;
     }

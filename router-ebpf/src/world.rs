@@ -19,6 +19,9 @@ pub type Routing = Box<dyn Fn(&Packet, u32) -> Result<Hop, Verdict>>;
 /// The clause of the policy that lets a flow through whose first packet has the tuple.
 pub type Rules = Box<dyn Fn(&Tuple) -> Option<u16>>;
 
+/// An entry of the flow table, at a place that does not move.
+type Place = Box<UnsafeCell<Flow>>;
+
 /// A router's tables, and the kernel around them.
 pub struct World {
     /// The settings.
@@ -44,9 +47,9 @@ pub struct World {
     /// Most entries of the flow table.
     pub entries: usize,
     random: Cell<u32>,
-    flows: RefCell<HashMap<(Side, Tuple), Box<UnsafeCell<Flow>>>>,
+    flows: RefCell<HashMap<(Side, Tuple), Place>>,
     /// Entries that were taken out: as in the kernel, whoever found one may still look at it.
-    removed: RefCell<Vec<Box<UnsafeCell<Flow>>>>,
+    removed: RefCell<Vec<Place>>,
     sources: RefCell<HashMap<Address, u32>>,
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
 }
@@ -94,7 +97,7 @@ impl World {
     /// Every entry of the flow table, in no order.
     pub fn flows(&self) -> Vec<(Side, Tuple, Flow)> {
         let flows = self.flows.borrow();
-        let entry = |((side, tuple), flow): (&(Side, Tuple), &Box<UnsafeCell<Flow>>)| {
+        let entry = |((side, tuple), flow): (&(Side, Tuple), &Place)| {
             // SAFETY: entries are written through shared references of this thread only, each of
             // which ends with the call that made it.
             (*side, *tuple, unsafe { *flow.get() })

@@ -352,6 +352,11 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
+    fn claim(&self, reply: &Tuple, flow: &Flow) -> Result<(), Refused> {
+        steps::claim(self.ctx, reply, flow)
+    }
+
+    #[inline(always)]
     fn find_flow<F: Frame>(&self, _: Side, _: &mut Packet, _: &F) -> Result<bool, Verdict> {
         if self.done & steps::FOUND != 0 {
             return Ok(self.done & steps::THROUGH_STACK != 0);

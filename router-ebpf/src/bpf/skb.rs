@@ -5,7 +5,7 @@ use core::mem::MaybeUninit;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
-use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
+use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
 use aya_ebpf::helpers::{
     bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail,
     bpf_skb_load_bytes, bpf_skb_store_bytes,
@@ -215,9 +215,7 @@ impl Frame for Skb<'_> {
     #[inline(always)]
     fn insert<const N: usize>(&mut self, headers: &Bytes<N>) -> Result<(), Verdict> {
         // SAFETY: the helper takes plain numbers.
-        done(unsafe {
-            bpf_skb_adjust_room(self.ctx.skb.skb, N as i32, BPF_ADJ_ROOM_MAC as u32, 0)
-        })?;
+        done(unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, N as i32, BPF_ADJ_ROOM_MAC, 0) })?;
         self.write(0, headers, Sum::Changed)
     }
 

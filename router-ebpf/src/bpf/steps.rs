@@ -8,8 +8,8 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
-use router_ebpf::abi::{Prefix, Side, Tuple};
-use router_ebpf::decide::{self, Exit, Forward, Tables as _};
+use router_ebpf::abi::{Flow, Prefix, Side, Tuple};
+use router_ebpf::decide::{self, Exit, Forward, Refused, Tables as _};
 use router_ebpf::flow::{self, Draft};
 use router_ebpf::packet::Packet;
 use router_ebpf::policy::{self, NewFlow};
@@ -25,8 +25,9 @@ pub(crate) struct Work {
     pub(crate) packet: Packet,
     pub(crate) forward: Forward,
     pub(crate) draft: Draft,
-    /// The first packet of the flow that [`sluice_clause`] is asked about.
-    opening: Tuple,
+    /// The tuple, and its entry, that [`sluice_clause`] and [`sluice_claim`] are asked about.
+    tuple: Tuple,
+    entry: Flow,
     /// What [`sluice_clamp_mss`] looks through.
     options: mss::Options,
     /// The step that must be done before the packet can be carried; see [`run`].
@@ -41,6 +42,11 @@ const OPEN: u32 = 1;
 const JUDGE: u32 = 2;
 /// [`sluice_find_flow`] is pending.
 const FIND: u32 = 3;
+
+/// What [`sluice_claim`] answers.
+const ADDED: u32 = 0;
+const EXISTS: u32 = 1;
+const FULL: u32 = 2;
 
 /// [`sluice_translate_quote`] is pending.
 const QUOTE: u32 = 4;
@@ -207,10 +213,10 @@ steps! {
         number(flow::judge(side, &work.packet, entry, &maps))
     }
 
-    /// [`policy::clause`] for the flow that begins as `work` tells: zero, or one more than the
+    /// [`policy::clause`] for the flow whose first packet has the work's tuple: zero, or one more than the
     /// clause that lets it through.
     sluice_clause(ctx, work, bank) {
-        let opening = &work.opening;
+        let opening = &work.tuple;
         let flow = NewFlow {
             source: Prefix::host(opening.source),
             destination: Prefix::host(opening.destination),
@@ -218,6 +224,19 @@ steps! {
             port: opening.ports[1],
         };
         policy::clause(&Maps::new(ctx), bank, &flow).map_or(0, |clause| clause + 1)
+    }
+
+    /// Adds an entry for what comes from the subnet with the work's tuple.
+    sluice_claim(ctx, work) {
+        let maps = Maps::new(ctx);
+        if maps.is_socket(&work.tuple) {
+            return EXISTS;
+        }
+        match maps.add_flow(Side::Subnet, &work.tuple, &work.entry) {
+            Ok(()) => ADDED,
+            Err(Refused::Exists) => EXISTS,
+            Err(Refused::Full) => FULL,
+        }
     }
 
     /// [`flow::probe_mtu`].
@@ -297,10 +316,27 @@ pub(crate) fn clause(ctx: &TcContext, opening: &Tuple, bank: u32) -> Option<u32>
     let work = work()?;
     // SAFETY: the place is valid and this program's alone; see `run`.
     let found = unsafe {
-        (*work).opening = *opening;
+        (*work).tuple = *opening;
         sluice_clause(ctx.skb.skb, bank)
     };
     found.checked_sub(1)
+}
+
+/// [`decide::Tables::claim`].
+#[inline(always)]
+pub(crate) fn claim(ctx: &TcContext, reply: &Tuple, flow: &Flow) -> Result<(), Refused> {
+    let work = work().ok_or(Refused::Full)?;
+    // SAFETY: the place is valid and this program's alone; see `run`.
+    let outcome = unsafe {
+        (*work).tuple = *reply;
+        (*work).entry = *flow;
+        sluice_claim(ctx.skb.skb)
+    };
+    match outcome {
+        ADDED => Ok(()),
+        EXISTS => Err(Refused::Exists),
+        _ => Err(Refused::Full),
+    }
 }
 
 #[inline(always)]

@@ -3,6 +3,7 @@
 
 mod arrival;
 mod attach;
+mod complexity;
 mod contract;
 mod differential;
 mod fixture;

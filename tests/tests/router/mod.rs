@@ -22,10 +22,10 @@ const ECHO: u16 = 7;
 /// The ways that a route's packets can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Path {
-    /// Our eBPF programs alone.
+    /// Our eBPF programs alone, sources kept.
     Fast,
-    /// Source NAT: the programs hand it to the kernel.
-    Slow,
+    /// Our eBPF programs alone, sources translated.
+    Translated,
     /// No programs, sources translated.
     Kernel,
     /// No programs, sources kept.
@@ -35,13 +35,13 @@ enum Path {
 impl Path {
     fn datapath(self) -> &'static str {
         match self {
-            Self::Fast | Self::Slow => "ebpf",
+            Self::Fast | Self::Translated => "ebpf",
             Self::Kernel | Self::KernelRouted => "kernel",
         }
     }
 
     fn snat(self) -> bool {
-        matches!(self, Self::Slow | Self::Kernel)
+        matches!(self, Self::Translated | Self::Kernel)
     }
 }
 
@@ -57,8 +57,8 @@ macro_rules! on_every_path {
             }
 
             #[test]
-            fn slow() {
-                super::$body(Path::Slow);
+            fn translated() {
+                super::$body(Path::Translated);
             }
 
             #[test]
