@@ -12,10 +12,23 @@ use super::routes::PeerId;
 use super::udp::Sockets;
 use super::udp_io::Sender;
 
+/// What hands messages to a socket.
+pub(super) trait SendMessages {
+    /// Hands over messages, all for the socket's family; gives how many it took. An error is about
+    /// the first.
+    fn send(&mut self, socket: &OwnedFd, arena: &[u8], messages: &[Message]) -> io::Result<usize>;
+}
+
+impl SendMessages for Sender {
+    fn send(&mut self, socket: &OwnedFd, arena: &[u8], messages: &[Message]) -> io::Result<usize> {
+        Self::send(self, socket, arena, messages)
+    }
+}
+
 /// One worker's way to the underlay.
-pub(super) struct Outlet<'a> {
+pub(super) struct Outlet<'a, S = Sender> {
     sockets: Arc<Sockets>,
-    sender: Sender,
+    sender: S,
     counters: &'a Counters,
     /// Peers whose sticky source the kernel refused.
     pub(super) stale: Vec<PeerId>,
@@ -26,9 +39,15 @@ pub(super) struct Outlet<'a> {
 impl<'a> Outlet<'a> {
     /// A way out through a worker's sockets.
     pub(super) fn new(sockets: Arc<Sockets>, counters: &'a Counters) -> Self {
+        Self::through(Sender::new(), sockets, counters)
+    }
+}
+
+impl<'a, S: SendMessages> Outlet<'a, S> {
+    fn through(sender: S, sockets: Arc<Sockets>, counters: &'a Counters) -> Self {
         Self {
             sockets,
-            sender: Sender::new(),
+            sender,
             counters,
             stale: Vec::new(),
             uncut: Vec::new(),
@@ -137,7 +156,7 @@ impl<'a> Outlet<'a> {
     }
 }
 
-impl UdpSink for Outlet<'_> {
+impl<S: SendMessages> UdpSink for Outlet<'_, S> {
     fn send(&mut self, arena: &[u8], messages: &[Message]) {
         let sockets = Arc::clone(&self.sockets);
         for run in messages.chunk_by(|a, b| v4(a) == v4(b)) {
@@ -165,7 +184,7 @@ fn datagrams(messages: &[Message]) -> u64 {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
-    use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
     use std::time::Duration;
 
     use super::super::batch::Endpoint;
@@ -258,5 +277,54 @@ mod tests {
                 (vec![], vec![], segments as u64)
             );
         }
+    }
+
+    /// A socket that is full whenever the next message is for one of these.
+    struct Full(Vec<SocketAddr>, Vec<SocketAddr>);
+
+    impl SendMessages for Full {
+        fn send(&mut self, _: &OwnedFd, _: &[u8], messages: &[Message]) -> io::Result<usize> {
+            let room = |message: &&Message| !self.0.contains(&message.endpoint.remote);
+            let took = messages.iter().take_while(room);
+            self.1
+                .extend(took.clone().map(|message| message.endpoint.remote));
+            match took.count() {
+                0 => Err(io::Error::from_raw_os_error(libc::EAGAIN)),
+                count => Ok(count),
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_socket_costs_only_whom_it_is_full_for() {
+        let mut underlay = Underlay::bind(Bind {
+            port: 0,
+            mark: 0,
+            workers: 1,
+            offload: false,
+        })
+        .unwrap();
+        let sockets = Arc::new(underlay.sockets.remove(0));
+        let counters = Counters::new();
+        let peer = |host: u8| SocketAddr::from(([192, 0, 2, host], 51820));
+        let message = |host: u8| Message {
+            offset: 0,
+            length: 2 * SIZE,
+            size: SIZE,
+            segments: 2,
+            endpoint: Endpoint {
+                remote: peer(host),
+                local: None,
+            },
+            peer: Some(host.into()),
+            ecn: 0,
+        };
+        let hosts = [1, 2, 2, 3, 2, 4, 5, 5];
+        let full = Full(vec![peer(2), peer(5)], Vec::new());
+        let mut outlet = Outlet::through(full, sockets, &counters);
+        outlet.send(&[0; 2 * SIZE], &hosts.map(message));
+        assert_eq!(outlet.sender.1, [1, 3, 4].map(peer));
+        assert_eq!(counters.get(Counter::TxDatagrams), 6);
+        assert_eq!(counters.get(Counter::DropSendFull), 10);
     }
 }

@@ -216,6 +216,13 @@ impl Queue {
     }
 }
 
+#[cfg(test)]
+impl From<OwnedFd> for Queue {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd.into())
+    }
+}
+
 impl AsFd for Queue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

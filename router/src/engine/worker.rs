@@ -166,13 +166,8 @@ impl Worker {
                     }
                 };
                 if let Some(socket) = socket {
-                    for _ in 0..RECEIVES {
-                        if !receive(&mut self.forwarder, &mut port, &mut receiver, socket, now) {
-                            break;
-                        }
-                    }
-                    self.forwarder.flush(&mut port);
-                    port.exchange.wake();
+                    let forwarder = &mut self.forwarder;
+                    receive(forwarder, &mut port, &mut receiver, socket, RECEIVES, now);
                 }
             }
             // After what belongs to sessions.
@@ -181,9 +176,9 @@ impl Worker {
                 .any(|event| event.u64 == TOKEN_STRANGERS)
             {
                 for socket in self.sockets.strangers.iter().flatten() {
-                    receive(&mut self.forwarder, &mut port, &mut strangers, socket, now);
+                    let forwarder = &mut self.forwarder;
+                    receive(forwarder, &mut port, &mut strangers, socket, 1, now);
                 }
-                self.forwarder.flush(&mut port);
             }
             if self.forwarder.needs_ticks()
                 && now >= next_tick
@@ -262,24 +257,34 @@ fn accept(forwarder: &mut Forwarder, port: &mut Port<'_>, waker: &Waker, now: Du
     port.exchange.wake();
 }
 
-/// Takes datagrams from a socket with one call. True when there may be more.
+/// Takes datagrams from a socket with so many calls, or until it is empty: then others have their
+/// turn.
 fn receive(
     forwarder: &mut Forwarder,
     port: &mut Port<'_>,
     receiver: &mut Receiver,
     socket: &OwnedFd,
+    calls: usize,
     now: Duration,
-) -> bool {
-    let more = receiver.receive(socket, |origin, buffer, stride| {
-        port.counters.add(Counter::UdpReceives, 1);
-        #[cfg(feature = "bench-delay")]
-        super::delay::packets(buffer.len().div_ceil(stride.max(1)));
-        forwarder.receive(origin, buffer, stride, now, port);
-    });
-    more.unwrap_or_else(|error| {
-        debug!(%error, "receive from the underlay");
-        false
-    })
+) {
+    for _ in 0..calls {
+        let more = receiver.receive(socket, |origin, buffer, stride| {
+            port.counters.add(Counter::UdpReceives, 1);
+            #[cfg(feature = "bench-delay")]
+            super::delay::packets(buffer.len().div_ceil(stride.max(1)));
+            forwarder.receive(origin, buffer, stride, now, port);
+        });
+        match more {
+            Ok(true) => {}
+            Ok(false) => break,
+            Err(error) => {
+                debug!(%error, "receive from the underlay");
+                break;
+            }
+        }
+    }
+    forwarder.flush(port);
+    port.exchange.wake();
 }
 
 /// Takes packets from the TUN queue until it is empty or others must have their turn.
@@ -417,3 +422,6 @@ impl Epoll {
         Ok(count as usize)
     }
 }
+
+#[cfg(test)]
+mod tests;
