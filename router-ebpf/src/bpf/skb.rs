@@ -130,11 +130,13 @@ impl Frame for Skb<'_> {
 
     #[inline(always)]
     fn read_into(&self, at: u32, len: u32, to: &mut Options) -> bool {
-        // What is compared must be what is passed, or the verifier does not see the bounds.
-        let len = black_box(len);
-        if len == 0 || len > MAX_OPTIONS {
+        // What is compared must be what is passed, or the verifier does not see the bounds; and
+        // before Linux 5.13 it does not learn from a comparison with zero.
+        let less = black_box(u64::from(len).wrapping_sub(1));
+        if less >= MAX_OPTIONS.into() {
             return false;
         }
+        let len = less as u32 + 1;
         // SAFETY: the destination has as many bytes and more.
         let code = unsafe {
             bpf_skb_load_bytes(

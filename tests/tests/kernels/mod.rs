@@ -31,7 +31,7 @@ const INSIDE: &[&str] = &[
 ];
 
 /// Random packets inside.
-const CASES: u32 = 500;
+const CASES: u32 = 2000;
 
 /// Runs the body of a test with a kernel.
 fn on(release: &str, body: impl FnOnce(&Lab, &Kernel) -> anyhow::Result<()>) {
