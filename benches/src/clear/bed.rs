@@ -21,7 +21,8 @@ use crate::generator::packet::Stamp;
 pub(super) const TUN: &str = "tun0";
 /// Name of the NICs of both hosts.
 pub(super) const NIC: &str = "eth0";
-const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 20, 0, 1);
+/// The router's address on the server's side.
+pub(super) const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 20, 0, 1);
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 20, 0, 2);
 /// How long a packet may take on its way when nothing else is going on.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -276,6 +277,7 @@ impl Bed {
             }
             lab::poll(PATIENCE, "the first packets of UDP flows", || {
                 for first in capture.drain(|packet| first_of_udp(packet, size)) {
+                    let first = first.and_then(|(flow, from)| Ok((flow, self.expected(from)?)));
                     match first {
                         Ok((flow, from)) => outside[flow as usize] = Some(from),
                         Err(wrong) => return Some(Err(wrong)),
@@ -300,6 +302,7 @@ impl Bed {
         let (outside, mss) = capture.find(PATIENCE, "a SYN", |packet| {
             Some((source(packet)?, packet.syn_mss()?))
         })?;
+        let outside = self.expected(outside).map_err(Failure::Wrong)?;
         let expected = self.forwarder.kind().mss();
         if mss != expected {
             return Err(Failure::Wrong(format!("the MSS is {mss}, not {expected}")));
@@ -313,6 +316,19 @@ impl Bed {
             (packet.protocol == TCP && packet.syn_mss().is_none()).then_some(())
         })?;
         Ok(outside)
+    }
+
+    /// `from`, if it is translated where it should be and only there.
+    fn expected(&self, from: SocketAddrV4) -> Result<SocketAddrV4, String> {
+        let wanted = match self.forwarder.kind().translates() {
+            true => ROUTER,
+            false => CLIENT,
+        };
+        if *from.ip() == wanted {
+            Ok(from)
+        } else {
+            Err(format!("packets come from {from}, not from {wanted}"))
+        }
     }
 
     fn up(&self, frame: &[u8]) -> anyhow::Result<()> {

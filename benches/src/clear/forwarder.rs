@@ -7,11 +7,11 @@ use lab::Host;
 use router::control::{Policy, Route, RouteMode};
 use router::datapath::ebpf::Ebpf;
 use router::datapath::kernel::Kernel;
-use router::datapath::{Datapath as _, Link, Spec, slow_reason};
+use router::datapath::{Datapath as _, Link, Spec};
 use router_ebpf::abi::Side;
 use router_ebpf::verdict::Verdict;
 
-use super::bed::{Direction, NIC, TUN};
+use super::bed::{Direction, NIC, ROUTER, TUN};
 use super::frame::MTU;
 use crate::case::Implementation;
 
@@ -53,24 +53,31 @@ impl Kind {
         }
     }
 
-    /// Why this version cannot do it.
+    /// Why it cannot be done here.
     pub(super) fn missing(self) -> Option<String> {
-        let spec = self.spec(0, 0)?;
-        let fast = matches!(self, Self::SluiceFast | Self::SluiceFastNat);
-        if !fast {
-            return None;
+        match self {
+            Self::SluiceFast | Self::SluiceFastNat => {
+                Ebpf::support().err().map(|error| error.to_string())
+            }
+            _ => None,
         }
-        if let Some(reason) = spec.routes.iter().find_map(slow_reason) {
-            return Some(format!("not in this version: {reason}"));
+    }
+
+    /// Whether what comes out bears the router's address.
+    pub(super) fn translates(self) -> bool {
+        match self {
+            Self::KernelNft | Self::SluiceKernel | Self::SluiceFastNat => true,
+            Self::Drop | Self::Kernel | Self::SluiceFast => false,
         }
-        Ebpf::support().err().map(|error| error.to_string())
     }
 
     fn spec(self, tun: u32, nic: u32) -> Option<Spec> {
-        let snat = match self {
-            Self::SluiceKernel | Self::SluiceFastNat => true,
-            Self::SluiceFast => false,
-            Self::Drop | Self::Kernel | Self::KernelNft => return None,
+        if matches!(self, Self::Drop | Self::Kernel | Self::KernelNft) {
+            return None;
+        }
+        let external = match self {
+            Self::SluiceFastNat => [(nic, vec![ROUTER.into()])].into(),
+            _ => Default::default(),
         };
         let link = |index, name: &str| Link {
             index,
@@ -83,11 +90,11 @@ impl Kind {
             overlay: vec![super::OVERLAY],
             routes: vec![Route {
                 cidr: super::SUBNET,
-                snat,
+                snat: self.translates(),
                 mode: RouteMode::Fast,
             }],
             policy: Policy::default(),
-            external: Default::default(),
+            external,
         })
     }
 

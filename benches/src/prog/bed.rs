@@ -1,16 +1,22 @@
 //! A router whose programs are run on packets that nobody sends.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use anyhow::{Context as _, ensure};
+use aya::Pod;
+use aya::maps::{HashMap as KernelMap, Map, MapData};
 use ipnet::IpNet;
 use lab::{Host, Lab};
-use router::control::{Policy, Route, RouteMode};
-use router::datapath::ebpf::Ebpf;
+use router::control::{Destination, Policy, Route, RouteMode, Rule};
+use router::datapath::ebpf::{Ebpf, Options};
+use router::datapath::limits::Limits;
 use router::datapath::{Counter, Datapath as _, Link, Spec};
+use router_ebpf::abi::{DEFAULT_FLOWS, Flow, Key4, Key6, Side};
 
-use super::test_run;
-use super::traffic::{Family, Kind};
+use super::test_run::{self, Run};
+use super::traffic::{Ends, Family, Kind, SERVICE, What};
 use crate::case::Failure;
 use crate::cpu::{self, Cores};
 
@@ -18,22 +24,51 @@ use crate::cpu::{self, Cores};
 pub(super) const ROUTER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x10];
 /// Hardware address of the gateway to all routed networks.
 pub(super) const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x20];
-const MTU: u16 = 1420;
+/// Tunnel MTU in bytes.
+pub(super) const MTU: u16 = 1420;
+/// `TC_ACT_REDIRECT` of linux/pkt_cls.h.
+const REDIRECT: u32 = 7;
+/// More than any packet of ours has after a program.
+const LONGEST: usize = 256;
+/// Most flows that are visited; that many lie in no cache.
+const VISITED: u32 = 1 << 16;
 
 /// How much is in the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Tables {
     /// Overlay CIDRs of each family.
     pub(super) overlay: u32,
-    /// Routes of each family.
+    /// Routes of each family whose sources are translated; there is one more where they are not.
     pub(super) routes: u32,
+    /// Rules of the policy; each has a peer, a network and ports of its own.
+    pub(super) rules: u32,
+    /// Flows of each established kind that is measured.
+    pub(super) flows: u32,
 }
 
 impl Tables {
     pub(super) const ONE: Self = Self {
         overlay: 1,
         routes: 1,
+        rules: 0,
+        flows: 1,
     };
+
+    /// Peer and network of the n-th flow, which visit the tables evenly and without a pattern.
+    fn place(self, kind: Kind, n: u32) -> (u32, u32) {
+        let routes = if kind.nat { self.routes } else { 1 };
+        (spread(n, self.overlay), spread(n, routes))
+    }
+
+    fn ends(self, kind: Kind, n: u32) -> Ends {
+        let (peer, network) = self.place(kind, n);
+        kind.ends(n, peer, network)
+    }
+}
+
+/// A number below `of`; a step without a common divisor comes to all of them.
+fn spread(n: u32, of: u32) -> u32 {
+    (u64::from(n) * 2_654_435_761 % u64::from(of)) as u32
 }
 
 /// The programs with their tables, in a namespace of their own.
@@ -45,6 +80,8 @@ pub(super) struct Bed {
     nic: u32,
     cores: Cores,
     tables: Tables,
+    /// The frames of each established kind whose flows are in the table, and which is the next.
+    opened: HashMap<Kind, (Vec<Vec<u8>>, usize)>,
     _lab: Lab,
 }
 
@@ -52,6 +89,8 @@ impl Bed {
     pub(super) fn new(tables: Tables, cores: &Cores) -> anyhow::Result<Self> {
         let lab = Lab::new()?;
         let (router, gateway) = (lab.gateway("router")?, lab.host("gateway")?);
+        // What it sends by itself would be counted with our packets.
+        gateway.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
         lab.link(
             router
                 .port("eth0")
@@ -73,7 +112,16 @@ impl Bed {
             router.ip(words)?;
         }
         let (tun, nic) = (index(&router, "tun0")?, index(&router, "eth0")?);
-        let mut ebpf = Ebpf::load()?;
+        // Nobody but the bed ends a flow.
+        let mut ebpf = Ebpf::load_with(Options {
+            limits: Limits {
+                flows: tables.flows.next_power_of_two().max(DEFAULT_FLOWS),
+                flows_per_source: u32::MAX,
+                ..Limits::default()
+            },
+            sweep: false,
+            ..Options::default()
+        })?;
         let spec = spec(tables, tun, nic)?;
         router.enter(|| ebpf.apply(&spec))??;
         Ok(Self {
@@ -84,52 +132,133 @@ impl Bed {
             nic,
             cores: cores.clone(),
             tables,
+            opened: HashMap::new(),
             _lab: lab,
         })
     }
 
-    /// Runs `kind`'s program on `count` packets of different flows, each packet fresh, and returns
-    /// the typical time of a run in nanoseconds, without that of reading the clock. Every packet
-    /// must meet the verdict of its kind, by the counters.
-    pub(super) fn time(&self, kind: Kind, count: u32) -> Result<f64, Failure> {
-        let frames = self.frames(kind);
-        let program = self.ebpf.program(kind.side).map_err(anyhow::Error::from)?;
-        let program = program.fd().context("the program is not loaded")?.as_fd();
-        let ingress = match kind.side {
-            router_ebpf::abi::Side::Overlay => self.tun,
-            router_ebpf::abi::Side::Subnet => self.nic,
+    /// Runs `kind`'s program on `count` packets, each packet fresh, and returns the typical time of
+    /// a run in nanoseconds, without that of reading the clock. Every packet must meet the verdict
+    /// of its kind, by the counters.
+    pub(super) fn time(&mut self, kind: Kind, count: u32) -> Result<f64, Failure> {
+        let (frames, first) = match self.opened.remove(&kind) {
+            Some(opened) => opened,
+            None if kind.is_established() => (self.open(kind)?, 0),
+            None => {
+                let tables = self.tables;
+                let frame = |n| kind.frame(tables.ends(kind, n));
+                if kind.what == What::New {
+                    let ends = tables.ends(kind, count);
+                    self.carry(kind, ends, ends.overlay)?;
+                }
+                ((0..count).map(frame).collect(), 0)
+            }
         };
         let before = self.counters()?;
         let timed = || -> anyhow::Result<(Vec<u32>, Vec<u32>)> {
             let mut nothing = Vec::new();
             let mut times = Vec::new();
-            for frame in frames.iter().cycle().take(count as usize) {
-                let run = |program| test_run::run(program, frame, ingress);
-                nothing.push(run(self.empty.as_fd())?.nanoseconds);
-                times.push(run(program)?.nanoseconds);
+            for frame in frames.iter().cycle().skip(first).take(count as usize) {
+                let empty = self.empty.as_fd();
+                let empty = test_run::run(empty, frame, self.ingress(kind.side), &mut []);
+                nothing.push(empty?.nanoseconds);
+                times.push(self.run(kind.side, frame, &mut [])?.nanoseconds);
             }
             Ok((nothing, times))
         };
         let work = self.router.enter(|| {
             cpu::pin_thread(&[self.cores.router])?;
-            timed().context("run the program")
+            timed()
         })??;
         self.check(kind, count.into(), &before)?;
+        if kind.what == What::New {
+            self.end_all_flows()?;
+        } else if kind.is_established() {
+            let next = (first + count as usize) % frames.len();
+            self.opened.insert(kind, (frames, next));
+        }
         let (nothing, times) = work;
         Ok(typical(times) - typical(nothing))
     }
 
-    /// Packets of flows that are spread over the tables, in an order without pattern.
-    fn frames(&self, kind: Kind) -> Vec<Vec<u8>> {
-        /// As many flows as make every lookup go elsewhere, and their frames no burden themselves.
-        const FLOWS: u32 = 1024;
-        let Tables { overlay, routes } = self.tables;
-        let flows = FLOWS.min(overlay.max(routes));
-        // A step without a common divisor visits the table evenly.
-        let spread = |n: u32, of: u32| (u64::from(n) * 2_654_435_761 % u64::from(of)) as u32;
-        (0..flows)
-            .map(|n| kind.frame(spread(n, overlay), spread(n, routes)))
+    /// Opens the flows of `kind` from the overlay's side, and returns frames of as many as are to
+    /// be visited. Each of these was carried once, and had become what it must.
+    fn open(&self, kind: Kind) -> Result<Vec<Vec<u8>>, Failure> {
+        let (opening, flows) = (kind.opening(), self.tables.flows);
+        let frame = |n| opening.frame(self.tables.ends(kind, n));
+        self.router.enter(|| -> Result<(), Failure> {
+            for n in 0..flows {
+                let Run { code, .. } = self.run(Side::Overlay, &frame(n), &mut [])?;
+                if code != REDIRECT {
+                    return Err(Failure::Wrong(format!(
+                        "the first packet of flow {n} was not forwarded ({code})"
+                    )));
+                }
+            }
+            Ok(())
+        })??;
+        (0..flows.min(VISITED))
+            .map(|n| {
+                let mut ends = self.tables.ends(kind, spread(n, flows));
+                let peer = ends.overlay;
+                let outside = self.carry(opening, ends, peer)?;
+                if kind.side == Side::Subnet {
+                    ends.overlay = outside;
+                }
+                if kind != opening {
+                    self.carry(kind, ends, peer)?;
+                }
+                Ok(kind.frame(ends))
+            })
             .collect()
+    }
+
+    /// Has one packet of `peer` carried and checks what became of it. Returns what the other side
+    /// knows the peer's end as.
+    fn carry(&self, kind: Kind, ends: Ends, peer: SocketAddr) -> Result<SocketAddr, Failure> {
+        let frame = kind.frame(ends);
+        let mut out = [0; LONGEST];
+        let run = self
+            .router
+            .enter(|| self.run(kind.side, &frame, &mut out))??;
+        let carried = kind.carried(out.get(..run.len).unwrap_or_default());
+        let known_as = match (kind.side, carried) {
+            (Side::Overlay, Some((from, to))) if to == ends.subnet => Some(from),
+            (Side::Subnet, Some((from, to))) if from == ends.subnet => Some(to),
+            _ => None,
+        };
+        let is_right = |known_as: &SocketAddr| match (kind.nat, kind.side) {
+            (true, Side::Overlay) => known_as.ip() == kind.family.router(),
+            _ => *known_as == peer,
+        };
+        known_as.filter(is_right).ok_or_else(|| {
+            Failure::Wrong(format!(
+                "a packet of {peer} as {ends:?} became {carried:?} (code {})",
+                run.code
+            ))
+        })
+    }
+
+    /// In the router's namespace.
+    fn run(&self, side: Side, frame: &[u8], out: &mut [u8]) -> anyhow::Result<Run> {
+        let program = self.ebpf.program(side)?.fd()?;
+        test_run::run(program.as_fd(), frame, self.ingress(side), out).context("run the program")
+    }
+
+    fn ingress(&self, side: Side) -> u32 {
+        match side {
+            Side::Overlay => self.tun,
+            Side::Subnet => self.nic,
+        }
+    }
+
+    /// Empties the flow table.
+    fn end_all_flows(&mut self) -> anyhow::Result<()> {
+        self.opened.clear();
+        let tables = self.ebpf.flows();
+        let [v4, v6, _] = tables.maps();
+        empty::<Key4>(v4)?;
+        empty::<Key6>(v6)
     }
 
     fn counters(&self) -> anyhow::Result<Vec<Counter>> {
@@ -156,33 +285,66 @@ impl Bed {
     }
 }
 
+fn empty<K: Pod>(flows: BorrowedFd<'_>) -> anyhow::Result<()> {
+    let data = MapData::from_fd(flows.try_clone_to_owned()?)?;
+    let mut flows: KernelMap<_, K, Flow> = KernelMap::try_from(Map::from_map_data(data)?)?;
+    for key in flows.keys().collect::<Result<Vec<_>, _>>()? {
+        flows.remove(&key)?;
+    }
+    Ok(())
+}
+
 fn spec(tables: Tables, tun: u32, nic: u32) -> anyhow::Result<Spec> {
     let link = |index, name: &str| Link {
         index,
         name: name.to_owned(),
     };
+    let network = |family: Family, nat, n| -> anyhow::Result<IpNet> {
+        Ok(IpNet::new(family.subnet(nat, n), family.routed())?.trunc())
+    };
     let mut spec = Spec {
         tun: link(tun, "tun0"),
         mtu: MTU,
         subnet: vec![link(nic, "eth0")],
-        overlay: Vec::new(),
-        routes: Vec::new(),
-        policy: Policy::default(),
-        external: Default::default(),
+        external: [(nic, Family::ALL.map(Family::router).into())].into(),
+        ..Spec::default()
     };
-    for family in [Family::V4, Family::V6] {
+    for family in Family::ALL {
         for n in 0..tables.overlay {
             spec.overlay.push(family.overlay(n).into());
         }
-        for n in 0..tables.routes {
-            let cidr = IpNet::new(family.subnet(n), family.routed())?.trunc();
+        let translated = (0..tables.routes).map(|n| (true, n));
+        for (snat, n) in translated.chain([(false, 0)]) {
             spec.routes.push(Route {
-                cidr,
-                snat: false,
+                cidr: network(family, snat, n)?,
+                snat,
                 mode: RouteMode::Fast,
             });
         }
     }
+    let rule = |n: u32| -> anyhow::Result<Rule> {
+        let mut rule = Rule {
+            sources: Vec::new(),
+            destinations: Vec::new(),
+            protocols: Vec::new(),
+        };
+        for family in Family::ALL {
+            rule.sources.push(IpAddr::into(family.overlay(n)));
+            for (nat, ports) in [
+                (true, SERVICE..=SERVICE + 1),
+                (false, 1000 + n as u16..=1100 + n as u16),
+            ] {
+                rule.destinations.push(Destination {
+                    cidr: network(family, nat, n)?,
+                    ports,
+                });
+            }
+        }
+        Ok(rule)
+    };
+    spec.policy = Policy {
+        rules: (0..tables.rules).map(rule).collect::<Result<_, _>>()?,
+    };
     Ok(spec)
 }
 

@@ -21,7 +21,7 @@ use crate::case::{
 };
 use crate::cpu::Cores;
 use bed::{Bed, Tables};
-use traffic::{Family, Kind, What};
+use traffic::{Kind, What};
 
 const SUITE: &str = "prog";
 
@@ -31,14 +31,6 @@ pub(crate) const ENTRY: SuiteEntry = SuiteEntry {
     about: "nanoseconds per packet of each eBPF program",
     build: suite,
 };
-
-/// What the programs of this version do not do yet.
-const NOT_YET: [(&str, &str); 4] = [
-    ("established-nat", "the programs do not translate sources"),
-    ("new-flow", "the programs keep no flows"),
-    ("flows", "the programs keep no flows"),
-    ("rules", "the programs leave policy to the kernel"),
-];
 
 fn suite(context: &Context) -> anyhow::Result<Suite> {
     let mut suite = Suite {
@@ -60,70 +52,152 @@ fn suite(context: &Context) -> anyhow::Result<Suite> {
         add(id, kind, &warm);
     }
     let mut too_many = Vec::new();
-    for (axis, counts, most) in axes(context.effort) {
+    for (axis, counts) in axes(context.effort) {
         for &count in counts {
-            let mut tables = Tables::ONE;
-            match axis {
-                "overlay CIDRs" => tables.overlay = count,
-                _ => tables.routes = count,
-            }
-            let bed = Lazy::new(tables, context);
-            for side in Side::ALL {
-                let kind = Kind {
-                    side,
-                    family: Family::V4,
-                    what: What::Udp,
-                };
-                let name = format!("{}-tables", side.label());
+            let bed = Lazy::new(axis.tables(count), context);
+            for &(case, kind) in axis.cases() {
+                let (side, what, nat) = kind;
+                let name = format!("{}-{case}", side.label());
                 let id = CaseId::new(SUITE, name, Implementation::sluice(""));
-                let id = id.at(axis, count.into());
-                // Both families are in the tables.
-                if 2 * count as usize > most {
-                    let why =
-                        format!("not in this version: the table holds {most} of both families");
+                let id = id.at(axis.name(), count.into());
+                if count as usize > axis.most() {
+                    let most = axis.most();
+                    let why = format!("not in this version: the table holds {most} of each family");
                     too_many.push(Skipped { id, why });
                 } else {
-                    add(id, kind, &bed);
+                    add(id, Kind::v4(side, what, nat), &bed);
                 }
             }
         }
     }
     suite.skipped.extend(too_many);
-    for (case, why) in NOT_YET {
-        suite.skipped.push(Skipped {
-            id: CaseId::new(SUITE, case, Implementation::sluice("")),
-            why: format!("not in this version: {why}"),
-        });
-    }
     Ok(suite)
 }
 
-fn axes(effort: Effort) -> [(&'static str, &'static [u32], usize); 2] {
-    let (overlay, routes): (&[u32], &[u32]) = match effort {
-        Effort::Smoke => (&[10], &[10]),
-        Effort::Quick => (&[1, 100_000], &[1, 1_000]),
-        Effort::Full => (&[1, 100, 10_000, 100_000], &[1, 100, 1_000, 100_000]),
+/// What grows.
+#[derive(Clone, Copy, Debug)]
+enum Axis {
+    Flows,
+    Rules,
+    Overlay,
+    Routes,
+}
+
+impl Axis {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Flows => "flows",
+            Self::Rules => "rules",
+            Self::Overlay => "overlay CIDRs",
+            Self::Routes => "routes",
+        }
+    }
+
+    fn tables(self, count: u32) -> Tables {
+        let mut tables = Tables::ONE;
+        match self {
+            Self::Flows => tables.flows = count,
+            // A peer and a network for each.
+            Self::Rules => {
+                tables.overlay = count;
+                tables.routes = count;
+                tables.rules = count;
+            }
+            Self::Overlay => tables.overlay = count,
+            Self::Routes => tables.routes = count,
+        }
+        tables
+    }
+
+    /// What is measured against it: case, program, kind of packet, whether it is translated. Only
+    /// the first packet of a flow looks at routes, overlay and rules, and the underlay's.
+    fn cases(self) -> &'static [(&'static str, (Side, What, bool))] {
+        match self {
+            Self::Flows => &[
+                ("flows", (Side::Overlay, What::Udp, true)),
+                ("flows", (Side::Subnet, What::Udp, true)),
+            ],
+            Self::Rules => &[("new-flow-rules", (Side::Overlay, What::New, true))],
+            Self::Overlay => &[
+                ("new-flow-tables", (Side::Overlay, What::New, true)),
+                ("unrelated-tables", (Side::Subnet, What::Foreign, false)),
+            ],
+            Self::Routes => &[("new-flow-tables", (Side::Overlay, What::New, true))],
+        }
+    }
+
+    /// How many of each family there may be.
+    fn most(self) -> usize {
+        match self {
+            Self::Overlay => MAX_OVERLAY / 2,
+            // One of them is that whose sources are not translated.
+            Self::Routes => MAX_ROUTES / 2 - 1,
+            Self::Flows | Self::Rules => usize::MAX,
+        }
+    }
+}
+
+fn axes(effort: Effort) -> [(Axis, &'static [u32]); 4] {
+    let (flows, rules, overlay, routes): (&[u32], &[u32], &[u32], &[u32]) = match effort {
+        Effort::Smoke => (&[10], &[10], &[10], &[10]),
+        Effort::Quick => (
+            &[1, 1_000, 64_000, 1_000_000],
+            &[1, 100, 1_000],
+            &[100_000],
+            &[1_000],
+        ),
+        Effort::Full => (
+            &[1, 1_000, 64_000, 1_000_000],
+            &[1, 10, 100, 1_000],
+            &[1, 100, 10_000, 100_000],
+            &[1, 100, 1_000, 100_000],
+        ),
     };
     [
-        ("overlay CIDRs", overlay, MAX_OVERLAY),
-        ("routes", routes, MAX_ROUTES),
+        (Axis::Flows, flows),
+        (Axis::Rules, rules),
+        (Axis::Overlay, overlay),
+        (Axis::Routes, routes),
     ]
 }
 
 fn charts() -> Vec<Chart> {
     let pair = |case: &str, label: &str| (case.to_owned(), label.to_owned());
-    vec![Chart {
-        name: "prog-time".to_owned(),
-        title: "Time in the eBPF program, per packet (less is better)".to_owned(),
+    let chart = |name: &str, title: &str, kind| Chart {
+        name: format!("{SUITE}-{name}"),
+        title: title.to_owned(),
         metric: "time",
-        kind: ChartKind::Bars(vec![
-            pair("from_overlay-udp-v4", "From the tunnel, IPv4"),
-            pair("from_overlay-udp-v6", "From the tunnel, IPv6"),
-            pair("from_subnet-udp-v4", "From the subnet, IPv4"),
-            pair("from_subnet-udp-v6", "From the subnet, IPv6"),
-            pair("from_subnet-unrelated-v4", "From the subnet, not ours"),
-        ]),
-    }]
+        kind,
+    };
+    vec![
+        chart(
+            "time",
+            "Time in the eBPF program, per packet (less is better)",
+            ChartKind::Bars(vec![
+                pair("from_overlay-nat-udp-v4", "From the tunnel, NAT, IPv4"),
+                pair("from_overlay-nat-udp-v6", "From the tunnel, NAT, IPv6"),
+                pair("from_subnet-nat-udp-v4", "From the subnet, NAT, IPv4"),
+                pair("from_subnet-nat-udp-v6", "From the subnet, NAT, IPv6"),
+                pair("from_overlay-udp-v4", "From the tunnel, no NAT, IPv4"),
+                pair("from_subnet-udp-v4", "From the subnet, no NAT, IPv4"),
+                pair("from_overlay-nat-new-flow-v4", "New flow, NAT, IPv4"),
+                pair("from_subnet-unrelated-v4", "From the subnet, not ours"),
+            ]),
+        ),
+        chart(
+            "flows",
+            "Time in the eBPF program with so many flows, NAT (less is better)",
+            ChartKind::Lines(vec![
+                pair("from_overlay-flows", "From the tunnel"),
+                pair("from_subnet-flows", "From the subnet"),
+            ]),
+        ),
+        chart(
+            "rules",
+            "Time in the eBPF program, first packet of a flow, NAT (less is better)",
+            ChartKind::Lines(vec![pair("from_overlay-new-flow-rules", "rules")]),
+        ),
+    ]
 }
 
 /// A bed that is made when it is first needed.

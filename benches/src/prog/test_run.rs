@@ -47,17 +47,29 @@ pub(super) struct Run {
     pub(super) code: u32,
     /// How long it took, in nanoseconds, reading the clock included.
     pub(super) nanoseconds: u32,
+    /// Bytes that it has left.
+    pub(super) len: usize,
 }
 
 /// Runs `program` once on `frame`, as if it had come in by the interface `ingress` of this
-/// thread's namespace.
-pub(super) fn run(program: BorrowedFd<'_>, frame: &[u8], ingress: u32) -> io::Result<Run> {
+/// thread's namespace. What it leaves is copied to `out`, which has room for it or is empty.
+pub(super) fn run(
+    program: BorrowedFd<'_>,
+    frame: &[u8],
+    ingress: u32,
+    out: &mut [u8],
+) -> io::Result<Run> {
     let mut context = [0u8; SK_BUFF];
     context[IFINDEX_AT..IFINDEX_AT + 4].copy_from_slice(&ingress.to_ne_bytes());
     let mut attr = TestAttr {
         prog_fd: program.as_raw_fd(),
         data_size_in: frame.len() as u32,
         data_in: frame.as_ptr() as u64,
+        data_size_out: out.len() as u32,
+        data_out: match out {
+            [] => 0,
+            out => out.as_mut_ptr() as u64,
+        },
         repeat: 1,
         ctx_size_in: context.len() as u32,
         ctx_in: context.as_ptr() as u64,
@@ -75,6 +87,7 @@ pub(super) fn run(program: BorrowedFd<'_>, frame: &[u8], ingress: u32) -> io::Re
     Ok(Run {
         code: attr.retval,
         nanoseconds: attr.duration,
+        len: attr.data_size_out as usize,
     })
 }
 
