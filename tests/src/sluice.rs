@@ -43,6 +43,8 @@ pub struct Config {
     pub guard: bool,
     /// Number of worker threads; `None` lets the engine choose.
     pub workers: Option<usize>,
+    /// Most flows of one overlay address; `None` for the router's own limit.
+    pub flows_per_source: Option<u32>,
     /// Where metrics are served over TCP.
     pub metrics: Option<SocketAddr>,
     /// What it logs, as `RUST_LOG` says it.
@@ -98,6 +100,7 @@ impl Config {
             datapath: "auto",
             guard: false,
             workers: None,
+            flows_per_source: None,
             metrics: None,
             log: "info,router=debug",
             notify: None,
@@ -159,6 +162,8 @@ impl Config {
             datapath.push(("uplink_guard", text("auto")));
         }
         datapath.extend(self.workers.map(|n| ("workers", n.to_string())));
+        let limit = self.flows_per_source;
+        datapath.extend(limit.map(|n| ("flows_per_source", n.to_string())));
         section("[datapath]", &datapath)?;
         section("[api]", &[("socket", text(&socket.to_string_lossy()))])?;
         if let Some(address) = self.metrics {
@@ -428,6 +433,7 @@ mod tests {
             datapath: "ebpf",
             guard: true,
             workers: Some(2),
+            flows_per_source: Some(100),
             metrics: Some("127.0.0.1:9577".parse().unwrap()),
             log: "info",
             notify: None,
@@ -458,6 +464,7 @@ protocols = ["tcp"]
 mode = "ebpf"
 uplink_guard = "auto"
 workers = 2
+flows_per_source = 100
 [api]
 socket = "/s"
 [metrics]

@@ -166,6 +166,8 @@ impl Job<'_> {
         config.datapath = mode;
         let workers = self.crowd.workers.map(|workers| workers as usize);
         config.workers = workers.or(self.cpus.map(<[usize]>::len));
+        // The generator plays many sources at once.
+        config.flows_per_source = Some(u16::MAX.into());
         config.log = "warn";
         config.peers = (0..)
             .zip(self.peers)
