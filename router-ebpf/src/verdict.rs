@@ -88,6 +88,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn each_is_explained_to_operators() {
+        let text = include_str!("../../docs/packet-flow.md");
+        let section = text
+            .split("## Verdicts of the kernel")
+            .next()
+            .unwrap_or_default();
+        for verdict in Verdict::ALL {
+            let row = format!("\n| `{}` | ", verdict.label());
+            assert!(section.contains(&row), "docs/packet-flow.md: {verdict:?}");
+        }
+        let rows = section.lines().filter(|line| line.starts_with("| `"));
+        let programs = 4;
+        assert_eq!(rows.count(), programs + Verdict::ALL.len(), "one too many");
+    }
+
+    #[test]
     fn labels_are_unique_and_tell_the_class() {
         for (index, verdict) in Verdict::ALL.iter().enumerate() {
             assert_eq!(*verdict as usize, index);
