@@ -173,7 +173,8 @@ pub fn answer<F: Frame>(packet: &Packet, mtu: u32, frame: &mut F) -> Result<(), 
     let most = if v4 { QUOTE_V4 } else { QUOTE_V6 };
     // Whole words are summed.
     let quoted = packet.len.min(most) & !3;
-    let sum = sum(frame, quoted).ok_or(Verdict::DropInternal)?;
+    let all = sum(frame, quoted).ok_or(Verdict::DropInternal)?;
+    let sum = settle_checksum(packet, quoted, all, frame)?;
     // An error is a plain packet, whatever it is about.
     if frame.len() > quoted || packet.gso_size != 0 {
         frame.trim(quoted)?;
@@ -184,6 +185,45 @@ pub fn answer<F: Frame>(packet: &Packet, mtu: u32, frame: &mut F) -> Result<(), 
         insert_v6(packet, mtu, quoted, sum, frame)?;
     }
     frame.turn_back()
+}
+
+/// Gives the quoted packet a transport checksum that stays what it is if a device computes it: on many
+/// links the packet came without one, with the order to fill it in (CHECKSUM_PARTIAL), and no helper
+/// takes that order back. Else the error's own checksum would be wrong in the end. `sum` is that over
+/// the `quoted` bytes, before; afterwards it is what is returned. Nobody can verify the checksum of a
+/// packet of which a part is quoted.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn settle_checksum<F: Frame>(
+    packet: &Packet,
+    quoted: u32,
+    all: u16,
+    frame: &mut F,
+) -> Result<u16, Verdict> {
+    let at = match packet.transport {
+        Transport::Tcp => packet.transport_at + 16,
+        Transport::Udp => packet.transport_at + 6,
+        _ => return Ok(all),
+    };
+    let (Some(Bytes(old)), Some(headers)) = (frame.read::<2>(at), sum(frame, packet.transport_at))
+    else {
+        return Err(Verdict::DropInternal);
+    };
+    if at + 2 > quoted {
+        return Ok(all);
+    }
+    // The sum over the transport header and what is quoted behind it, without the checksum x. What a
+    // device fills in is the complement of that sum and x: so 2 x must be the complement of the sum.
+    let old = u32::from(u16::from_ne_bytes(old));
+    let rest = u32::from(all) + u32::from(!headers) + u32::from(!(old as u16));
+    let twice = u32::from(!fold(rest));
+    // 65,535 is what sums are counted by, and odd: so halves are whole numbers too.
+    let half = if twice % 2 == 0 {
+        twice / 2
+    } else {
+        (twice + 0xffff) / 2
+    };
+    frame.write(at, &Bytes((half as u16).to_ne_bytes()), Sum::Changed)?;
+    Ok(fold(u32::from(headers) + u32::from(fold(rest)) + half))
 }
 
 /// The sum over the first `len` bytes, whole words; `None` if they are not there.
