@@ -95,6 +95,7 @@ impl Kind {
             }],
             policy: Policy::default(),
             external,
+            guarded_port: None,
         })
     }
 

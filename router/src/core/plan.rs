@@ -173,6 +173,7 @@ pub fn plan(
             routes: snapshot.routes.clone(),
             policy: snapshot.policy.clone(),
             external,
+            guarded_port: local.uplink_guard.then_some(local.listen_port),
         },
         peers: snapshot
             .peers

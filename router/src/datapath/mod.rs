@@ -93,15 +93,30 @@ pub struct Spec {
     /// what the eBPF programs translate sources to. Flows through a NIC that has none are
     /// translated by the kernel.
     pub external: BTreeMap<u32, Vec<IpAddr>>,
+    /// The listen port if the uplink's guard may stand in front of it: what comes back for a flow
+    /// that was translated to it would be taken for junk. (The eBPF programs take no port that a
+    /// socket has.)
+    pub guarded_port: Option<u16>,
 }
 
 impl Spec {
     /// The ports that the kernel gives to flows which it masquerades.
     pub fn kernel_nat_ports(&self) -> RangeInclusive<u16> {
-        if self.external.is_empty() {
+        let all = if self.external.is_empty() {
             KERNEL_NAT_PORTS
         } else {
             SLOW_NAT_PORTS
+        };
+        let Some(guarded) = self.guarded_port.filter(|port| all.contains(port)) else {
+            return all;
+        };
+        // nf_tables masquerades to one range: the larger part.
+        let below = *all.start()..=guarded.saturating_sub(1);
+        let above = guarded.saturating_add(1)..=*all.end();
+        if above.len() > below.len() {
+            above
+        } else {
+            below
         }
     }
 }
@@ -122,4 +137,28 @@ pub struct Link {
     pub index: u32,
     /// Interface name.
     pub name: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_translates_to_no_guarded_port() {
+        let ports = |guarded_port, external: bool| {
+            let addresses = external.then(|| (2, vec![IpAddr::from([192, 0, 2, 1])]));
+            let spec = Spec {
+                guarded_port,
+                external: addresses.into_iter().collect(),
+                ..Spec::default()
+            };
+            spec.kernel_nat_ports()
+        };
+        assert_eq!(ports(None, false), KERNEL_NAT_PORTS);
+        assert_eq!(ports(Some(51_820), false), 32_768..=51_819);
+        assert_eq!(ports(Some(40_000), false), 40_001..=60_999);
+        assert_eq!(ports(Some(51_820), true), SLOW_NAT_PORTS);
+        assert_eq!(ports(Some(65_535), true), 61_000..=65_534);
+        assert_eq!(ports(Some(61_000), true), 61_001..=65_535);
+    }
 }

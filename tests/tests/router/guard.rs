@@ -11,7 +11,7 @@ use router::datapath::Link;
 use router::datapath::ebpf::guard::Guard;
 use router_ebpf::guard::INITIATION_BURST;
 
-use super::{HTTP, SOON, serve};
+use super::{ECHO, HTTP, SOON, serve};
 
 /// A session that the other end lost is renewed after 15 s without an answer, and a message of that
 /// may get lost too.
@@ -172,6 +172,42 @@ fn what_else_the_uplink_carries_is_not_touched() {
         ensure!(dropped(sluice)? == [0; 3]);
         Ok(())
     });
+}
+
+/// A peer's own program may have the router's listen port as its source port. What comes back must
+/// not meet the guard there.
+fn a_translated_flow_does_not_get_the_guarded_port(datapath: &'static str) {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::One)?;
+        let client = Client::new("laptop", 2)?;
+        let mut config = site::config(&[&client], datapath, true)?;
+        config.guard = true;
+        let sluice = site.router.sluice(&config)?;
+        ensure!(sluice.status()?["uplink_guard"]["interface"] == "eth0");
+        let tunnel = client.connect(&site.laptop, &config.key)?;
+        let argv = ["wg", "set", tunnel.device(), "listen-port", "4242"];
+        site.laptop.run(argv)?;
+        let _servers = serve(&site.server)?;
+        let from = SocketAddr::new(client.addresses[0], ENDPOINT.port());
+        let socket = site.laptop.udp_socket(from)?;
+        socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+        wait_until(SOON, "an echo", || {
+            let sent = socket.send_to(b"hello", SocketAddr::new(SERVER[0], ECHO));
+            sent.is_ok() && socket.recv(&mut [0; 64]).is_ok()
+        })?;
+        ensure!(dropped(&sluice)? == [0; 3], "{:?}", dropped(&sluice)?);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_translated_flow_does_not_get_the_guarded_port_fast() {
+    a_translated_flow_does_not_get_the_guarded_port("ebpf");
+}
+
+#[test]
+fn a_translated_flow_does_not_get_the_guarded_port_kernel() {
+    a_translated_flow_does_not_get_the_guarded_port("kernel");
 }
 
 /// Waits until the laptop reaches the server through the tunnel.
