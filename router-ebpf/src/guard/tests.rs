@@ -149,6 +149,21 @@ fn judged(shape: &Shape, payload: &[u8]) -> Judgement {
 }
 
 #[test]
+fn each_is_explained_to_operators() {
+    let text = include_str!("../../../docs/packet-flow.md");
+    let (_, section) = text
+        .split_once("## Verdicts of the uplink's guard")
+        .unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    for judgement in Judgement::ALL {
+        let row = format!("\n| `{}` | ", judgement.label());
+        assert!(section.contains(&row), "docs/packet-flow.md: {judgement:?}");
+    }
+    let rows = section.lines().filter(|line| line.starts_with("| `"));
+    assert_eq!(rows.count(), Judgement::ALL.len(), "one too many");
+}
+
+#[test]
 fn labels_tell_the_class() {
     for (index, judgement) in Judgement::ALL.iter().enumerate() {
         assert_eq!(*judgement as usize, index);
