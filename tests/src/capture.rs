@@ -21,7 +21,7 @@ pub struct Capture {
 impl Host {
     /// Watches a device.
     pub fn capture(&self, device: &str) -> anyhow::Result<Capture> {
-        let socket = self.enter(|| open(device))?;
+        let socket = self.enter(|| open(device, libc::SOCK_DGRAM, libc::ETH_P_ALL as u16))?;
         let socket = socket.with_context(|| format!("{}: capture on {device}", self.name()))?;
         Ok(Capture {
             socket,
@@ -74,17 +74,17 @@ impl Capture {
     }
 }
 
-/// SOCK_DGRAM leaves out the link-layer header, so that Ethernet and tunnel devices look the same.
-fn open(device: &str) -> io::Result<OwnedFd> {
+/// A packet socket on a device. Of kind SOCK_DGRAM it leaves out the link-layer header, so that
+/// Ethernet and tunnel devices look the same; by protocol 0 it receives nothing.
+pub(crate) fn open(device: &str, kind: libc::c_int, protocol: u16) -> io::Result<OwnedFd> {
     let name = CString::new(device)?;
     // SAFETY: the pointer is that of a live C string.
     let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
     if index == 0 {
         return Err(io::Error::last_os_error());
     }
-    let protocol = (libc::ETH_P_ALL as u16).to_be();
     // SAFETY: socket takes numbers. Protocol 0 receives nothing before bind names a device.
-    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    let fd = unsafe { libc::socket(libc::AF_PACKET, kind | libc::SOCK_CLOEXEC, 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -93,7 +93,7 @@ fn open(device: &str) -> io::Result<OwnedFd> {
     // SAFETY: all-zero bytes are a valid sockaddr_ll.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = protocol;
+    address.sll_protocol = protocol.to_be();
     address.sll_ifindex = index.cast_signed();
     // SAFETY: the pointer and length are those of a live sockaddr_ll.
     let bound = unsafe {

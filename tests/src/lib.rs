@@ -30,6 +30,7 @@ pub mod requirements;
 mod server;
 pub mod site;
 pub mod sluice;
+pub mod socket;
 mod sweep;
 mod topology;
 pub mod vm;

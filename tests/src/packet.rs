@@ -26,6 +26,8 @@ pub struct Packet<'a> {
     pub destination: IpAddr,
     /// TTL or hop limit.
     pub ttl: u8,
+    /// TOS or traffic class; the lower two bits are those of ECN (RFC 3168).
+    pub tos: u8,
     /// Protocol of the payload.
     pub protocol: u8,
     /// Length at the IP layer, in bytes.
@@ -48,6 +50,7 @@ impl<'a> Packet<'a> {
                     source: <[u8; 4]>::try_from(bytes.get(12..16)?).ok()?.into(),
                     destination: <[u8; 4]>::try_from(bytes.get(16..20)?).ok()?.into(),
                     ttl: bytes[8],
+                    tos: bytes[1],
                     protocol: bytes[9],
                     len: be16(2)?,
                     payload: bytes.get(header..)?,
@@ -57,6 +60,7 @@ impl<'a> Packet<'a> {
                 source: <[u8; 16]>::try_from(bytes.get(8..24)?).ok()?.into(),
                 destination: <[u8; 16]>::try_from(bytes.get(24..40)?).ok()?.into(),
                 ttl: bytes[7],
+                tos: bytes[0] << 4 | bytes[1] >> 4,
                 protocol: bytes[6],
                 len: be16(4)? + 40,
                 payload: &bytes[40..],
@@ -103,6 +107,15 @@ impl<'a> Packet<'a> {
         }
     }
 
+    /// What an ICMP error quotes: from its ninth byte on.
+    pub fn quoted(&self) -> Option<Packet<'a>> {
+        let is_error = match (self.protocol, self.icmp()?) {
+            (ICMP, (kind, _)) => matches!(kind, 3..=5 | 11 | 12),
+            (_, (kind, _)) => kind < 128,
+        };
+        is_error.then(|| Packet::parse(self.payload.get(8..)?))?
+    }
+
     fn tcp_flags(&self) -> Option<u8> {
         (self.protocol == TCP).then(|| self.payload.get(13).copied())?
     }
@@ -145,6 +158,10 @@ mod tests {
             let packet = Packet::parse(bytes).unwrap();
             assert_eq!(packet.len, bytes.len());
             assert_eq!(packet.ports(), Some((80, 443)));
+            assert_eq!(
+                (packet.ttl, packet.tos),
+                (if bytes[0] == 0x45 { 64 } else { 63 }, 0)
+            );
             assert_eq!(packet.syn_mss(), Some(1460));
             assert_eq!(packet.syn_ack_mss(), None);
             assert_eq!(packet.too_big_mtu(), None);

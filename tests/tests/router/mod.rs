@@ -6,6 +6,7 @@ mod lifecycle;
 mod policy;
 mod reach;
 mod sizes;
+mod traps;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;

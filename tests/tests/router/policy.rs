@@ -141,7 +141,7 @@ fn a_peer_removed_from_the_file_stops_working_and_others_go_on(path: Path) {
     });
 }
 
-fn to_vpc(from: &str, ports: &str, protocols: &[&str]) -> Rule {
+pub(super) fn to_vpc(from: &str, ports: &str, protocols: &[&str]) -> Rule {
     Rule {
         from: vec![from.to_owned()],
         to: vec![

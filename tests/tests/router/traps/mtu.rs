@@ -1,0 +1,145 @@
+//! Path MTU discovery: whoever sends too much must be told, by a message that its kernel believes.
+
+use std::io::{Read, Write};
+use std::net::SocketAddr;
+
+use anyhow::Context;
+use lab::site::{Arms, Running, SERVER};
+use lab::{http, poll};
+
+use super::super::{HTTP, Path, SOON, on_every_path, serve, warm_up};
+use super::{PORT, discover_mtu, path_mtu, receive, tcp_pair, udp_at, udp_headers, udp_to};
+
+on_every_path!(
+    the_server_learns_the_tunnels_mtu,
+    the_laptop_learns_the_mtu_of_a_narrow_link,
+);
+
+const TUNNEL_MTU: u16 = 1420;
+const NARROW: u16 = 1300;
+const MIB: usize = 1 << 20;
+
+fn the_server_learns_the_tunnels_mtu(path: Path) {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+        for server in SERVER {
+            warm_up(&run.site.laptop, server)?;
+            let address = SocketAddr::new(server, PORT);
+            let far = udp_at(&run.site.server, address)?;
+            let near = udp_to(&run.site.laptop, address)?;
+            near.send(b"hello")?;
+            let (_, from) = receive(&far)?;
+            run.site.server.enter(|| far.connect(from))??;
+            discover_mtu(&far, server, libc::IP_PMTUDISC_DO)?;
+            assert!(path_mtu(&far, server)? > TUNNEL_MTU);
+            poll(SOON, "the server to learn the tunnel's MTU", || {
+                // It fails once the server knows.
+                let _ = far.send(&[0; 3000]);
+                path_mtu(&far, server).ok().filter(|mtu| *mtu == TUNNEL_MTU)
+            })
+            .with_context(|| format!("{path:?} {server}"))?;
+            let error = far.send(&[0; 3000]).expect_err("too big");
+            assert_eq!(error.raw_os_error(), Some(libc::EMSGSIZE), "{path:?}");
+            let largest = http::pattern(usize::from(TUNNEL_MTU) - udp_headers(server));
+            // It fails for each error that has come in the meantime.
+            poll(SOON, "the errors to end", || far.send(&largest).ok())?;
+            assert_eq!(receive(&near)?.0, largest, "{path:?} {server}");
+        }
+        Ok(())
+    });
+}
+
+/// Behind the next router, and at our own NIC.
+fn the_laptop_learns_the_mtu_of_a_narrow_link(path: Path) {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+        let _servers = serve(&run.site.server)?;
+        let (laptop, router) = (&run.site.laptop, &run.site.router);
+        let core = run.site.core.as_ref().context("two-armed")?;
+        for server in SERVER {
+            warm_up(laptop, server)?;
+            for (host, nic) in [(core, "server"), (router, "lan")] {
+                let what = format!("{path:?} {server}: {nic} of {}", host.name());
+                host.ip(&format!("link set {nic} mtu {NARROW}"))?;
+                // The segment size that both ends agree on is too large for the link behind the
+                // next router, and nobody clamps it there.
+                http::upload(laptop, SocketAddr::new(server, HTTP), 2 * MIB)
+                    .with_context(|| what.clone())?;
+                for family in ["-4", "-6"] {
+                    laptop.ip(&format!("{family} route flush cache"))?;
+                }
+                let address = SocketAddr::new(server, PORT);
+                let far = udp_at(&run.site.server, address)?;
+                let near = udp_to(laptop, address)?;
+                discover_mtu(&near, server, libc::IP_PMTUDISC_DO)?;
+                assert_eq!(path_mtu(&near, server)?, TUNNEL_MTU, "{what}");
+                let too_big = vec![0; usize::from(TUNNEL_MTU) - udp_headers(server)];
+                poll(SOON, "the laptop to learn the link's MTU", || {
+                    let _ = near.send(&too_big);
+                    path_mtu(&near, server).ok().filter(|mtu| *mtu == NARROW)
+                })
+                .with_context(|| what.clone())?;
+                let largest = http::pattern(usize::from(NARROW) - udp_headers(server));
+                poll(SOON, "the errors to end", || near.send(&largest).ok())?;
+                // Before the router knew its NIC's new MTU, larger ones may have come through.
+                poll(SOON, "the largest that fits", || {
+                    (receive(&far).ok()?.0 == largest).then_some(())
+                })
+                .with_context(|| what.clone())?;
+                host.ip(&format!("link set {nic} mtu {}", lab::site::JUMBO))?;
+                for family in ["-4", "-6"] {
+                    laptop.ip(&format!("{family} route flush cache"))?;
+                }
+            }
+        }
+        Ok(())
+    });
+}
+
+/// The segment size was agreed on for a wider tunnel, so that the clamp no longer helps: only the
+/// error does. The daemon starts anew for another MTU, and connections that the programs translate
+/// do not outlive that.
+#[test]
+fn a_connection_goes_on_when_the_tunnel_becomes_narrower() {
+    for path in [Path::Fast, Path::Kernel, Path::KernelRouted] {
+        goes_on_when_the_tunnel_becomes_narrower(path);
+    }
+}
+
+fn goes_on_when_the_tunnel_becomes_narrower(path: Path) {
+    lab::test(|lab| {
+        let mut run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+        let laptop = &run.site.laptop;
+        let mut pairs = Vec::new();
+        for server in SERVER {
+            warm_up(laptop, server)?;
+            let pair = tcp_pair(laptop, &run.site.server, SocketAddr::new(server, PORT))?;
+            super::carries(&pair.0, &pair.1, "before")?;
+            pairs.push(pair);
+        }
+        run.sluice.stop()?;
+        run.config.mtu = NARROW;
+        let _sluice = run.site.router.sluice(&run.config)?;
+        drop(run.tunnel);
+        let tunnel = run.client.tunnel(&run.config.key).mtu(NARROW.into());
+        let _tunnel = laptop.wireguard_go(&tunnel)?;
+        // The router cannot know where the laptop is before that one speaks.
+        warm_up(laptop, SERVER[0])?;
+        for ((near, far), server) in pairs.iter_mut().zip(SERVER) {
+            let at_server = run.site.server.capture("eth0")?;
+            let sent = http::pattern(4 * MIB);
+            let mut got = vec![0; sent.len()];
+            std::thread::scope(|scope| {
+                let sending = scope.spawn(|| far.write_all(&sent));
+                let received = near.read_exact(&mut got);
+                let sent = sending.join().expect("no panic");
+                received.and(sent)
+            })
+            .with_context(|| format!("{path:?} {server}: stalled"))?;
+            assert!(got == sent, "{path:?} {server}: damaged");
+            let told = at_server.find(SOON, "a packet too big", |p| p.too_big_mtu())?;
+            assert_eq!(told, u32::from(NARROW), "{path:?} {server}");
+        }
+        Ok(())
+    });
+}
