@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use crate::{bench, demo, fuzz, machine, run, setup, test};
+use crate::{bench, demo, fuzz, kernels, machine, run, setup, test};
 
 /// Runs the task: every step even after one has failed, so that one run shows everything; but
 /// nothing without set-up.
@@ -50,6 +50,11 @@ pub(crate) fn main() -> Result<ExitCode> {
     steps.run("fuzz targets", || fuzz::run(None, fuzz::CI));
     steps.run("demo", || passed("the demo", demo::run(&[])?));
     steps.run("benchmark works", bench::check);
+    steps.run("other kernels", || {
+        setup::ensure(setup::KERNELS)?;
+        kernels::fetch(&kernels::ALL, false)?;
+        passed("the tests on other kernels", kernels::run(None, None)?)
+    });
     steps.run("static binary", || {
         run::show(run::cargo().args([
             "build",

@@ -186,7 +186,7 @@ fn world(fixture: &Fixture, settings: Settings) -> World {
     let hardware: [u8; 12] = hardware.try_into().expect("twice six bytes");
     let elsewhere = link_of("eth1");
     world.routing =
-        Box::new(move |packet: &Packet, _| next_hop(packet, tun, nic, elsewhere, hardware));
+        Box::new(move |packet: &Packet, len| next_hop(packet, len, tun, nic, elsewhere, hardware));
     world
 }
 
@@ -197,6 +197,7 @@ fn link_of(name: &str) -> u32 {
 /// The fixture's routing, as the test knows it.
 fn next_hop(
     packet: &Packet,
+    len: u32,
     tun: u32,
     nic: u32,
     elsewhere: u32,
@@ -228,9 +229,9 @@ fn next_hop(
     } else if inside(Net::PROHIBITED) {
         Err(Verdict::SlowFib)
     } else if is(Net::NEAR, GATEWAY) || inside(Net::SNAT) {
-        Ok(hop(nic, Some(LINK_MTU)))
+        fitting(len, LINK_MTU).map(|mtu| hop(nic, Some(mtu)))
     } else if inside(Net::NARROW) {
-        Ok(hop(nic, Some(NARROW_MTU)))
+        fitting(len, NARROW_MTU).map(|mtu| hop(nic, Some(mtu)))
     } else if inside(Net::ELSEWHERE) {
         Ok(hop(elsewhere, None))
     } else if inside(Net::NEAR) || inside(Net::UNRESOLVED) {
@@ -239,6 +240,15 @@ fn next_hop(
         Ok(hop(tun, None))
     } else {
         Err(Verdict::SlowToRouter)
+    }
+}
+
+/// Kernels that do not tell the MTU are asked with the packet's length.
+fn fitting(len: u32, mtu: u16) -> Result<u16, Verdict> {
+    if len > mtu.into() {
+        Err(Verdict::SlowMtu)
+    } else {
+        Ok(mtu)
     }
 }
 
