@@ -56,17 +56,28 @@ impl<'a> Entry<'a> {
         mtu set_mtu: u16;
         /// [`Flow::clause`].
         clause set_clause: u16;
-        /// [`Flow::hardware`].
-        hardware set_hardware: [u8; 12];
         /// [`Flow::tcp`].
         tcp set_tcp: u8;
+    }
+
+    /// [`Flow::hardware`].
+    #[inline(always)]
+    pub fn hardware(self) -> [u8; 12] {
+        // SAFETY: as for the other fields; it begins at a word, as `abi` asserts.
+        unsafe { by_words(&raw const (*self.0.get()).hardware) }
+    }
+
+    #[inline(always)]
+    fn set_hardware(self, value: [u8; 12]) {
+        // SAFETY: as for the other fields.
+        unsafe { (*self.0.get()).hardware = value }
     }
 
     /// [`Flow::address`].
     #[inline(always)]
     pub fn address(self) -> [u8; 16] {
-        // SAFETY: as for the other fields.
-        unsafe { (*self.0.get()).address }
+        // SAFETY: as for the other fields; it begins at a word, as `abi` asserts.
+        unsafe { by_words(&raw const (*self.0.get()).address) }
     }
 
     /// [`Flow::port`].
@@ -93,6 +104,27 @@ impl<'a> Entry<'a> {
         };
         flow.other(side, tuple)
     }
+}
+
+/// The bytes at `from`. Of a copy from one place in memory to another LLVM makes a call for BPF,
+/// which copies byte by byte.
+///
+/// # Safety
+///
+/// `from` is readable and aligned to four bytes.
+#[inline(always)]
+unsafe fn by_words<const N: usize>(from: *const [u8; N]) -> [u8; N] {
+    const { assert!(N.is_multiple_of(4)) };
+    let from = from.cast::<u32>();
+    let mut bytes = [0; N];
+    let mut word = 0;
+    while word < N / 4 {
+        // SAFETY: by the caller's promise.
+        let value = unsafe { from.add(word).read() };
+        bytes[4 * word..4 * word + 4].copy_from_slice(&value.to_ne_bytes());
+        word += 1;
+    }
+    bytes
 }
 
 /// The route between the two ends of `tuple` as the program of `side` sees it; else why the fast

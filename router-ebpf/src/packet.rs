@@ -1,5 +1,7 @@
 //! The bytes of a packet, and what the fast path must know of them.
 
+use core::hint::black_box;
+
 use crate::abi::{Address, Side, Tuple};
 use crate::csum::Delta;
 use crate::decide::Nat;
@@ -284,8 +286,8 @@ fn parse_v4<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
     } else {
         kind(header[9])
     };
-    packet.tuple.source = Address::v4([header[12], header[13], header[14], header[15]]);
-    packet.tuple.destination = Address::v4([header[16], header[17], header[18], header[19]]);
+    set_v4(&mut packet.tuple.source, &header[12..16]);
+    set_v4(&mut packet.tuple.destination, &header[16..20]);
     packet.tuple.protocol = header[9];
     packet.first_word = [header[0], header[1], header[2], header[3]];
     packet.header_checksum = [header[10], header[11]];
@@ -300,18 +302,27 @@ fn parse_v4<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
     Ok(())
 }
 
+/// Makes `address` the IPv4 one of these four bytes. Zeros that LLVM knew for such it would have
+/// written by a call for BPF, byte by byte.
+#[inline(always)]
+fn set_v4(address: &mut Address, octets: &[u8]) {
+    let zero = black_box(0_u32).to_ne_bytes();
+    address.family = Address::v4([0; 4]).family;
+    address.octets[..4].copy_from_slice(octets);
+    address.octets[4..8].copy_from_slice(&zero);
+    address.octets[8..12].copy_from_slice(&zero);
+    address.octets[12..].copy_from_slice(&zero);
+}
+
 /// RFC 8200, sections 3 and 4.5.
 #[inline(always)]
 fn parse_v6<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
-    let header: [u8; 40] = frame.header::<0, 40>().ok_or(Verdict::DropMalformed)?;
-    packet.tuple.source.family = Address::v6([0; 16]).family;
-    packet.tuple.source.octets.copy_from_slice(&header[8..24]);
-    packet.tuple.destination.family = packet.tuple.source.family;
-    packet
-        .tuple
-        .destination
-        .octets
-        .copy_from_slice(&header[24..40]);
+    // Each address by itself, so that it is in registers: see `flow::by_words`.
+    let destination = frame.header::<24, 16>().ok_or(Verdict::DropMalformed)?;
+    let source = frame.header::<8, 16>().ok_or(Verdict::DropMalformed)?;
+    let header: [u8; 8] = frame.header::<0, 8>().ok_or(Verdict::DropMalformed)?;
+    packet.tuple.source = Address::v6(source);
+    packet.tuple.destination = Address::v6(destination);
     packet.tuple.protocol = header[6];
     packet.first_word = [header[0], header[1], header[2], header[3]];
     packet.header_checksum = [0; 2];
