@@ -147,11 +147,16 @@ impl Bed {
             None => {
                 let tables = self.tables;
                 let frame = |n| kind.frame(tables.ends(kind, n));
-                if kind.what == What::New {
-                    let ends = tables.ends(kind, count);
-                    self.carry(kind, ends, ends.overlay)?;
-                }
-                ((0..count).map(frame).collect(), 0)
+                let frames = match kind.what {
+                    What::New => {
+                        let ends = tables.ends(kind, count);
+                        self.carry(kind, ends, ends.overlay)?;
+                        count
+                    }
+                    // As the underlay's: packets of few senders, over and over.
+                    _ => tables.flows,
+                };
+                ((0..frames).map(frame).collect(), 0)
             }
         };
         let before = self.counters()?;
