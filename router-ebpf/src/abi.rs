@@ -23,7 +23,7 @@ mod flows;
 pub use flows::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";

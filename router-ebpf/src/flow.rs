@@ -442,7 +442,13 @@ pub fn judge<T: Tables>(
         return Ok(());
     }
     let hop = tables.next_hop(packet, packet.header_len, settings)?;
-    let link = tables.link(hop.link).ok_or(Verdict::SlowOtherLink)?;
+    let link = tables.link(hop.link).ok_or({
+        if entry.flags() & Flow::SNAT != 0 {
+            Verdict::DropOtherLink
+        } else {
+            Verdict::SlowOtherLink
+        }
+    })?;
     entry.set_link(hop.link);
     entry.set_mtu(path_mtu(hop.mtu, link, settings));
     if let Some(hardware) = hop.hardware {

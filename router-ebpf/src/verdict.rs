@@ -80,6 +80,7 @@ verdicts! {
     DropFragment Drop "drop_fragment" "A fragment that came before the first one, which has the ports.";
     DropTooBig Drop "drop_too_big" "Too big for the way on; an ICMP error is sent unless there are too many.";
     DropTtl Drop "drop_ttl" "The TTL of a reply to a translated flow ends here; an ICMP error is sent unless there are too many.";
+    DropOtherLink Drop "drop_other_link" "Of a translated flow whose way now leads to an interface that the programs are not attached to.";
     DropInternal Drop "drop_internal" "The kernel could not change the packet (no memory).";
 }
 

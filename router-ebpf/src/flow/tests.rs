@@ -254,6 +254,31 @@ fn the_next_hop_is_found_once_a_generation() {
 }
 
 #[test]
+fn a_flow_whose_way_is_elsewhere_keeps_its_translation_or_waits() {
+    for (snat, wanted) in [
+        (true, Verdict::DropOtherLink),
+        (false, Verdict::SlowOtherLink),
+    ] {
+        let mut world = router(snat);
+        let ask = Ip::udp(ip(V4.peers[0]), ip(V4.servers[0]), 5);
+        let before = up(&mut world, &ask).unwrap();
+        world.routing = Box::new(|_, _| {
+            Ok(Hop {
+                link: NIC + 1,
+                mtu: 1500,
+                hardware: Some([8; 12]),
+            })
+        });
+        world.settings.generation += 1;
+        assert_eq!(up(&mut world, &ask), Err(wanted));
+        // The programs come to the other NIC; the flow is known by its old address.
+        let link = world.links[&NIC];
+        world.links.insert(NIC + 1, link);
+        same(&up(&mut world, &ask).unwrap(), &before);
+    }
+}
+
+#[test]
 fn tcp_is_followed_from_its_first_segment_to_its_last() {
     let [peer, ..] = V4.peers.map(ip);
     let [server, _] = V4.servers.map(ip);

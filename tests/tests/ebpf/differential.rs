@@ -511,6 +511,7 @@ fn kernel_and_host_agree_on_any_packet() {
                 Verdict::SlowSnat,
                 Verdict::SlowScope,
                 Verdict::DropTableFull,
+                Verdict::DropOtherLink,
                 Verdict::DropInternal,
             ];
             for verdict in Verdict::ALL
