@@ -176,7 +176,7 @@ fn tunnel(
 ) -> Result<Tunnel, Failure> {
     let duration = Duration::from_millis(match (round.effort, round.warm_up) {
         (Effort::Full, false) => 3000,
-        (Effort::Quick, false) => 1000,
+        (Effort::Quick, false) => 500,
         _ => 300,
     });
     let mut generator = bed.generator(1)?;

@@ -12,7 +12,7 @@ use crate::case::{Context, Effort, Implementation};
 pub(crate) const REFERENCE: &str = "wireguard-go";
 
 /// The peers that quick runs keep to.
-const QUICK: [&str; 3] = [REFERENCE, "boringtun-cli", "kernel WireGuard"];
+const QUICK: [&str; 2] = [REFERENCE, "kernel WireGuard"];
 
 /// How a router is started.
 #[derive(Clone, Debug, PartialEq, Eq)]
