@@ -29,7 +29,7 @@ struct Arguments {
     /// List the suites and their cases, and what cannot be measured here and why.
     #[arg(long)]
     list: bool,
-    /// All suites in under three minutes, with less certain numbers.
+    /// All suites in about three minutes, with less certain numbers.
     #[arg(long)]
     quick: bool,
     /// One tiny round of each case, without a warm-up: proves that they work, measures nothing.
