@@ -12,7 +12,7 @@ use crate::cpu::Cores;
 pub enum Effort {
     /// Proves that every case works; its numbers mean nothing.
     Smoke,
-    /// All suites in under three minutes.
+    /// All suites in about three minutes.
     Quick,
     /// As long as good numbers take.
     Full,

@@ -140,7 +140,7 @@ impl Axis {
 fn axes(effort: Effort) -> [(Axis, &'static [u32]); 4] {
     let (flows, rules, overlay, routes): (&[u32], &[u32], &[u32], &[u32]) = match effort {
         Effort::Smoke => (&[10], &[10], &[10], &[10]),
-        Effort::Quick => (&[1, 64_000], &[1, 100, 1_000], &[100_000], &[1_000]),
+        Effort::Quick => (&[1, 10_000], &[1, 100, 1_000], &[100_000], &[1_000]),
         Effort::Full => (
             &[1, 1_000, 64_000, 1_000_000],
             &[1, 10, 100, 1_000],
