@@ -22,15 +22,10 @@ const QUOTE_V6: u32 = 1280 - 48;
 const CHUNK: u32 = 32;
 const CHUNKS: u32 = QUOTE_V6.div_ceil(CHUNK);
 
-/// The transport header of the packet that an error quotes, and that packet's addresses.
-struct Quote {
-    tuple: Tuple,
-}
-
-/// Reads the packet that the error `packet` quotes; `None` where it is no packet of a flow. `seen_by`
+/// The tuple of the packet that the error `packet` quotes; `None` where it is no packet of a flow. `seen_by`
 /// is the side whose program has seen it.
 #[inline(always)]
-fn quote<F: Frame>(seen_by: Side, packet: &Packet, frame: &F) -> Option<Quote> {
+fn quote<F: Frame>(seen_by: Side, packet: &Packet, frame: &F) -> Option<Tuple> {
     let at = packet.transport_at + HEADER;
     let (source, destination, protocol, transport_at) = if packet.is_v4() {
         let Bytes(header) = frame.read::<20>(at)?;
@@ -63,13 +58,12 @@ fn quote<F: Frame>(seen_by: Side, packet: &Packet, frame: &F) -> Option<Quote> {
         TCP | UDP => [[a, b], [c, d]],
         _ => echo_ports(seen_by, protocol, a, [e, f])?,
     };
-    let tuple = Tuple {
+    Some(Tuple {
         source,
         destination,
         ports,
         protocol,
-    };
-    Some(Quote { tuple })
+    })
 }
 
 /// Sets [`Packet::flow`] to the flow that the error `packet` is about, as this side's packets have
@@ -86,8 +80,8 @@ pub(crate) fn concerned<F: Frame, T: Tables>(
     }
     // The packet came through the other program, the other way.
     match quote(side.other(), packet, frame) {
-        Some(quote) if quote.tuple.source == packet.tuple.destination => {
-            packet.flow = quote.tuple.reversed();
+        Some(quoted) if quoted.source == packet.tuple.destination => {
+            packet.flow = quoted.reversed();
             Ok(())
         }
         _ => Err(refuse(side, packet, tables, Verdict::SlowNoFlow)),

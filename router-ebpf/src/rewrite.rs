@@ -39,7 +39,7 @@ pub fn apply<F: Frame>(
     } else {
         write_v6(side, packet, forward, ttl, frame)?;
     }
-    if matches!(forward.exit, Exit::Stack | Exit::Answer) {
+    if forward.exit == Exit::Stack {
         return Ok(());
     }
     // Ethernet pads to 60 bytes; inside a tunnel the padding would only cost.
