@@ -24,7 +24,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
-use self::fastpath::choose_datapath;
+use self::fastpath::{choose_datapath, discard_pins};
 use self::guard::UplinkGuard;
 use self::lock::DeviceLock;
 pub use self::lock::LockError;
@@ -104,8 +104,20 @@ pub fn run(config: &Path) -> Result<(), Error> {
         let mut daemon = Daemon::start(config).await?;
         let outcome = daemon.serve().await;
         notify::notify("STOPPING=1");
-        daemon.stop().await;
-        outcome
+        match outcome {
+            Ok(Ending::HandOver) => {
+                daemon.hand_over();
+                Ok(())
+            }
+            Ok(Ending::Stop) => {
+                daemon.stop().await;
+                Ok(())
+            }
+            Err(error) => {
+                daemon.stop().await;
+                Err(error)
+            }
+        }
     })
 }
 
@@ -116,6 +128,15 @@ fn has_net_admin() -> bool {
     effective
         .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
         .is_some_and(|set| set & (1 << 12) != 0)
+}
+
+/// How the daemon ends when it is told to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// It leaves the machine as it was found.
+    Stop,
+    /// Another one comes: flows go on.
+    HandOver,
 }
 
 struct Daemon {
@@ -170,7 +191,7 @@ impl Daemon {
         let facts = facts::gather(&netlink, &config.snapshot, None).await?;
         check(&config, &facts)?;
 
-        let (ebpf, datapath_reason) = choose_datapath(local.datapath, local.limits)?;
+        let (ebpf, datapath_reason) = choose_datapath(local.datapath, local.limits, &local.device)?;
         let (sender, requests) = mpsc::channel(16);
         let server = api::Server::start(&local.socket, local.http, Metrics::default(), sender)?;
         let engine = Engine::start(
@@ -246,18 +267,23 @@ impl Daemon {
         }
     }
 
-    async fn serve(&mut self) -> Result<(), Error> {
+    async fn serve(&mut self) -> Result<Ending, Error> {
         let listen = |kind, what| signal(kind).map_err(|source| Error::Io { what, source });
         let mut terminate = listen(SignalKind::terminate(), "listen for SIGTERM")?;
         let mut interrupt = listen(SignalKind::interrupt(), "listen for SIGINT")?;
         let mut hangup = listen(SignalKind::hangup(), "listen for SIGHUP")?;
+        let mut successor = listen(SignalKind::user_defined1(), "listen for SIGUSR1")?;
         loop {
             self.act().await;
             let deadline = self.next_deadline();
             tokio::select! {
                 name = either(&mut terminate, &mut interrupt) => {
                     tracing::info!("stopping on {name}");
-                    return Ok(());
+                    return Ok(Ending::Stop);
+                }
+                _ = successor.recv() => {
+                    tracing::info!("leaving on SIGUSR1 what the next daemon takes over");
+                    return Ok(Ending::HandOver);
                 }
                 _ = hangup.recv() => {
                     notify::notify("RELOADING=1");
@@ -273,7 +299,7 @@ impl Daemon {
                             self.facts_due.get_or_insert(Instant::now() + SETTLE);
                         }
                         // The subscription ends only with the runtime.
-                        None => return Ok(()),
+                        None => return Ok(Ending::Stop),
                     }
                     self.renew_next_hops();
                 }
@@ -407,6 +433,7 @@ impl Daemon {
                             tracing::warn!(%error, "the eBPF datapath was not removed whole");
                         }
                         self.ebpf = None;
+                        discard_pins(&self.local.device);
                         self.replan();
                         Ok(())
                     }
@@ -428,6 +455,19 @@ impl Daemon {
                 .await
                 .map_err(|e| text(&e)),
             Action::Peers(peers) => self.engine.set_peers(peers).map_err(|e| text(&e)),
+        }
+    }
+
+    /// Ends as a crash would, but in order: forwarding, ruleset and rules stay, and the next start
+    /// takes over what there is.
+    fn hand_over(mut self) {
+        self.guard.remove();
+        // The programs go after the device, lest a packet of a flow of theirs reach the kernel.
+        self.engine.shutdown();
+        if let Some(ebpf) = self.ebpf
+            && let Err(error) = ebpf.leave()
+        {
+            tracing::warn!(%error, "flows end here");
         }
     }
 

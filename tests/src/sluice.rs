@@ -43,6 +43,8 @@ pub struct Config {
     pub guard: bool,
     /// Number of worker threads; `None` lets the engine choose.
     pub workers: Option<usize>,
+    /// Most flows of a family; `None` for the router's own limit.
+    pub flows: Option<u32>,
     /// Most flows of one overlay address; `None` for the router's own limit.
     pub flows_per_source: Option<u32>,
     /// Where metrics are served over TCP.
@@ -100,6 +102,7 @@ impl Config {
             datapath: "auto",
             guard: false,
             workers: None,
+            flows: None,
             flows_per_source: None,
             metrics: None,
             log: "info,router=debug",
@@ -162,6 +165,7 @@ impl Config {
             datapath.push(("uplink_guard", text("auto")));
         }
         datapath.extend(self.workers.map(|n| ("workers", n.to_string())));
+        datapath.extend(self.flows.map(|n| ("flows", n.to_string())));
         let limit = self.flows_per_source;
         datapath.extend(limit.map(|n| ("flows_per_source", n.to_string())));
         section("[datapath]", &datapath)?;
@@ -252,15 +256,18 @@ impl Host {
     }
 
     /// The daemon keeps locks and journals in /run by network namespace, and a namespace's number is
-    /// used again when it is gone: every lab has a /run of its own.
+    /// used again when it is gone: every lab has a /run of its own. It pins maps, which must go with
+    /// the lab, whatever becomes of the daemon: every lab has a BPF file system of its own.
     fn sluice_command(&self, words: &[&str]) -> anyhow::Result<Cmd> {
-        const WITH_RUN: &str = r#"mount --bind "$0" /run && exec "$@""#;
+        const WITH_OWN: &str = r#"mount --bind "$0" /run && mount --bind "$1" /sys/fs/bpf &&
+            shift && exec "$@""#;
         let run = self.folder().join("run");
         fs::create_dir_all(&run)?;
-        let isolate = ["unshare", "--mount", "sh", "-c", WITH_RUN];
+        let isolate = ["unshare", "--mount", "sh", "-c", WITH_OWN];
         Ok(self
             .command(isolate)
             .arg(&run)
+            .arg(self.bpffs()?)
             .arg(binary()?)
             .args(words)
             .arg("--config")
@@ -433,6 +440,7 @@ mod tests {
             datapath: "ebpf",
             guard: true,
             workers: Some(2),
+            flows: Some(5000),
             flows_per_source: Some(100),
             metrics: Some("127.0.0.1:9577".parse().unwrap()),
             log: "info",
@@ -464,6 +472,7 @@ protocols = ["tcp"]
 mode = "ebpf"
 uplink_guard = "auto"
 workers = 2
+flows = 5000
 flows_per_source = 100
 [api]
 socket = "/s"

@@ -1,11 +1,12 @@
 //! What a lab owns outside its own process, found by name, and its removal.
 //!
 //! A lab with the id `<pid>-<n>` owns the namespaces `sl<pid>-<n>-*`, the folder
-//! `/tmp/sluice-lab-<pid>-<n>` and the sockets `/run/wireguard/wg<pid>-<n>*.sock`. The file `owner`
+//! `/tmp/sluice-lab-<pid>-<n>`, the BPF file system that may be mounted in it, and the sockets `/run/wireguard/wg<pid>-<n>*.sock`. The file `owner`
 //! in its folder holds the start time of the process, so that a pid used again is not mistaken for
 //! it; the file `kept` says that the lab outlives its process on purpose.
 
 use std::collections::BTreeSet;
+use std::ffi::CString;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::DirBuilderExt;
@@ -18,6 +19,7 @@ use crate::netns;
 
 const TEMPORARY: &str = "/tmp";
 const FOLDER_PREFIX: &str = "sluice-lab-";
+const BPFFS: &str = "bpf";
 const WIREGUARD_SOCKETS: &str = "/run/wireguard";
 
 /// Makes the folder of a new lab and enters the owner there.
@@ -81,8 +83,46 @@ pub(crate) fn remove(id: &str) -> anyhow::Result<()> {
         gone(fs::remove_file(&socket)).with_context(|| socket.display().to_string())?;
     }
     let folder = folder(id);
+    unmount(&folder.join(BPFFS))?;
     gone(fs::remove_dir_all(&folder)).with_context(|| folder.display().to_string())?;
     namespaces
+}
+
+/// Mounts a BPF file system in a lab's folder.
+pub(crate) fn mount_bpffs(id: &str) -> anyhow::Result<PathBuf> {
+    let path = folder(id).join(BPFFS);
+    fs::create_dir(&path).with_context(|| path.display().to_string())?;
+    let target = CString::new(path.as_os_str().as_encoded_bytes())?;
+    // SAFETY: all pointers are C strings that live as long as the call.
+    let code = unsafe {
+        libc::mount(
+            c"bpf".as_ptr(),
+            target.as_ptr(),
+            c"bpf".as_ptr(),
+            0,
+            c"mode=0700".as_ptr().cast(),
+        )
+    };
+    if code < 0 {
+        let error = std::io::Error::last_os_error();
+        return Err(error).with_context(|| format!("mount {}", path.display()));
+    }
+    Ok(path)
+}
+
+/// Unmounts what is mounted at `path`, if it is.
+fn unmount(path: &Path) -> anyhow::Result<()> {
+    let target = CString::new(path.as_os_str().as_encoded_bytes())?;
+    // SAFETY: the pointer is that of a C string.
+    if unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) } == 0 {
+        return Ok(());
+    }
+    let error = std::io::Error::last_os_error();
+    match error.raw_os_error() {
+        // It is not there, or nothing is mounted on it.
+        Some(libc::ENOENT | libc::EINVAL) => Ok(()),
+        _ => Err(error).with_context(|| format!("unmount {}", path.display())),
+    }
 }
 
 /// The name of a lab's namespace for a host.

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Once, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -29,6 +29,7 @@ struct Shared {
     /// Whether processes outlive us.
     lasting: bool,
     tunnels: AtomicUsize,
+    bpffs: OnceLock<Result<PathBuf, String>>,
 }
 
 impl Lab {
@@ -56,6 +57,7 @@ impl Lab {
             folder,
             lasting,
             tunnels: AtomicUsize::new(0),
+            bpffs: OnceLock::new(),
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -301,6 +303,15 @@ impl Host {
     /// The lab's folder.
     pub fn folder(&self) -> &Path {
         &self.lab.folder
+    }
+
+    /// The lab's own BPF file system; what is pinned in it goes with the lab.
+    pub fn bpffs(&self) -> anyhow::Result<&Path> {
+        let mount = || sweep::mount_bpffs(&self.lab.id).map_err(|error| format!("{error:#}"));
+        match self.lab.bpffs.get_or_init(mount) {
+            Ok(folder) => Ok(folder),
+            Err(error) => anyhow::bail!("{error}"),
+        }
     }
 
     /// A device name for a tunnel, unique on this machine.

@@ -157,6 +157,9 @@ fn page(status: &Value) -> String {
         text(&datapath["active"]),
         text(&datapath["reason"])
     );
+    if let Some(reason) = datapath["unkept"].as_str() {
+        let _ = writeln!(out, "restart   flows end with the daemon: {reason}");
+    }
     let guard = &status["uplink_guard"];
     if guard.is_object() {
         let _ = writeln!(
@@ -297,7 +300,7 @@ mod tests {
         let status = json!({
             "name": "r1", "version": "0.1.0", "uptime_seconds": 3700,
             "problems": [{"part": "routes", "error": "no such device"}],
-            "datapath": {"active": "kernel", "reason": "no CAP_BPF"},
+            "datapath": {"active": "kernel", "reason": "no CAP_BPF", "unkept": "no bpffs"},
             "uplink_guard": {"interface": "eth0", "reason": "attached", "frames": {"drop_index": 7}},
             "routes": [{"cidr": "10.0.0.0/16", "snat": true, "path": "slow", "reason": "source NAT"}],
             "packets": [{"program": "from_overlay", "verdict": "forwarded", "packets": 3, "bytes": 99}],
@@ -308,6 +311,7 @@ mod tests {
             "up 1h1m",
             "PROBLEM   routes: no such device",
             "kernel: no CAP_BPF",
+            "restart   flows end with the daemon: no bpffs",
             "guard     eth0: attached",
             "drop_index",
             "slow path (source NAT)",

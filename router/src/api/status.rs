@@ -86,6 +86,9 @@ pub struct DatapathStatus {
     pub attach: Option<&'static str>,
     /// Why it is this one.
     pub reason: String,
+    /// Why the programs' flows end with the daemon; `None`: they outlive it, or there are no
+    /// programs.
+    pub unkept: Option<String>,
 }
 
 /// The XDP program that drops on the uplink what cannot be WireGuard for the router.

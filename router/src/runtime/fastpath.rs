@@ -2,7 +2,7 @@
 
 use super::{Daemon, Error};
 use crate::config::DatapathMode;
-use crate::datapath::ebpf::{Ebpf, Options};
+use crate::datapath::ebpf::{Ebpf, Options, Pins};
 use crate::datapath::limits::Limits;
 
 impl Daemon {
@@ -25,28 +25,47 @@ impl Daemon {
     }
 }
 
-/// Loads the programs, unless the configuration wants none or, where it leaves the choice, the
-/// kernel or the rights do not allow it. Tells why in words.
+/// Loads the programs for the TUN device `device`, unless the configuration wants none or, where it
+/// leaves the choice, the kernel or the rights do not allow it. Tells why in words.
 pub(super) fn choose_datapath(
     mode: DatapathMode,
     limits: Limits,
+    device: &str,
 ) -> Result<(Option<Ebpf>, String), Error> {
-    if mode == DatapathMode::Kernel {
-        return Ok((None, "the configuration asks for it".to_owned()));
-    }
-    let options = Options {
-        limits,
-        ..Options::default()
-    };
-    match Ebpf::load_with(options) {
-        Ok(ebpf) => Ok((
-            Some(ebpf),
-            "the kernel and the rights allow eBPF".to_owned(),
-        )),
-        Err(error) if mode == DatapathMode::Auto => {
-            tracing::warn!(%error, "no eBPF here");
-            Ok((None, format!("no eBPF here: {error}")))
+    let (ebpf, reason) = if mode == DatapathMode::Kernel {
+        (None, "the configuration asks for it".to_owned())
+    } else {
+        let options = Options {
+            limits,
+            pins: Pins::open(device).map_err(|error| error.to_string()),
+            ..Options::default()
+        };
+        match Ebpf::load_with(options) {
+            Ok(ebpf) => (
+                Some(ebpf),
+                "the kernel and the rights allow eBPF".to_owned(),
+            ),
+            Err(error) if mode == DatapathMode::Auto => {
+                tracing::warn!(%error, "no eBPF here");
+                (None, format!("no eBPF here: {error}"))
+            }
+            Err(error) => return Err(Error::Datapath(error)),
         }
-        Err(error) => Err(Error::Datapath(error)),
+    };
+    match &ebpf {
+        Some(ebpf) => {
+            if let Some(reason) = ebpf.unkept() {
+                tracing::info!(reason, "flows end with the daemon");
+            }
+        }
+        None => discard_pins(device),
+    }
+    Ok((ebpf, reason))
+}
+
+/// Takes away what an earlier run with programs has left: its flows are nobody's any more.
+pub(super) fn discard_pins(device: &str) {
+    if let Err(error) = Pins::discard(device) {
+        tracing::warn!(%error, "programs of an earlier run are left");
     }
 }

@@ -90,6 +90,7 @@ impl Daemon {
                 active: self.active_datapath(),
                 attach: self.ebpf.as_ref().and_then(Ebpf::attach_mode),
                 reason: self.datapath_reason.clone(),
+                unkept: self.ebpf.as_ref().and_then(Ebpf::unkept).map(str::to_owned),
             },
             uplink_guard,
             routes: self.route_status(),

@@ -298,6 +298,7 @@ mod tests {
                 active: "ebpf",
                 attach: Some("tcx"),
                 reason: String::new(),
+                unkept: None,
             },
             uplink_guard: GuardStatus {
                 requested: "auto",

@@ -12,7 +12,7 @@ use router_ebpf::abi::{FROM_OVERLAY, FROM_SUBNET};
 use super::fixture::*;
 
 /// The modes that this kernel has.
-fn modes() -> &'static [AttachMode] {
+pub(super) fn modes() -> &'static [AttachMode] {
     if has_tcx() {
         &[AttachMode::Tcx, AttachMode::Clsact]
     } else {
@@ -21,7 +21,7 @@ fn modes() -> &'static [AttachMode] {
 }
 
 /// Names of the programs on an interface's ingress, of tcx and clsact.
-fn attached(host: &Host, name: &str) -> anyhow::Result<Vec<String>> {
+pub(super) fn attached(host: &Host, name: &str) -> anyhow::Result<Vec<String>> {
     let tcx = host.enter(|| match has_tcx() {
         true => SchedClassifier::query_tcx(name, TcAttachType::Ingress).map(|(_, tcx)| tcx),
         false => Ok(Vec::new()),
@@ -41,18 +41,18 @@ fn attached(host: &Host, name: &str) -> anyhow::Result<Vec<String>> {
 
 /// A program started by a test that runs beside this one holds our descriptors for the moment
 /// between fork and exec, and with them the links.
-fn wait_until_bare(host: &Host, name: &str) -> anyhow::Result<()> {
+pub(super) fn wait_until_bare(host: &Host, name: &str) -> anyhow::Result<()> {
     let what = format!("no program on {name}");
     lab::wait_until(Duration::from_secs(10), &what, || {
         attached(host, name).is_ok_and(|programs| programs.is_empty())
     })
 }
 
-fn short(name: &str) -> String {
+pub(super) fn short(name: &str) -> String {
     name.chars().take(15).collect()
 }
 
-fn qdiscs(host: &Host, name: &str) -> anyhow::Result<String> {
+pub(super) fn qdiscs(host: &Host, name: &str) -> anyhow::Result<String> {
     host.run(["tc", "qdisc", "show", "dev", name])
 }
 

@@ -10,5 +10,6 @@ mod fixture;
 mod frames;
 mod guard;
 mod policy;
+mod restart;
 mod sweep;
 mod verdicts;

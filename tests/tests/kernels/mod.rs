@@ -27,6 +27,7 @@ const INSIDE: &[&str] = &[
     "ebpf::guard::messages_are_judged",
     "ebpf::guard::it_is_native",
     "ebpf::policy::the_kernel_finds",
+    "ebpf::restart",
     "ebpf::verdicts",
 ];
 

@@ -1,7 +1,7 @@
 //! What aya does not do for clsact: see filters, remove leftovers, remove the qdisc.
 //!
-//! A filter of ours has the program's name, and as its handle the interface index of the TUN device
-//! that it serves. The device ends with its daemon, so a handle without a device marks a leftover.
+//! A filter of ours has the program's name, and a handle that stands for the name of the TUN device
+//! that it serves, which one daemon at a time has: it finds the filters that an earlier run left.
 
 use std::io;
 
@@ -54,16 +54,35 @@ impl Header {
     }
 }
 
-/// Removes the clsact filters of daemons that died, on every interface, and what they leave empty.
-/// Those of the TUN device `own` are leftovers too: its daemon is just starting.
-pub(super) fn remove_leftovers(own: u32) -> io::Result<()> {
+/// The handle of the filters that serve the TUN device `device`: FNV-1a of its name. Zero has the
+/// kernel choose, and what tc(8) lists is a signed number.
+pub(super) fn handle(device: &str) -> u32 {
+    let hash = device.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    });
+    (hash & 0x7fff_ffff).max(1)
+}
+
+/// Whether the filter of `program` with this handle is on the ingress of an interface.
+pub(super) fn is_attached(index: u32, program: &str, handle: u32) -> io::Result<bool> {
+    let filters = filters(&mut open()?, index, INGRESS)?;
+    let wanted = |(header, name): &(Header, String)| header.handle == handle && name == program;
+    Ok(filters.iter().any(wanted))
+}
+
+/// Removes the filters with this handle that an earlier run left, but on interfaces that are
+/// `wanted`, and what they leave empty.
+pub(super) fn remove_leftovers(handle: u32, wanted: impl Fn(u32) -> bool) -> io::Result<()> {
     let mut socket = open()?;
     for index in interfaces(&mut socket)? {
+        if wanted(index) {
+            continue;
+        }
         let leftovers: Vec<Header> = filters(&mut socket, index, INGRESS)?
             .into_iter()
             .filter(|(header, name)| {
                 let ours = Side::ALL.iter().any(|side| side.program() == name);
-                ours && (header.handle == own || !exists(header.handle))
+                ours && header.handle == handle
             })
             .map(|(header, _)| header)
             .collect();
@@ -74,10 +93,10 @@ pub(super) fn remove_leftovers(own: u32) -> io::Result<()> {
             request(&mut socket, RTM_DELTFILTER, header)?;
             tracing::info!(
                 interface = index,
-                "removed a filter that a dead daemon left"
+                "removed a filter that an earlier run left"
             );
         }
-        // The dead daemon may have made the qdisc; empty it does nothing for anybody.
+        // That run may have made the qdisc; empty it does nothing for anybody.
         remove_empty(&mut socket, index)?;
     }
     Ok(())
@@ -105,14 +124,6 @@ fn remove_empty(socket: &mut Socket, index: u32) -> io::Result<()> {
 
 fn open() -> io::Result<Socket> {
     Socket::open(libc::NETLINK_ROUTE as isize)
-}
-
-/// Whether an interface with this index exists.
-fn exists(index: u32) -> bool {
-    let mut name = [0; libc::IF_NAMESIZE];
-    // SAFETY: the buffer has the length that the function asks for.
-    let found = unsafe { libc::if_indextoname(index, name.as_mut_ptr()) };
-    !found.is_null()
 }
 
 /// Interfaces that have a clsact qdisc.

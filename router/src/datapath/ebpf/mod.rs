@@ -1,7 +1,7 @@
 //! The eBPF datapath: loads, attaches and feeds the programs of `router-ebpf`.
 //!
-//! Attachments and maps are held by file descriptors, or (clsact) found again by name, so that
-//! nothing of ours outlives the daemon unnoticed.
+//! Attachments and maps are held by file descriptors. What is to outlive the daemon is pinned (see
+//! [`Pins`]), or (clsact) found again by name, so that nothing of ours outlives it unnoticed.
 
 mod attach;
 mod banks;
@@ -10,6 +10,7 @@ mod flows;
 pub mod guard;
 mod listing;
 mod object;
+mod pins;
 pub mod policy;
 mod sweep;
 mod sweeper;
@@ -31,11 +32,12 @@ use router_ebpf::verdict::Verdict;
 pub use attach::AttachMode;
 pub use listing::{FlowFilter, FlowTables, FlowView};
 pub use object::{guard_object, object};
+pub use pins::Pins;
 pub use sweeper::{Ended, FamilyReport, FlowReport};
 
 use super::limits::Limits;
 use super::{Counter, Datapath, Error, Link, Spec};
-use attach::Attachment;
+use attach::{Attachment, Owner};
 use flows::Table;
 use sweeper::Sweeper;
 use tables::Tables;
@@ -44,7 +46,7 @@ use tables::Tables;
 const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 10, 0);
 
 /// What is decided when the programs are loaded.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Options {
     /// The only way to attach; `None`: tcx where the kernel has it (6.6), else clsact.
     pub attach: Option<AttachMode>,
@@ -52,6 +54,8 @@ pub struct Options {
     pub limits: Limits,
     /// Whether flows end when they are due. Without, whoever fills the table empties it.
     pub sweep: bool,
+    /// Where flows are kept for the next daemon, or why they are not.
+    pub pins: Result<Pins, String>,
 }
 
 impl Default for Options {
@@ -60,6 +64,7 @@ impl Default for Options {
             attach: None,
             limits: Limits::default(),
             sweep: true,
+            pins: Err("nobody asked for it".to_owned()),
         }
     }
 }
@@ -74,6 +79,7 @@ pub struct Ebpf {
     /// How programs are attached; `None` until the first one has shown what the kernel offers.
     mode: Option<AttachMode>,
     attached: BTreeMap<(u32, &'static str), Attachment>,
+    pins: Result<Pins, String>,
     /// What is in force.
     spec: Option<Spec>,
 }
@@ -110,16 +116,39 @@ impl Ebpf {
         Self::support()?;
         let entries = options.limits.flows.saturating_mul(2);
         object::check_abi(object())?;
+        let unkept = |error: io::Error| error.to_string();
+        let left = options
+            .pins
+            .and_then(|pins| Ok((pins.inspect(entries).map_err(unkept)?, pins)));
+        let mut loader = EbpfLoader::new();
         // Without relocations against kernel types the kernel's own BTF need not be read.
-        let mut programs = EbpfLoader::new()
+        loader
             .btf(None)
             .map_max_entries(abi::FLOWS4, entries)
-            .map_max_entries(abi::FLOWS6, entries)
+            .map_max_entries(abi::FLOWS6, entries);
+        if let Ok((Some(_), pins)) = &left {
+            for (name, path) in pins.tables() {
+                loader.map_pin_path(name, path);
+            }
+        }
+        let mut programs = loader
             .load(object())
             .map_err(|error| refused("load the eBPF maps", error))?;
         for side in Side::ALL {
             load_program(&mut programs, side.program())?;
         }
+        if let Ok((Some(generation), _)) = left {
+            tables::begin_behind(&mut programs, generation)?;
+            tracing::info!("flows go on where the daemon before has left them");
+        }
+        let pins = left.and_then(|(_, pins)| match pins.keep(&programs) {
+            Ok(()) => Ok(pins),
+            Err(error) => {
+                // Half of it is of no use to anybody.
+                let _ = pins.remove();
+                Err(error.to_string())
+            }
+        });
         let tables = Tables::take(&mut programs, options.limits.flows_per_source)?;
         let flows = FlowTables {
             v4: Table::take(&mut programs, abi::FLOWS4)?,
@@ -139,8 +168,23 @@ impl Ebpf {
             counters,
             mode: options.attach,
             attached: BTreeMap::new(),
+            pins,
             spec: None,
         })
+    }
+
+    /// Why flows do not outlive the daemon; `None`: they do.
+    pub fn unkept(&self) -> Option<&str> {
+        self.pins.as_ref().err().map(String::as_str)
+    }
+
+    /// Ends, and leaves to the next daemon what it can take over.
+    pub fn leave(mut self) -> Result<(), Error> {
+        if self.pins.is_err() {
+            return self.remove();
+        }
+        let attached = std::mem::take(&mut self.attached);
+        attached.into_values().try_for_each(Attachment::leave)
     }
 
     /// How the programs are attached, `tcx` or `clsact`; `None` while they are not.
@@ -202,10 +246,6 @@ impl Ebpf {
 
     /// Puts `spec` in force, from whatever is in force now.
     fn install(&mut self, spec: &Spec) -> Result<(), Error> {
-        if self.attached.is_empty() {
-            clsact::remove_leftovers(spec.tun.index)
-                .map_err(|error| failed("remove what a dead daemon left attached", error))?;
-        }
         // Maps first: a program must not judge by another network's tables.
         let changed = self.tables.install(spec)?;
         if let (Some(policy), Some(sweeper)) = (changed, &self.sweeper) {
@@ -216,13 +256,12 @@ impl Ebpf {
             if self.attached.contains_key(key) {
                 continue;
             }
-            let attachment = attach::attach(
-                &mut self.programs,
-                &mut self.mode,
-                program,
-                link,
-                spec.tun.index,
-            )?;
+            let owner = Owner {
+                handle: clsact::handle(&spec.tun.name),
+                pins: self.pins.as_ref().ok(),
+            };
+            let attachment =
+                attach::attach(&mut self.programs, &mut self.mode, program, link, owner)?;
             tracing::debug!(program, link = %link.name, "attached");
             self.attached.insert(*key, attachment);
         }
@@ -235,14 +274,29 @@ impl Ebpf {
         for key in stale {
             self.detach(key)?;
         }
+        if self.spec.is_none() {
+            self.remove_leftovers(spec)
+                .map_err(|error| failed("take off what an earlier run left attached", error))?;
+        }
         Ok(())
     }
 
-    fn detach(&mut self, key: (u32, &'static str)) -> Result<(), Error> {
-        let Some(attachment) = self.attached.remove(&key) else {
-            return Ok(());
+    /// Takes off what an earlier run has attached and this one has not taken over.
+    fn remove_leftovers(&self, spec: &Spec) -> io::Result<()> {
+        let attached = |mode, index| {
+            let attached = |side: &Side| self.attached.contains_key(&(index, side.program()));
+            self.mode == Some(mode) && Side::ALL.iter().any(attached)
         };
-        attachment.detach(&mut self.programs)
+        if let Ok(pins) = &self.pins {
+            pins.remove_links(|index| attached(AttachMode::Tcx, index))?;
+        }
+        let handle = clsact::handle(&spec.tun.name);
+        clsact::remove_leftovers(handle, |index| attached(AttachMode::Clsact, index))
+    }
+
+    fn detach(&mut self, key: (u32, &'static str)) -> Result<(), Error> {
+        let attachment = self.attached.remove(&key);
+        attachment.map_or(Ok(()), Attachment::detach)
     }
 }
 
@@ -287,6 +341,11 @@ impl Datapath for Ebpf {
         let mut outcome = Ok(());
         for key in self.attached.keys().copied().collect::<Vec<_>>() {
             outcome = outcome.and(self.detach(key));
+        }
+        let ended = Err("the eBPF datapath was taken away".to_owned());
+        if let Ok(pins) = std::mem::replace(&mut self.pins, ended) {
+            let removed = pins.remove();
+            outcome = outcome.and(removed.map_err(|e| failed("remove what is pinned", e)));
         }
         outcome
     }

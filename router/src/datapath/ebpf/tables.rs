@@ -38,9 +38,11 @@ pub(super) struct Tables {
 impl Tables {
     /// Takes the maps out of the loaded object.
     pub(super) fn take(programs: &mut aya::Ebpf, flows_per_source: u32) -> Result<Self, Error> {
+        let settings: Array<_, Settings> = take_map(programs, abi::SETTINGS)?;
+        let current = settings.get(&0, 0);
         Ok(Self {
-            settings: take_map(programs, abi::SETTINGS)?,
-            current: Settings::default(),
+            settings,
+            current: current.map_err(|error| failed("read the eBPF settings", error))?,
             policy: Banks::take(programs)?,
             flows_per_source,
             overlay: Mirror::new(
@@ -117,6 +119,22 @@ impl Tables {
         self.current = settings;
         Ok(())
     }
+}
+
+/// Has the generations begin behind the one by which flows were judged that are taken over: each is
+/// judged anew before its next packet passes.
+pub(super) fn begin_behind(programs: &mut aya::Ebpf, generation: u32) -> Result<(), Error> {
+    let context = "write the eBPF settings";
+    let map = programs.map_mut(abi::SETTINGS);
+    let map = map.ok_or_else(|| failed(context, "the object does not have them"))?;
+    let settings = Settings {
+        abi_version: abi::ABI_VERSION,
+        generation,
+        ..Settings::default()
+    };
+    Array::<_, Settings>::try_from(map)
+        .and_then(|mut map| map.set(0, settings, 0))
+        .map_err(|error| failed(context, error))
 }
 
 /// Zero is what no flow was ever judged by.

@@ -5,6 +5,7 @@ mod flows;
 mod fragments;
 mod frames;
 mod mtu;
+mod restart;
 mod services;
 
 use std::io::{Read, Write};

@@ -1,0 +1,268 @@
+//! Connections outlive the daemon.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+
+use anyhow::{Context, ensure};
+use lab::packet::{ICMP, ICMPV6, TCP};
+use lab::site::{Arms, Running, SERVER};
+use lab::sluice::{Config, Sluice};
+use lab::{Capture, Lab, Wireguard, wait_until};
+
+use super::super::policy::to_vpc;
+use super::super::{SOON, warm_up};
+use super::{BRIEFLY, PORT, carries, receive, tcp_pair, udp_at, udp_to};
+
+/// A TCP connection and a UDP flow of one family, both ends.
+struct Flows {
+    near: TcpStream,
+    far: TcpStream,
+    near_udp: UdpSocket,
+    far_udp: UdpSocket,
+    /// Whom the server's UDP socket hears.
+    external: SocketAddr,
+}
+
+/// A running site with established, translated flows, whose router comes and goes.
+struct Bed {
+    run: Option<Sluice>,
+    config: Config,
+    site: lab::site::Site,
+    client: lab::site::Client,
+    tunnel: Wireguard,
+    flows: Vec<Flows>,
+    seen: Capture,
+}
+
+impl Bed {
+    fn new(lab: &Lab) -> anyhow::Result<Self> {
+        let run = Running::new(lab, Arms::Two, "ebpf", true)?;
+        let (laptop, server) = (&run.site.laptop, &run.site.server);
+        let mut flows = Vec::new();
+        for address in SERVER {
+            warm_up(laptop, address)?;
+            let address = SocketAddr::new(address, PORT);
+            let (near, far) = tcp_pair(laptop, server, address)?;
+            carries(&near, &far, "before")?;
+            let (near_udp, far_udp) = (udp_to(laptop, address)?, udp_at(server, address)?);
+            near_udp.send(b"before")?;
+            let (_, external) = receive(&far_udp)?;
+            flows.push(Flows {
+                near,
+                far,
+                near_udp,
+                far_udp,
+                external,
+            });
+        }
+        let status = run.sluice.status()?;
+        ensure!(status["datapath"]["unkept"].is_null(), "{status:#}");
+        let seen = server.capture("eth0")?;
+        Ok(Self {
+            run: Some(run.sluice),
+            config: run.config,
+            site: run.site,
+            client: run.client,
+            tunnel: run.tunnel,
+            flows,
+            seen,
+        })
+    }
+
+    fn end(&mut self, end: impl FnOnce(Sluice) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        end(self.run.take().context("it runs")?)
+    }
+
+    /// Starts the router again; the laptop's next packet makes a session.
+    fn start(&mut self) -> anyhow::Result<&Sluice> {
+        let sluice = self.site.router.sluice(&self.config)?;
+        let tunnel = self.client.tunnel(&self.config.key);
+        self.tunnel.begin_anew(&tunnel)?;
+        Ok(self.run.insert(sluice))
+    }
+
+    /// The server speaks while nobody is there. What it is told: ICMP errors and resets, as type
+    /// and code, or `(0, 0)` for a reset.
+    fn speak(&mut self) -> anyhow::Result<Vec<(u8, u8)>> {
+        self.seen.drain(|_| Some(()));
+        for flows in &mut self.flows {
+            flows.far.write_all(b"x")?;
+            flows.far_udp.send_to(b"meanwhile", flows.external)?;
+        }
+        // Each byte is sent again and again as long as nobody answers, with growing pauses: whoever
+        // would answer has had the time.
+        let mut told = Vec::new();
+        let mut sent = [0; 2];
+        let outcome = self.seen.find(SOON, "data sent again", |packet| {
+            let server = SERVER.iter().position(|own| *own == packet.source);
+            match (server, packet.protocol) {
+                (Some(family), TCP) => sent[family] += 1,
+                (None, TCP) if packet.payload.get(13).is_some_and(|flags| flags & 4 != 0) => {
+                    told.push((0, 0));
+                }
+                (None, ICMP | ICMPV6) => {
+                    // Neighbours ask for each other meanwhile.
+                    told.extend(
+                        packet
+                            .icmp()
+                            .filter(|(kind, _)| !(133..=137).contains(kind)),
+                    );
+                }
+                _ => {}
+            }
+            (sent.iter().all(|count| *count >= 4)).then_some(())
+        });
+        // A reset ends it early.
+        if told.is_empty() {
+            outcome?;
+        }
+        Ok(told)
+    }
+
+    /// The same connections carry data, by the same external port.
+    fn assert_alive(&mut self) -> anyhow::Result<()> {
+        for flows in &mut self.flows {
+            let what = flows.external.to_string();
+            // The laptop sends first, and so makes a session.
+            let reached = || flows.near_udp.send(b"after").is_ok();
+            flows.far_udp.set_read_timeout(Some(BRIEFLY))?;
+            let mut external = None;
+            wait_until(SOON, "the tunnel", || {
+                external = reached()
+                    .then(|| receive(&flows.far_udp).ok())
+                    .flatten()
+                    .map(|(_, from)| from);
+                external.is_some()
+            })?;
+            ensure!(external == Some(flows.external), "{what}: {external:?}");
+            let meanwhile = flows.near.read_exact(&mut [0]);
+            meanwhile.with_context(|| format!("{what}: what was sent meanwhile"))?;
+            carries(&flows.near, &flows.far, &format!("{what} up"))?;
+            carries(&flows.far, &flows.near, &format!("{what} down"))?;
+            flows.far_udp.send_to(b"after", flows.external)?;
+            receive(&flows.near_udp).with_context(|| format!("{what}: UDP down"))?;
+        }
+        Ok(())
+    }
+
+    /// Whether anything is pinned.
+    fn pinned(&self) -> anyhow::Result<bool> {
+        Ok(self.site.router.bpffs()?.join("sluice").exists())
+    }
+}
+
+/// Ends the router twice, and each time all goes on.
+fn flows_outlive(end: fn(Sluice) -> anyhow::Result<()>) {
+    lab::test(|lab| {
+        let mut bed = Bed::new(lab)?;
+        // The second time by a daemon that has taken over itself.
+        for _ in 0..2 {
+            bed.end(end)?;
+            let told = bed.speak()?;
+            ensure!(told.is_empty(), "the server was told {told:?}");
+            let sluice = bed.start()?;
+            ensure!(sluice.log().contains("flows go on"), "{}", sluice.log());
+            bed.assert_alive()?;
+        }
+        bed.end(Sluice::stop)?;
+        ensure!(!bed.pinned()?, "left pinned");
+        Ok(())
+    });
+}
+
+#[test]
+fn flows_outlive_a_restart() {
+    flows_outlive(|sluice| sluice.stop_by(libc::SIGUSR1));
+}
+
+#[test]
+fn flows_outlive_a_crash() {
+    flows_outlive(Sluice::kill);
+}
+
+/// After a stop for good the kernel speaks for itself again: so the tests above see what they look
+/// for.
+#[test]
+fn a_stop_ends_flows() {
+    lab::test(|lab| {
+        let mut bed = Bed::new(lab)?;
+        ensure!(bed.pinned()?);
+        bed.end(Sluice::stop)?;
+        ensure!(!bed.pinned()?, "left pinned");
+        let told = bed.speak()?;
+        ensure!(told.contains(&(0, 0)), "{told:?}");
+        Ok(())
+    });
+}
+
+/// A flow that the next daemon's configuration does not allow ends.
+#[test]
+fn a_new_policy_rules_over_kept_flows() {
+    lab::test(|lab| {
+        let mut bed = Bed::new(lab)?;
+        bed.end(|sluice| sluice.stop_by(libc::SIGUSR1))?;
+        bed.config.rules = vec![to_vpc("laptop", &format!(":{}", PORT + 1), &["tcp", "udp"])];
+        let sluice = bed.start()?;
+        ensure!(sluice.log().contains("flows go on"), "{}", sluice.log());
+        // What the new rule names works, so it is not the router that is gone.
+        for server in SERVER {
+            let address = SocketAddr::new(server, PORT + 1);
+            let (near, far) = tcp_pair(&bed.site.laptop, &bed.site.server, address)?;
+            carries(&near, &far, "the new rule")?;
+        }
+        for flows in &bed.flows {
+            for socket in [&flows.near_udp, &flows.far_udp] {
+                socket.set_read_timeout(Some(BRIEFLY))?;
+            }
+            for stream in [&flows.near, &flows.far] {
+                stream.set_read_timeout(Some(BRIEFLY))?;
+            }
+            flows.near_udp.send(b"up")?;
+            ensure!(receive(&flows.far_udp).is_err(), "UDP up");
+            flows.far_udp.send_to(b"down", flows.external)?;
+            ensure!(receive(&flows.near_udp).is_err(), "UDP down");
+            ensure!(carries(&flows.near, &flows.far, "up").is_err(), "TCP up");
+            ensure!(
+                carries(&flows.far, &flows.near, "down").is_err(),
+                "TCP down"
+            );
+        }
+        Ok(())
+    });
+}
+
+/// Another size of the table, or another form of it: the flows end, and the log says why.
+#[test]
+fn another_limit_begins_anew() {
+    lab::test(|lab| {
+        let mut bed = Bed::new(lab)?;
+        bed.end(|sluice| sluice.stop_by(libc::SIGUSR1))?;
+        bed.config.flows = Some(5000);
+        let log = bed.start()?.log();
+        ensure!(log.contains("is to have 10000"), "{log}");
+        ensure!(!log.contains("flows go on"), "{log}");
+        for server in SERVER {
+            wait_until(SOON, "the tunnel", || {
+                warm_up(&bed.site.laptop, server).is_ok()
+            })?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_restart_without_programs_takes_them_off() {
+    lab::test(|lab| {
+        let mut bed = Bed::new(lab)?;
+        bed.end(|sluice| sluice.stop_by(libc::SIGUSR1))?;
+        bed.config.datapath = "kernel";
+        bed.start()?;
+        ensure!(!bed.pinned()?, "left pinned");
+        for server in SERVER {
+            wait_until(SOON, "the tunnel", || {
+                warm_up(&bed.site.laptop, server).is_ok()
+            })?;
+        }
+        Ok(())
+    });
+}
