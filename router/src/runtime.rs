@@ -106,7 +106,7 @@ pub fn run(config: &Path) -> Result<(), Error> {
         notify::notify("STOPPING=1");
         match outcome {
             Ok(Ending::HandOver) => {
-                daemon.hand_over();
+                daemon.hand_over().await;
                 Ok(())
             }
             Ok(Ending::Stop) => {
@@ -458,16 +458,23 @@ impl Daemon {
         }
     }
 
-    /// Ends as a crash would, but in order: forwarding, ruleset and rules stay, and the next start
-    /// takes over what there is.
-    fn hand_over(mut self) {
+    /// Ends, and leaves to the next daemon what keeps flows alive. Until that comes, packets for
+    /// peers are dropped in silence: whoever was refused would give up.
+    async fn hand_over(mut self) {
+        let warn = |error: &dyn std::error::Error| tracing::warn!(%error, "flows may end here");
         self.guard.remove();
+        if let Err(error) = self.netlink.hold_routes(TABLE).await {
+            warn(&error);
+        }
+        if let Err(error) = self.kernel.leave() {
+            warn(&error);
+        }
         // The programs go after the device, lest a packet of a flow of theirs reach the kernel.
         self.engine.shutdown();
         if let Some(ebpf) = self.ebpf
             && let Err(error) = ebpf.leave()
         {
-            tracing::warn!(%error, "flows end here");
+            warn(&error);
         }
     }
 
@@ -484,6 +491,9 @@ impl Daemon {
         }
         if let Err(error) = self.netlink.remove_rules(&RuleSpec::new(TABLE)).await {
             warn("a routing rule", &error);
+        }
+        if let Err(error) = self.netlink.release_routes(TABLE).await {
+            warn("a route", &error);
         }
         // The filter goes after the device, lest a packet pass without it.
         self.engine.shutdown();

@@ -11,7 +11,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteType,
 };
 
-use super::socket::Socket;
+use super::socket::{Refusal, Socket};
 use super::wire::{self, Payload};
 use super::{Error, FWMARK, Netlink, PROTOCOL, address_from, family_of};
 use crate::datapath::Link;
@@ -37,12 +37,33 @@ impl Netlink {
     /// Makes `table` hold exactly these routes into the interface `index`, without touching those
     /// that are right already, or routes of others.
     pub async fn sync_routes(&self, table: u32, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
-        let bulk = self.bulk.clone();
         let wanted: HashSet<IpNet> = wanted.iter().map(IpNet::trunc).collect();
-        let work = move || {
-            let mut socket = bulk.lock().unwrap_or_else(PoisonError::into_inner);
-            sync(&mut socket, table, index, wanted)
+        self.in_bulk(move |socket| sync(socket, table, index, wanted))
+            .await
+    }
+
+    /// Puts behind each of our routes in `table` one that drops in silence: when the interface is
+    /// gone, packets for peers go nowhere else. The next [`Netlink::sync_routes`] removes them.
+    pub async fn hold_routes(&self, table: u32) -> Result<(), Error> {
+        self.in_bulk(move |socket| hold(socket, table)).await
+    }
+
+    /// Removes what [`Netlink::hold_routes`] has put into `table`.
+    pub async fn release_routes(&self, table: u32) -> Result<(), Error> {
+        let work = move |socket: &mut Socket| {
+            let mut held = present(socket, table)?;
+            held.retain(|(_, target)| *target == Target::Nowhere);
+            remove(socket, table, &held)
         };
+        self.in_bulk(work).await
+    }
+
+    async fn in_bulk(
+        &self,
+        work: impl FnOnce(&mut Socket) -> Result<(), Error> + Send + 'static,
+    ) -> Result<(), Error> {
+        let bulk = self.bulk.clone();
+        let work = move || work(&mut bulk.lock().unwrap_or_else(PoisonError::into_inner));
         match tokio::task::spawn_blocking(work).await {
             Ok(outcome) => outcome,
             Err(_) => Err(Error::new("set routes", libc::ECANCELED)),
@@ -183,26 +204,41 @@ mod uapi {
     pub(super) const RTM_GETROUTE: u16 = 26;
     pub(super) const RTA_DST: u16 = 1;
     pub(super) const RTA_OIF: u16 = 4;
+    pub(super) const RTA_PRIORITY: u16 = 6;
     pub(super) const RTA_TABLE: u16 = 15;
     pub(super) const RT_SCOPE_UNIVERSE: u8 = 0;
     pub(super) const RT_SCOPE_LINK: u8 = 253;
     pub(super) const RT_SCOPE_NOWHERE: u8 = 255;
     pub(super) const RTN_UNSPEC: u8 = 0;
     pub(super) const RTN_UNICAST: u8 = 1;
+    pub(super) const RTN_BLACKHOLE: u8 = 6;
+}
+
+/// The metric of routes that lead nowhere: behind all others.
+const LAST: u32 = u32::MAX;
+
+/// Where a route of ours leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    /// Into the interface with this index.
+    Device(u32),
+    /// Packets are dropped in silence.
+    Nowhere,
 }
 
 /// Writes a `struct rtmsg` and the attributes that name one of our routes.
-fn write_route(payload: &mut Payload<'_>, table: u32, index: u32, net: IpNet, add: bool) {
-    let (family, scope) = match (net, add) {
+fn write_route(payload: &mut Payload<'_>, table: u32, target: Target, net: IpNet, add: bool) {
+    let (family, scope) = match (net, add, target) {
         // A route that is to be removed must match whatever scope and type it has.
-        (IpNet::V4(_), false) => (libc::AF_INET, uapi::RT_SCOPE_NOWHERE),
-        (IpNet::V4(_), true) => (libc::AF_INET, uapi::RT_SCOPE_LINK),
-        (IpNet::V6(_), _) => (libc::AF_INET6, uapi::RT_SCOPE_UNIVERSE),
+        (IpNet::V4(_), false, _) => (libc::AF_INET, uapi::RT_SCOPE_NOWHERE),
+        (IpNet::V4(_), true, Target::Device(_)) => (libc::AF_INET, uapi::RT_SCOPE_LINK),
+        (IpNet::V4(_), true, Target::Nowhere) => (libc::AF_INET, uapi::RT_SCOPE_UNIVERSE),
+        (IpNet::V6(_), ..) => (libc::AF_INET6, uapi::RT_SCOPE_UNIVERSE),
     };
-    let kind = if add {
-        uapi::RTN_UNICAST
-    } else {
-        uapi::RTN_UNSPEC
+    let kind = match (target, add) {
+        (Target::Nowhere, _) => uapi::RTN_BLACKHOLE,
+        (Target::Device(_), true) => uapi::RTN_UNICAST,
+        (Target::Device(_), false) => uapi::RTN_UNSPEC,
     };
     let table_byte = u8::try_from(table).unwrap_or(0);
     let flags = [0; 4];
@@ -222,11 +258,14 @@ fn write_route(payload: &mut Payload<'_>, table: u32, index: u32, net: IpNet, ad
         IpAddr::V4(v4) => payload.attribute(uapi::RTA_DST, &v4.octets()),
         IpAddr::V6(v6) => payload.attribute(uapi::RTA_DST, &v6.octets()),
     }
-    payload.u32(uapi::RTA_OIF, index);
+    match target {
+        Target::Device(index) => payload.u32(uapi::RTA_OIF, index),
+        Target::Nowhere => payload.u32(uapi::RTA_PRIORITY, LAST),
+    }
 }
 
-/// Our routes in `table`, with the interface that each leads to.
-fn present(socket: &mut Socket, table: u32) -> Result<Vec<(IpNet, u32)>, Error> {
+/// Our routes in `table`, and where each leads.
+fn present(socket: &mut Socket, table: u32) -> Result<Vec<(IpNet, Target)>, Error> {
     let mut routes = Vec::new();
     for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
         let request = |payload: &mut Payload<'_>| {
@@ -254,8 +293,8 @@ fn present(socket: &mut Socket, table: u32) -> Result<Vec<(IpNet, u32)>, Error> 
     Ok(routes)
 }
 
-fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, u32)> {
-    let [found, prefix, _, _, _, protocol, ..]: [u8; 12] = wire::field(payload, 0)?;
+fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, Target)> {
+    let [found, prefix, _, _, _, protocol, _, kind, ..]: [u8; 12] = wire::field(payload, 0)?;
     let attributes = payload.get(12..)?;
     let host_u32 = |kind| {
         let value = wire::attribute(attributes, kind)?;
@@ -271,7 +310,11 @@ fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, u32)> {
         None => IpAddr::from([0u8; 16]),
     };
     let net = IpNet::new(address, prefix).ok()?;
-    Some((net, host_u32(uapi::RTA_OIF)?))
+    let target = match kind {
+        uapi::RTN_BLACKHOLE => Target::Nowhere,
+        _ => Target::Device(host_u32(uapi::RTA_OIF)?),
+    };
+    Some((net, target))
 }
 
 fn sync(
@@ -280,18 +323,40 @@ fn sync(
     index: u32,
     mut missing: HashSet<IpNet>,
 ) -> Result<(), Error> {
-    let mut surplus = Vec::new();
-    for (net, leads_to) in present(socket, table)? {
-        if leads_to != index || !missing.remove(&net) {
-            surplus.push((net, leads_to));
+    let (mut surplus, mut held) = (Vec::new(), Vec::new());
+    for (net, target) in present(socket, table)? {
+        match target {
+            Target::Nowhere => held.push((net, target)),
+            Target::Device(found) if found == index && missing.remove(&net) => {}
+            Target::Device(_) => surplus.push((net, target)),
         }
     }
-    let doing = |verb: &str, net: &IpNet| format!("{verb} route {net} in table {table}");
-    for chunk in surplus.chunks(ROUTES_PER_DATAGRAM) {
+    remove(socket, table, &surplus)?;
+    let missing: Vec<IpNet> = missing.into_iter().collect();
+    add(socket, table, Target::Device(index), &missing)?;
+    // Last: nothing may leave by another way meanwhile.
+    remove(socket, table, &held)
+}
+
+fn hold(socket: &mut Socket, table: u32) -> Result<(), Error> {
+    let mut missing = HashSet::new();
+    let mut held = HashSet::new();
+    for (net, target) in present(socket, table)? {
+        match target {
+            Target::Device(_) => missing.insert(net),
+            Target::Nowhere => held.insert(net),
+        };
+    }
+    let missing: Vec<IpNet> = missing.difference(&held).copied().collect();
+    add(socket, table, Target::Nowhere, &missing)
+}
+
+fn remove(socket: &mut Socket, table: u32, routes: &[(IpNet, Target)]) -> Result<(), Error> {
+    for chunk in routes.chunks(ROUTES_PER_DATAGRAM) {
         let mut batch = socket.batch();
-        for (net, leads_to) in chunk {
+        for (net, target) in chunk {
             batch.push(uapi::RTM_DELROUTE, 0, |payload| {
-                write_route(payload, table, *leads_to, *net, false);
+                write_route(payload, table, *target, *net, false);
             });
         }
         let refused = socket
@@ -301,30 +366,35 @@ fn sync(
         let serious = refused.into_iter().find(|(_, r)| r.errno != libc::ESRCH);
         if let Some((at, refusal)) = serious {
             let net = chunk.get(at as usize).map(|(net, _)| *net);
-            return Err(Error::refused(
-                doing("remove", &net.unwrap_or_default()),
-                refusal,
-            ));
+            return Err(failed("remove", table, net, refusal));
         }
     }
-    let missing: Vec<IpNet> = missing.into_iter().collect();
+    Ok(())
+}
+
+fn add(socket: &mut Socket, table: u32, target: Target, nets: &[IpNet]) -> Result<(), Error> {
     let flags = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
-    for chunk in missing.chunks(ROUTES_PER_DATAGRAM) {
+    for chunk in nets.chunks(ROUTES_PER_DATAGRAM) {
         let mut batch = socket.batch();
         for net in chunk {
             batch.push(uapi::RTM_NEWROUTE, flags, |payload| {
-                write_route(payload, table, index, *net, true);
+                write_route(payload, table, target, *net, true);
             });
         }
         let refused = socket
             .send(batch)
             .map_err(|refusal| Error::refused("add routes", refusal))?;
         if let Some((at, refusal)) = refused.into_iter().next() {
-            let net = chunk.get(at as usize).copied().unwrap_or_default();
-            return Err(Error::refused(doing("add", &net), refusal));
+            let net = chunk.get(at as usize).copied();
+            return Err(failed("add", table, net, refusal));
         }
     }
     Ok(())
+}
+
+fn failed(verb: &str, table: u32, net: Option<IpNet>, refusal: Refusal) -> Error {
+    let net = net.unwrap_or_default();
+    Error::refused(format!("{verb} route {net} in table {table}"), refusal)
 }
 
 #[cfg(test)]
@@ -343,19 +413,21 @@ mod tests {
             "2001:db8::7/128",
         ] {
             let net: IpNet = net.parse().unwrap();
-            let mut batch = Batch::new(1);
-            batch.push(uapi::RTM_NEWROUTE, 0, |payload| {
-                write_route(payload, 51820, 7, net, true);
-            });
-            let message = wire::messages(batch.bytes()).next().unwrap();
-            let family = if net.addr().is_ipv4() {
-                libc::AF_INET as u8
-            } else {
-                libc::AF_INET6 as u8
-            };
-            let read = |table| read_route(message.payload, family, table);
-            assert_eq!(read(51820), Some((net, 7)));
-            assert_eq!(read(51821), None);
+            for target in [Target::Device(7), Target::Nowhere] {
+                let mut batch = Batch::new(1);
+                batch.push(uapi::RTM_NEWROUTE, 0, |payload| {
+                    write_route(payload, 51820, target, net, true);
+                });
+                let message = wire::messages(batch.bytes()).next().unwrap();
+                let family = if net.addr().is_ipv4() {
+                    libc::AF_INET as u8
+                } else {
+                    libc::AF_INET6 as u8
+                };
+                let read = |table| read_route(message.payload, family, table);
+                assert_eq!(read(51820), Some((net, target)));
+                assert_eq!(read(51821), None);
+            }
         }
     }
 }

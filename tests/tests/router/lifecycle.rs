@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use lab::site::{Arms, Client, Running, SERVER, Site, config};
+use lab::sluice::Sluice;
 use lab::{Footprint, Host, http};
 
 use super::{HTTP, Path, on_every_path, serve};
@@ -68,10 +69,11 @@ fn after_a_crash_the_next_start_works_and_cleans_up(path: Path) {
         let before = site.router.footprint()?;
         let client = Client::new("laptop", 2)?;
         let config = config(&[&client], path.datapath(), path.snat())?;
-        for _ in 0..2 {
+        let hand_over = |sluice: Sluice| sluice.stop_by(libc::SIGUSR1);
+        for end in [Sluice::kill, Sluice::kill, hand_over, hand_over] {
             let sluice = site.router.sluice(&config)?;
             works(&site, &client, &config)?;
-            sluice.kill()?;
+            end(sluice)?;
         }
         let sluice = site.router.sluice(&config)?;
         works(&site, &client, &config)?;

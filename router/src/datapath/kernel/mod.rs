@@ -27,7 +27,7 @@ pub struct Kernel {
     /// it stays open as long as the table is to stay.
     nft: Option<Mutex<Nft>>,
     /// What is installed.
-    tables: Option<Tables>,
+    installed: Option<(Spec, Tables)>,
 }
 
 impl Kernel {
@@ -36,8 +36,21 @@ impl Kernel {
         Self {
             table: format!("{TABLE_PREFIX}{device}"),
             nft: None,
-            tables: None,
+            installed: None,
         }
+    }
+
+    /// Leaves the ruleset to the next daemon: connection tracking goes on with the flows that it
+    /// knows.
+    pub fn leave(mut self) -> Result<(), Error> {
+        let (Some((spec, tables)), Some(nft)) = (&self.installed, &mut self.nft) else {
+            return Ok(());
+        };
+        let nft = nft.get_mut().unwrap_or_else(PoisonError::into_inner);
+        nft.replace(&self.table, false, |transaction| {
+            ruleset::write(transaction, spec, tables, |_| Count::default());
+        })
+        .map_err(error)
     }
 
     fn counts(&self) -> Result<BTreeMap<String, Count>, netlink::Error> {
@@ -68,14 +81,15 @@ impl Datapath for Kernel {
             None => Nft::open().map_err(error)?,
         };
         let tables = Tables::new(spec);
-        let outcome = nft.replace(&self.table, |transaction| {
+        let outcome = nft.replace(&self.table, true, |transaction| {
             ruleset::write(transaction, spec, &tables, |name| {
                 before.get(name).copied().unwrap_or_default()
             });
         });
         if outcome.is_ok() {
-            end_flows(&mut nft, self.tables.as_ref(), &tables);
-            self.tables = Some(tables);
+            let before = self.installed.as_ref().map(|(_, tables)| tables);
+            end_flows(&mut nft, before, &tables);
+            self.installed = Some((spec.clone(), tables));
         }
         self.nft = Some(Mutex::new(nft));
         outcome.map_err(error)
@@ -96,7 +110,7 @@ impl Datapath for Kernel {
     }
 
     fn remove(&mut self) -> Result<(), Error> {
-        self.tables = None;
+        self.installed = None;
         if let Some(nft) = self.nft.take() {
             lock(&nft).remove(&self.table).map_err(error)?;
         }

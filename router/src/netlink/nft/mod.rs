@@ -77,10 +77,12 @@ impl Nft {
         Ok(Self(socket))
     }
 
-    /// Makes the table what `write` says, in one step.
+    /// Makes the table what `write` says, in one step. One that is `owned` goes with this handle,
+    /// where the kernel can do that.
     pub(crate) fn replace(
         &mut self,
         table: &str,
+        owned: bool,
         write: impl Fn(&mut Transaction<'_>),
     ) -> Result<(), Error> {
         let exists = self.tables()?.iter().any(|name| name == table);
@@ -93,6 +95,9 @@ impl Nft {
             write(&mut transaction);
             transaction.commit(&mut nft.0)
         };
+        if !owned {
+            return attempt(self, 0).map_err(install_error(table));
+        }
         match attempt(self, TABLE_OWNED) {
             // Linux before 5.12 knows no owner.
             Err((1 | 2, refusal, _))

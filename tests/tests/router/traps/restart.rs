@@ -4,14 +4,16 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 
 use anyhow::{Context, ensure};
-use lab::packet::{ICMP, ICMPV6, TCP};
+use lab::packet::{ICMP, ICMPV6, Packet, TCP};
 use lab::site::{Arms, Running, SERVER};
 use lab::sluice::{Config, Sluice};
 use lab::{Capture, Lab, Wireguard, wait_until};
 
 use super::super::policy::to_vpc;
-use super::super::{SOON, warm_up};
+use super::super::{Path, SOON, on_every_path, warm_up};
 use super::{BRIEFLY, PORT, carries, receive, tcp_pair, udp_at, udp_to};
+
+on_every_path!(flows_outlive_a_restart);
 
 /// A TCP connection and a UDP flow of one family, both ends.
 struct Flows {
@@ -31,12 +33,14 @@ struct Bed {
     client: lab::site::Client,
     tunnel: Wireguard,
     flows: Vec<Flows>,
+    /// What the server sees, and what leaves by the uplink.
     seen: Capture,
+    uplink: Capture,
 }
 
 impl Bed {
-    fn new(lab: &Lab) -> anyhow::Result<Self> {
-        let run = Running::new(lab, Arms::Two, "ebpf", true)?;
+    fn new(lab: &Lab, path: Path) -> anyhow::Result<Self> {
+        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
         let (laptop, server) = (&run.site.laptop, &run.site.server);
         let mut flows = Vec::new();
         for address in SERVER {
@@ -58,6 +62,7 @@ impl Bed {
         let status = run.sluice.status()?;
         ensure!(status["datapath"]["unkept"].is_null(), "{status:#}");
         let seen = server.capture("eth0")?;
+        let uplink = run.site.router.capture("wan")?;
         Ok(Self {
             run: Some(run.sluice),
             config: run.config,
@@ -66,6 +71,7 @@ impl Bed {
             tunnel: run.tunnel,
             flows,
             seen,
+            uplink,
         })
     }
 
@@ -116,6 +122,12 @@ impl Bed {
         if told.is_empty() {
             outcome?;
         }
+        let laptop = self.client.addresses;
+        let leaked = |packet: &Packet<'_>| laptop.contains(&packet.destination).then_some(());
+        ensure!(
+            self.uplink.drain(leaked).is_empty(),
+            "sent to the internet in the clear"
+        );
         Ok(told)
     }
 
@@ -152,16 +164,17 @@ impl Bed {
 }
 
 /// Ends the router twice, and each time all goes on.
-fn flows_outlive(end: fn(Sluice) -> anyhow::Result<()>) {
+fn flows_outlive(path: Path, end: fn(Sluice) -> anyhow::Result<()>) {
     lab::test(|lab| {
-        let mut bed = Bed::new(lab)?;
+        let mut bed = Bed::new(lab, path)?;
         // The second time by a daemon that has taken over itself.
         for _ in 0..2 {
             bed.end(end)?;
             let told = bed.speak()?;
             ensure!(told.is_empty(), "the server was told {told:?}");
-            let sluice = bed.start()?;
-            ensure!(sluice.log().contains("flows go on"), "{}", sluice.log());
+            let log = bed.start()?.log();
+            let taken_over = log.contains("flows go on");
+            ensure!(taken_over == (path.datapath() == "ebpf"), "{log}");
             bed.assert_alive()?;
         }
         bed.end(Sluice::stop)?;
@@ -170,36 +183,37 @@ fn flows_outlive(end: fn(Sluice) -> anyhow::Result<()>) {
     });
 }
 
-#[test]
-fn flows_outlive_a_restart() {
-    flows_outlive(|sluice| sluice.stop_by(libc::SIGUSR1));
+fn flows_outlive_a_restart(path: Path) {
+    flows_outlive(path, |sluice| sluice.stop_by(libc::SIGUSR1));
 }
 
 #[test]
 fn flows_outlive_a_crash() {
-    flows_outlive(Sluice::kill);
+    flows_outlive(Path::Translated, Sluice::kill);
 }
 
 /// After a stop for good the kernel speaks for itself again: so the tests above see what they look
 /// for.
 #[test]
 fn a_stop_ends_flows() {
-    lab::test(|lab| {
-        let mut bed = Bed::new(lab)?;
-        ensure!(bed.pinned()?);
-        bed.end(Sluice::stop)?;
-        ensure!(!bed.pinned()?, "left pinned");
-        let told = bed.speak()?;
-        ensure!(told.contains(&(0, 0)), "{told:?}");
-        Ok(())
-    });
+    for path in [Path::Translated, Path::Kernel] {
+        lab::test(|lab| {
+            let mut bed = Bed::new(lab, path)?;
+            ensure!(bed.pinned()? == (path == Path::Translated));
+            bed.end(Sluice::stop)?;
+            ensure!(!bed.pinned()?, "left pinned");
+            let told = bed.speak()?;
+            ensure!(told.contains(&(0, 0)), "{path:?}: {told:?}");
+            Ok(())
+        });
+    }
 }
 
 /// A flow that the next daemon's configuration does not allow ends.
 #[test]
 fn a_new_policy_rules_over_kept_flows() {
     lab::test(|lab| {
-        let mut bed = Bed::new(lab)?;
+        let mut bed = Bed::new(lab, Path::Translated)?;
         bed.end(|sluice| sluice.stop_by(libc::SIGUSR1))?;
         bed.config.rules = vec![to_vpc("laptop", &format!(":{}", PORT + 1), &["tcp", "udp"])];
         let sluice = bed.start()?;
@@ -235,7 +249,7 @@ fn a_new_policy_rules_over_kept_flows() {
 #[test]
 fn another_limit_begins_anew() {
     lab::test(|lab| {
-        let mut bed = Bed::new(lab)?;
+        let mut bed = Bed::new(lab, Path::Translated)?;
         bed.end(|sluice| sluice.stop_by(libc::SIGUSR1))?;
         bed.config.flows = Some(5000);
         let log = bed.start()?.log();
@@ -253,7 +267,7 @@ fn another_limit_begins_anew() {
 #[test]
 fn a_restart_without_programs_takes_them_off() {
     lab::test(|lab| {
-        let mut bed = Bed::new(lab)?;
+        let mut bed = Bed::new(lab, Path::Translated)?;
         bed.end(|sluice| sluice.stop_by(libc::SIGUSR1))?;
         bed.config.datapath = "kernel";
         bed.start()?;
