@@ -202,8 +202,9 @@ fn is_alive(id: &str) -> bool {
     let Some(now) = parse(id).and_then(|(pid, _)| start_time(pid)) else {
         return false;
     };
-    // Without the file the lab is being made or unmade just now: it belongs to the process.
-    fs::read_to_string(folder(id).join("owner")).map_or(true, |then| then == now)
+    // Without the file, or before anything is in it, the lab is being made or unmade just now: it
+    // belongs to the process.
+    fs::read_to_string(folder(id).join("owner")).map_or(true, |then| then.is_empty() || then == now)
 }
 
 /// When a process started, in ticks since boot; `None` when there is no such process.

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -347,6 +348,24 @@ fn the_next_run_removes_what_a_killed_one_left() {
         lab::sweep()?;
         assert_eq!(lab::traces(&id), [""; 0]);
         assert!(!lab::traces(lab.id()).is_empty(), "ours is alive");
+        Ok(())
+    });
+}
+
+/// Its owner may not be entered yet when another run sweeps.
+#[test]
+fn a_lab_in_the_making_is_spared() {
+    lab::test(|lab| {
+        let traces = lab::traces(lab.id());
+        let folder = traces.iter().find(|trace| trace.starts_with("/tmp/"));
+        let owner = Path::new(folder.context("the lab has no folder")?).join("owner");
+        for written in [Some(""), None] {
+            match written {
+                Some(start) => std::fs::write(&owner, start)?,
+                None => std::fs::remove_file(&owner)?,
+            }
+            assert!(!lab::sweep()?.contains(&lab.id().to_owned()), "{written:?}");
+        }
         Ok(())
     });
 }

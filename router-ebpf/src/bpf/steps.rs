@@ -86,7 +86,7 @@ pub(crate) fn run(ctx: &TcContext, side: Side, work: *const Work) -> Result<(), 
             result(sluice_open(skb, from))?;
             outcome = carry(done);
         }
-        // Not a second time, should the tables change meanwhile.
+        // Nothing is judged a second time, should the tables change meanwhile.
         if pending() == JUDGE {
             result(sluice_judge(skb, from))?;
             done |= JUDGED;
@@ -94,7 +94,7 @@ pub(crate) fn run(ctx: &TcContext, side: Side, work: *const Work) -> Result<(), 
         }
         if pending() == QUOTE {
             result(sluice_translate_quote(skb, from))?;
-            outcome = carry(done | QUOTED);
+            outcome = carry(done | JUDGED | QUOTED);
         }
         result(outcome)?;
         if (*work).forward.exit == Exit::Answer {
