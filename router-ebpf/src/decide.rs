@@ -25,7 +25,7 @@ pub trait Tables {
     /// Interface that the packet came in by.
     fn ingress(&self) -> u32;
 
-    /// `CLOCK_MONOTONIC` in ns.
+    /// `CLOCK_MONOTONIC` in ns, up to a tick of the kernel old.
     fn now(&self) -> u64;
 
     /// Any number.

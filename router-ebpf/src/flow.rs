@@ -369,7 +369,8 @@ pub(crate) fn touch<T: Tables>(side: Side, packet: &Packet, entry: Entry<'_>, ta
         return;
     }
     let now = tables.now();
-    if now.wrapping_sub(entry.last_used()) > Flow::COARSE {
+    // Another CPU's clock may be a tick ahead.
+    if now.saturating_sub(entry.last_used()) > Flow::COARSE {
         entry.set_last_used(now);
     }
     if packet.transport != Transport::Tcp {

@@ -65,6 +65,13 @@ impl Frame for Memory {
         }
     }
 
+    fn write_header<const AT: usize, const N: usize>(
+        &mut self,
+        bytes: &Bytes<N>,
+    ) -> Result<(), Verdict> {
+        self.write(AT as u32, bytes, Sum::Kept)
+    }
+
     fn write<const N: usize>(&mut self, at: u32, bytes: &Bytes<N>, _: Sum) -> Result<(), Verdict> {
         self.slice(at, N)?.copy_from_slice(&bytes.0);
         Ok(())

@@ -84,6 +84,12 @@ pub trait Frame {
     /// them, or if `len` is zero or more than [`mss::MAX_OPTIONS`].
     fn read_into(&self, at: u32, len: u32, to: &mut mss::Options) -> bool;
 
+    /// Overwrites bytes that [`Frame::header`] has seen, and no sum over the packet changes by it.
+    fn write_header<const AT: usize, const N: usize>(
+        &mut self,
+        bytes: &Bytes<N>,
+    ) -> Result<(), Verdict>;
+
     /// Overwrites bytes that [`Frame::read`] has seen.
     fn write<const N: usize>(&mut self, at: u32, bytes: &Bytes<N>, sum: Sum)
     -> Result<(), Verdict>;

@@ -123,7 +123,7 @@ fn write_v4<F: Frame>(
     let delta = Delta::default().word([packet.ttl, protocol], [ttl, protocol]);
     if !forward.is_translated {
         let [high, low] = delta.apply(packet.header_checksum);
-        return frame.write(8, &Bytes([ttl, protocol, high, low]), Sum::Kept);
+        return frame.write_header::<8, 4>(&Bytes([ttl, protocol, high, low]));
     }
     let nat = &forward.nat;
     let [a, b, c, d, ..] = *translated(side, packet);
@@ -134,12 +134,12 @@ fn write_v4<F: Frame>(
     match side {
         Side::Overlay => {
             let bytes = [ttl, protocol, high, low, e, f, g, h];
-            frame.write(8, &Bytes(bytes), Sum::Kept)
+            frame.write_header::<8, _>(&Bytes(bytes))
         }
         Side::Subnet => {
             let [i, j, k, l] = packet.tuple.source.v4_octets();
             let bytes = [ttl, protocol, high, low, i, j, k, l, e, f, g, h];
-            frame.write(8, &Bytes(bytes), Sum::Kept)
+            frame.write_header::<8, _>(&Bytes(bytes))
         }
     }
 }

@@ -93,6 +93,19 @@ pub(crate) fn count_hit(bank: u32, clause: u32) {
     }
 }
 
+// A function for each: of two calls of one helper LLVM makes one, and the kernel calls what it does
+// not know the map of indirectly.
+
+#[inline(never)]
+fn flow4(side: Side, tuple: &Tuple) -> Option<*mut Flow> {
+    FLOWS4.get_ptr_mut(Key4::new(side, tuple))
+}
+
+#[inline(never)]
+fn flow6(side: Side, tuple: &Tuple) -> Option<*mut Flow> {
+    FLOWS6.get_ptr_mut(Key6::new(side, tuple))
+}
+
 /// The tables as one packet sees them.
 pub(crate) struct Maps<'a> {
     ctx: &'a TcContext,
@@ -165,8 +178,7 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn now(&self) -> u64 {
-        // SAFETY: the helper takes nothing.
-        unsafe { helpers::bpf_ktime_get_ns() }
+        steps::now()
     }
 
     #[inline(always)]
@@ -208,12 +220,12 @@ impl Tables for Maps<'_> {
         }
     }
 
-    #[inline(never)]
+    #[inline(always)]
     fn flow(&self, side: Side, tuple: &Tuple) -> Option<Entry<'_>> {
         let entry = if tuple.source.is_v4() {
-            FLOWS4.get_ptr_mut(Key4::new(side, tuple))
+            flow4(side, tuple)
         } else {
-            FLOWS6.get_ptr_mut(Key6::new(side, tuple))
+            flow6(side, tuple)
         }?;
         // SAFETY: the kernel keeps the entry's memory until the program ends, also when the entry
         // is deleted; `UnsafeCell` has the layout of what it holds.

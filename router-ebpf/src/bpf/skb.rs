@@ -90,6 +90,39 @@ fn done(code: i64) -> Result<(), Verdict> {
     }
 }
 
+/// Overwrites bytes of the linear part without a helper. The kernel makes the data private when a
+/// program that does so begins.
+#[inline(always)]
+fn write_at<const N: usize>(
+    ctx: &TcContext,
+    offset: usize,
+    bytes: &Bytes<N>,
+) -> Result<(), Verdict> {
+    let start = ctx.data() + offset;
+    if start + N > ctx.data_end() {
+        return Err(Verdict::DropInternal);
+    }
+    let mut at = 0;
+    // By words, as in `header`.
+    while at + 4 <= N {
+        let word = [
+            bytes.0[at],
+            bytes.0[at + 1],
+            bytes.0[at + 2],
+            bytes.0[at + 3],
+        ];
+        // SAFETY: the bytes lie between `data` and `data_end`, as the verifier checks too.
+        unsafe { ((start + at) as *mut u32).write(u32::from_ne_bytes(word)) };
+        at += 4;
+    }
+    while at < N {
+        // SAFETY: as above.
+        unsafe { ((start + at) as *mut u8).write(bytes.0[at]) };
+        at += 1;
+    }
+    Ok(())
+}
+
 impl Frame for Skb<'_> {
     #[inline(always)]
     fn len(&self) -> u32 {
@@ -164,6 +197,14 @@ impl Frame for Skb<'_> {
     }
 
     #[inline(always)]
+    fn write_header<const AT: usize, const N: usize>(
+        &mut self,
+        bytes: &Bytes<N>,
+    ) -> Result<(), Verdict> {
+        write_at(self.ctx, self.offset as usize + AT, bytes)
+    }
+
+    #[inline(always)]
     fn write<const N: usize>(
         &mut self,
         at: u32,
@@ -216,16 +257,7 @@ impl Frame for Skb<'_> {
     fn push_ethernet(&mut self, header: &Bytes<14>) -> Result<(), Verdict> {
         // SAFETY: the helper takes plain numbers.
         done(unsafe { bpf_skb_change_head(self.ctx.skb.skb, header.0.len() as u32, 0) })?;
-        // SAFETY: the source has as many bytes as the headroom just made.
-        done(unsafe {
-            bpf_skb_store_bytes(
-                self.ctx.skb.skb,
-                0,
-                header.0.as_ptr().cast(),
-                header.0.len() as u32,
-                0,
-            )
-        })
+        write_at(self.ctx, 0, header)
     }
 
     #[inline(always)]

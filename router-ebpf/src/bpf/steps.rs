@@ -6,6 +6,7 @@ use core::hint::black_box;
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::btf_maps::PerCpuArray;
+use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{Flow, Prefix, Side, Tuple};
@@ -32,6 +33,8 @@ pub(crate) struct Work {
     options: mss::Options,
     /// The step that must be done before the packet can be carried; see [`run`].
     pub(crate) pending: u32,
+    /// The tick of the kernel at which this CPU last read the clock, and the time then in ns.
+    clock: [u64; 2],
 }
 
 /// No step is pending.
@@ -280,6 +283,24 @@ steps! {
     /// [`icmp::answer`].
     sluice_answer(ctx, work, from) {
         number(icmp::answer(&work.packet, work.forward.mtu, &mut Skb::at(ctx, side(from))))
+    }
+}
+
+/// [`decide::Tables::now`]: to read the clock takes longer than to ask for the tick, which the
+/// kernel makes one load of.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: the helpers take nothing, and the place is valid and this program's alone.
+    unsafe {
+        let Some(work) = work() else {
+            return bpf_ktime_get_ns();
+        };
+        let clock = &raw mut (*work).clock;
+        let tick = bpf_jiffies64();
+        if (*clock)[0] != tick {
+            *clock = [tick, bpf_ktime_get_ns()];
+        }
+        (*clock)[1]
     }
 }
 
