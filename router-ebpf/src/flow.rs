@@ -1,6 +1,7 @@
 //! Flows: how they are opened, judged anew and kept alive.
 
 mod entry;
+pub mod external;
 
 use crate::abi::{Address, Flow, Link, Prefix, Route, Settings, Side, Tuple};
 use crate::decide::{Refused, Tables, refuse};
@@ -120,7 +121,7 @@ pub fn open<T: Tables>(
             if snat {
                 overlay.flags = Flow::SNAT;
                 subnet.flags = Flow::SNAT;
-                overlay.address = external(link, &tuple.source).ok_or(Verdict::SlowSnat)?;
+                overlay.address = external::choose(link, &tuple.source).ok_or(Verdict::SlowSnat)?;
             }
             counted(&tuple.source, tables, settings, || {
                 add(tuple, overlay, subnet, tables, settings)
@@ -176,34 +177,6 @@ fn path_mtu(path: u32, link: &Link, settings: &Settings) -> u16 {
     } else {
         mtu as u16
     }
-}
-
-/// The external address of `link` for an inner source, always the same for one source.
-#[inline(always)]
-fn external(link: &Link, source: &Address) -> Option<[u8; 16]> {
-    let mut hash = 0_u32;
-    let mut at = 0;
-    while at < 16 {
-        hash = hash.wrapping_mul(31).wrapping_add(source.octets[at].into());
-        at += 1;
-    }
-    let count = if source.is_v4() {
-        u32::from(link.v4_count)
-    } else {
-        u32::from(link.v6_count)
-    };
-    if count == 0 {
-        return None;
-    }
-    // The mask is for the verifier.
-    let slot = (hash % count) as usize & (link.v4.len() - 1);
-    let mut address = [0; 16];
-    if source.is_v4() {
-        address[..4].copy_from_slice(&link.v4[slot]);
-    } else {
-        address = link.v6[slot];
-    }
-    Some(address)
 }
 
 /// Runs `add` with one flow of `overlay` more counted.

@@ -14,7 +14,7 @@ mod uapi;
 
 use std::future::pending;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -152,6 +152,8 @@ struct Daemon {
     facts_due: Option<Instant>,
     neighbours_due: Instant,
     facts: Facts,
+    /// External addresses that no subnet-side interface has, as last told.
+    absent: Vec<IpAddr>,
 
     netlink: Netlink,
     changes: Changes,
@@ -228,6 +230,7 @@ impl Daemon {
             facts_due: None,
             neighbours_due: started + NEIGHBOURS,
             facts,
+            absent: Vec::new(),
             netlink,
             changes,
             engine,
@@ -401,11 +404,28 @@ impl Daemon {
             &self.facts,
             |host, port| names.address(host, port),
         );
+        self.tell_absent(&plan);
         if self.ebpf.is_none() {
             plan.datapath.external.clear();
         }
         self.core.want(plan);
         self.guard_uplink();
+    }
+
+    fn tell_absent(&mut self, plan: &crate::core::Plan) {
+        let mut absent = self.local.external_addresses.clone();
+        let chosen = &plan.datapath.chosen;
+        absent.retain(|address| !chosen.values().flatten().any(|found| found == address));
+        if absent != self.absent {
+            for address in absent.iter().filter(|a| !self.absent.contains(a)) {
+                tracing::warn!(
+                    %address,
+                    "no subnet-side interface has this address of datapath.external_addresses: it \
+                     is not used; add it to an interface, or take it out of the list"
+                );
+            }
+            self.absent = absent;
+        }
     }
 
     async fn carry_out(&mut self, action: &Action) -> Result<(), String> {

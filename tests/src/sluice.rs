@@ -41,6 +41,8 @@ pub struct Config {
     pub datapath: &'static str,
     /// Whether the uplink is guarded.
     pub guard: bool,
+    /// What sources are translated to; none: the first address of each interface.
+    pub external_addresses: Vec<String>,
     /// Number of worker threads; `None` lets the engine choose.
     pub workers: Option<usize>,
     /// Most flows of a family; `None` for the router's own limit.
@@ -101,6 +103,7 @@ impl Config {
             rules: Vec::new(),
             datapath: "auto",
             guard: false,
+            external_addresses: Vec::new(),
             workers: None,
             flows: None,
             flows_per_source: None,
@@ -163,6 +166,9 @@ impl Config {
         let mut datapath = vec![("mode", text(self.datapath))];
         if self.guard {
             datapath.push(("uplink_guard", text("auto")));
+        }
+        if !self.external_addresses.is_empty() {
+            datapath.push(("external_addresses", list(&self.external_addresses)));
         }
         datapath.extend(self.workers.map(|n| ("workers", n.to_string())));
         datapath.extend(self.flows.map(|n| ("flows", n.to_string())));
@@ -439,6 +445,7 @@ mod tests {
             }],
             datapath: "ebpf",
             guard: true,
+            external_addresses: vec!["10.0.0.9".to_owned()],
             workers: Some(2),
             flows: Some(5000),
             flows_per_source: Some(100),
@@ -471,6 +478,7 @@ protocols = ["tcp"]
 [datapath]
 mode = "ebpf"
 uplink_guard = "auto"
+external_addresses = ["10.0.0.9"]
 workers = 2
 flows = 5000
 flows_per_source = 100

@@ -95,6 +95,7 @@ impl Kind {
             }],
             policy: Policy::default(),
             external,
+            chosen: Default::default(),
             guarded_port: None,
         })
     }

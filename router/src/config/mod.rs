@@ -20,7 +20,7 @@ pub(crate) mod tests;
 
 use std::fs::File;
 use std::io::Read as _;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -118,6 +118,10 @@ pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
             old.uplink_guard != new.uplink_guard,
         ),
         ("datapath.subnet", old.subnet != new.subnet),
+        (
+            "datapath.external_addresses",
+            old.external_addresses != new.external_addresses,
+        ),
         ("datapath.workers", old.workers != new.workers),
         (
             "a limit or timeout of flows in [datapath]",
@@ -189,6 +193,9 @@ pub struct Local {
     pub uplink_guard: bool,
     /// The subnet-side interfaces; empty means `auto`: found by the routes' CIDRs.
     pub subnet: Vec<String>,
+    /// What sources are translated to on the subnet-side interfaces that have these addresses, at
+    /// most eight of each family; on others it is their first address.
+    pub external_addresses: Vec<IpAddr>,
     /// Number of worker threads; `None` lets the engine choose.
     pub workers: Option<usize>,
     /// The limits of the fast path's flow table.

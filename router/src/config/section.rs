@@ -53,6 +53,7 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
             "uplink",
             "uplink_guard",
             "subnet",
+            "external_addresses",
             "workers",
             "flows",
             "flows_per_source",

@@ -108,6 +108,35 @@ impl Plan {
     }
 }
 
+/// What sources are translated to toward the subnet-side interfaces, by interface index: all of it,
+/// and the part that was chosen by hand.
+fn external(
+    local: &Local,
+    facts: &Facts,
+    subnet: &BTreeSet<Link>,
+) -> (BTreeMap<u32, Vec<IpAddr>>, BTreeMap<u32, Vec<IpAddr>>) {
+    let (mut external, mut chosen) = (BTreeMap::new(), BTreeMap::new());
+    for (index, link) in subnet
+        .iter()
+        .filter_map(|link| Some((link.index, facts.links.get(&link.index)?)))
+    {
+        let mut addresses = local.external_addresses.clone();
+        addresses.retain(|address| link.addresses.iter().any(|own| own.addr() == *address));
+        if !addresses.is_empty() {
+            chosen.insert(index, addresses.clone());
+        }
+        for address in &link.external {
+            if addresses.iter().all(|a| a.is_ipv4() != address.is_ipv4()) {
+                addresses.push(*address);
+            }
+        }
+        if !addresses.is_empty() {
+            external.insert(index, addresses);
+        }
+    }
+    (external, chosen)
+}
+
 /// Derives the desired state. `endpoint` yields the present address of a DNS name and port.
 pub fn plan(
     local: &Local,
@@ -139,11 +168,7 @@ pub fn plan(
             .filter_map(|name| facts.link_named(name))
             .collect()
     };
-    let external = |link: &Link| {
-        let addresses = &facts.links.get(&link.index)?.external;
-        (!addresses.is_empty()).then(|| (link.index, addresses.clone()))
-    };
-    let external = subnet.iter().filter_map(external).collect();
+    let (external, chosen) = external(local, facts, &subnet);
     let own: BTreeSet<IpAddr> = local.addresses.iter().map(IpNet::addr).collect();
     let connected: BTreeSet<IpNet> = local.addresses.iter().map(IpNet::trunc).collect();
     let host_route = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
@@ -173,6 +198,7 @@ pub fn plan(
             routes: snapshot.routes.clone(),
             policy: snapshot.policy.clone(),
             external,
+            chosen,
             guarded_port: local.uplink_guard.then_some(local.listen_port),
         },
         peers: snapshot
@@ -220,6 +246,7 @@ mod tests {
             datapath: DatapathMode::Auto,
             uplink: Interface::Auto,
             uplink_guard: false,
+            external_addresses: Vec::new(),
             subnet: vec![],
             workers: None,
             limits: Default::default(),
@@ -290,6 +317,32 @@ mod tests {
         let plan = plan(&local(), &snapshot(), &tun(), &facts, |_, _| None);
         let wanted = BTreeMap::from([(2, vec!["10.0.0.5".parse().unwrap()])]);
         assert_eq!(plan.datapath.external, wanted);
+        assert_eq!(plan.datapath.chosen, BTreeMap::new());
+    }
+
+    #[test]
+    fn external_addresses_are_chosen_among_those_that_an_interface_has() {
+        let mut facts = facts();
+        let link = facts.links.get_mut(&2).unwrap();
+        link.addresses.push("10.0.0.6/24".parse().unwrap());
+        link.external = vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()];
+        let mut local = local();
+        let external = |local: &Local| {
+            let plan = plan(local, &snapshot(), &tun(), &facts, |_, _| None);
+            let of = |map: BTreeMap<u32, Vec<IpAddr>>| {
+                let addresses = map.get(&2).into_iter().flatten();
+                addresses.map(IpAddr::to_string).collect::<Vec<_>>()
+            };
+            (of(plan.datapath.external), of(plan.datapath.chosen))
+        };
+        let texts = |list: &[&str]| list.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>();
+        local.external_addresses = vec!["10.0.0.7".parse().unwrap()];
+        assert_eq!(external(&local), (texts(&["10.0.0.5", "fd00::5"]), vec![]));
+        local
+            .external_addresses
+            .extend(["10.0.0.6", "10.0.0.5"].map(|a| a.parse::<IpAddr>().unwrap()));
+        let wanted = texts(&["10.0.0.6", "10.0.0.5", "fd00::5"]);
+        assert_eq!(external(&local), (wanted.clone(), wanted[..2].to_vec()));
     }
 
     #[test]

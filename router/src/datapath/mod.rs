@@ -93,6 +93,9 @@ pub struct Spec {
     /// what the eBPF programs translate sources to. Flows through a NIC that has none are
     /// translated by the kernel.
     pub external: BTreeMap<u32, Vec<IpAddr>>,
+    /// Those of the external addresses that were chosen by hand, by interface index: the kernel
+    /// translates to them as well. Toward other interfaces it takes their first address.
+    pub chosen: BTreeMap<u32, Vec<IpAddr>>,
     /// The listen port if the uplink's guard may stand in front of it: what comes back for a flow
     /// that was translated to it would be taken for junk. (The eBPF programs take no port that a
     /// socket has.)

@@ -26,6 +26,8 @@ const PROCESSOR: &str = "max,-cx16";
 const MEMORY: &str = "1536";
 const BOOT: Duration = Duration::from_secs(90);
 const POWER_OFF: Duration = Duration::from_secs(20);
+/// What the guest says to a question that did not arrive whole.
+const AGAIN: &[u8] = b"\x1eagain\n";
 /// The first program of a guest.
 const INIT: &[u8] = include_bytes!("init");
 
@@ -123,6 +125,7 @@ impl Machine {
             console,
             stream: stream.context("no connection to QEMU")?,
             questions: 0,
+            question: String::new(),
         };
         guest.answer(0, BOOT).context("the guest did not come up")?;
         // QEMU has read it.
@@ -188,6 +191,8 @@ pub struct Guest {
     console: PathBuf,
     stream: UnixStream,
     questions: u64,
+    /// The last one.
+    question: String,
 }
 
 /// What a script in a guest left.
@@ -253,8 +258,13 @@ impl Guest {
 
     fn ask(&mut self, script: &str) -> anyhow::Result<()> {
         self.questions += 1;
-        let question = format!("{} {}\n", self.questions, STANDARD.encode(script));
-        let sent = self.stream.write_all(question.as_bytes());
+        let script = STANDARD.encode(script);
+        self.question = format!("ask {} {} {script}\n", self.questions, script.len());
+        self.send()
+    }
+
+    fn send(&mut self) -> anyhow::Result<()> {
+        let sent = self.stream.write_all(self.question.as_bytes());
         sent.with_context(|| format!("the guest has ended\n{}", self.console()))
     }
 
@@ -266,6 +276,10 @@ impl Guest {
         loop {
             if let Some(answer) = parse(&bytes, question)? {
                 return Ok(answer);
+            }
+            if bytes.ends_with(AGAIN) {
+                bytes.clear();
+                self.send()?;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

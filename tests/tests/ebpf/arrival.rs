@@ -117,6 +117,7 @@ fn spec() -> anyhow::Result<Spec> {
         routes: vec![fast("10.20.0.0/24")?, fast("2001:db8:20::/64")?],
         policy: Policy::default(),
         external: Default::default(),
+        chosen: Default::default(),
         guarded_port: None,
     })
 }

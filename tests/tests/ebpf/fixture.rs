@@ -233,6 +233,7 @@ impl Fixture {
             overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
             routes,
             policy: Policy::default(),
+            chosen: Default::default(),
             guarded_port: None,
         };
         let mut ebpf = Ebpf::load_with(options)?;

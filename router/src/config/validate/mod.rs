@@ -1,5 +1,6 @@
 //! Judges the raw form and builds the validated one.
 
+mod external;
 mod limits;
 mod overlap;
 mod peers;
@@ -67,6 +68,8 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
         [("off", false), ("auto", true)],
         problems,
     );
+    let external_addresses =
+        external::addresses(raw.datapath.external_addresses.as_ref(), problems);
     let limits = limits::limits(&raw.datapath, problems);
 
     let peers = peers::peers(&raw.peers, own_key, addresses, directory, problems);
@@ -95,6 +98,7 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
             uplink: interfaces.uplink,
             uplink_guard: uplink_guard.unwrap_or(false),
             subnet: interfaces.subnet.into_iter().map(|i| i.value).collect(),
+            external_addresses,
             workers: interfaces.workers,
             limits,
             http: http?,

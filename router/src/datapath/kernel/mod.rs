@@ -8,6 +8,7 @@ mod policy;
 mod ruleset;
 mod span;
 mod tables;
+mod translate;
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -7,7 +7,7 @@
 //! | `from_overlay` | from a peer | clamps the MSS; known flows pass; new ones to routed CIDRs, or to a peer if the policy has let them |
 //! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones from routed CIDRs, if the policy lets them |
 //! | `permit` | all that comes from the TUN device, once there are rules | drops new flows that no rule allows, also those to the router itself |
-//! | `translate` | the first packet of a flow from a peer | masquerades where the route says so |
+//! | `translate` | the first packet of a flow from a peer | translates its source where the route says so, see `translate` |
 //!
 //! What a peer asks for is judged before kube-proxy or Docker may translate it: the policy looks at
 //! packets before destination NAT, and the routes at connection tracking's view of the flow's first
@@ -21,17 +21,16 @@
 //! The expressions are such that `nft list ruleset` can show them: nft 1.0.6 crashes on some keys
 //! that the kernel takes, such as a concatenation with `ct original proto-dst`.
 
-use std::ops::RangeInclusive;
-
 use router_ebpf::abi::HANDED_OVER;
 
 use super::policy::Compiled;
 use super::span::Family;
 use super::tables::{FamilyTables, Tables};
+use super::translate;
 use crate::datapath::Spec;
 use crate::netlink::nft::{
-    Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Count, Ct, Hook, Meta, REG, REG_2, Rule,
-    Transaction, Verdict, WORD,
+    Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Count, Ct, Hook, Meta, REG, Rule, Transaction,
+    Verdict, WORD,
 };
 
 /// IP and TCP header without options, in bytes: what an MSS leaves out of an MTU (RFC 6691).
@@ -98,7 +97,7 @@ const FROM: Direction = Direction {
 };
 const DROP_SPOOFED: Named = named("from_spoofed", "kernel_from_overlay", "drop_spoofed");
 /// Counts flows, not packets: only the first packet of a flow is asked about.
-const MASQUERADED: Named = named(
+pub(super) const MASQUERADED: Named = named(
     "from_masqueraded",
     "kernel_from_overlay",
     "masqueraded_flow",
@@ -112,14 +111,14 @@ const TO: Direction = Direction {
 };
 
 /// The sets that a packet's source, destination and flow are looked up in, by family.
-struct Sets {
-    family: Family,
+pub(super) struct Sets {
+    pub(super) family: Family,
     /// Sources that are peers'.
     overlay: String,
     /// Destinations that are routed.
     routes: String,
     /// Routed destinations toward which sources are translated.
-    snat: String,
+    pub(super) snat: String,
     /// What the policy lets peers do.
     from: PolicySets,
     /// What the policy lets the subnet side do.
@@ -163,7 +162,7 @@ impl Sets {
         }
     }
 
-    fn original_destination(&self) -> Ct {
+    pub(super) fn original_destination(&self) -> Ct {
         match self.family {
             Family::V4 => Ct::OriginalDestination4,
             Family::V6 => Ct::OriginalDestination6,
@@ -238,7 +237,7 @@ pub(super) fn write(
         }
         tx.rule("to_policy", |r| decide(r, TO.drop_policy, Verdict::Drop));
     }
-    write_translate(tx, &families, &tun, spec.kernel_nat_ports());
+    translate::write(tx, &families, &tun, spec);
 }
 
 fn write_sets(tx: &mut Transaction<'_>, tables: &FamilyTables, restricted: bool, sets: &Sets) {
@@ -487,26 +486,4 @@ fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: 
         });
     }
     tx.rule(chain, |r| decide(r, TO.drop_not_routed, Verdict::Drop));
-}
-
-fn write_translate(
-    tx: &mut Transaction<'_>,
-    families: &[Sets; 2],
-    tun: &[u8],
-    ports: RangeInclusive<u16>,
-) {
-    for sets in families {
-        tx.rule("translate", |r| {
-            r.meta(Meta::Iif, REG)
-                .cmp(Cmp::Eq, REG, tun)
-                .meta(Meta::Oif, REG)
-                .cmp(Cmp::Ne, REG, tun)
-                .ct(sets.original_destination(), REG)
-                .lookup(&sets.snat, REG)
-                .count(MASQUERADED.name)
-                .load(REG, &ports.start().to_be_bytes())
-                .load(REG_2, &ports.end().to_be_bytes())
-                .masquerade(REG, REG_2);
-        });
-    }
 }

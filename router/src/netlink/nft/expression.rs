@@ -11,6 +11,8 @@ const VERDICT: u32 = 0;
 pub(crate) const REG: u32 = 1;
 /// Another register of 16 bytes.
 pub(crate) const REG_2: u32 = 2;
+/// A third register of 16 bytes.
+pub(crate) const REG_3: u32 = 3;
 /// The first of sixteen registers of four bytes that lie behind each other: a key of several
 /// fields is put together there. The first four of them are [`REG`].
 pub(crate) const WORD: u32 = 8;
@@ -287,6 +289,39 @@ impl<'a, 'b> Rule<'a, 'b> {
             data.be32(1, PROTO_SPECIFIED);
             data.be32(2, first_port);
             data.be32(3, last_port);
+        })
+    }
+
+    /// Translates the source to an address and a port (or ICMP id) between two; all in registers,
+    /// network order.
+    pub(crate) fn source_nat(
+        &mut self,
+        nf_proto: u8,
+        address: u32,
+        first_port: u32,
+        last_port: u32,
+    ) -> &mut Self {
+        const SOURCE: u32 = 0;
+        self.expression("nat", |data| {
+            data.be32(1, SOURCE);
+            data.be32(2, nf_proto.into());
+            data.be32(3, address);
+            data.be32(5, first_port);
+            data.be32(6, last_port);
+        })
+    }
+
+    /// Loads a number below `modulus`, which is at least two: Jenkins's hash with seed zero of `len`
+    /// bytes of a register; host order.
+    pub(crate) fn hash(&mut self, from: u32, len: u32, modulus: u32, into: u32) -> &mut Self {
+        const JENKINS: u32 = 0;
+        self.expression("hash", |data| {
+            data.be32(1, from);
+            data.be32(2, into);
+            data.be32(3, len);
+            data.be32(4, modulus);
+            data.be32(5, 0);
+            data.be32(7, JENKINS);
         })
     }
 

@@ -99,6 +99,7 @@ impl Net {
             routes: vec![route("10.0.0.0/24", true), route("fd00::/64", true)],
             policy: Policy::default(),
             external: Default::default(),
+            chosen: Default::default(),
             guarded_port: None,
         };
         Ok(Self {

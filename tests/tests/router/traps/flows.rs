@@ -309,11 +309,32 @@ fn reached(sockets: &[UdpSocket], far: &UdpSocket) -> anyhow::Result<BTreeSet<So
 /// the kernel's masquerade takes.
 #[test]
 fn a_source_keeps_its_external_address() {
-    assert_eq!(external_addresses("ebpf"), external_addresses("kernel"));
+    assert_eq!(
+        external_addresses("ebpf", &[]),
+        external_addresses("kernel", &[])
+    );
+}
+
+#[test]
+fn sources_are_spread_over_the_chosen_external_addresses() {
+    let chosen = [
+        "10.30.0.12",
+        "2001:db8:30::11",
+        "10.30.0.11",
+        "2001:db8:30::12",
+    ];
+    let by_programs = external_addresses("ebpf", &chosen);
+    assert_eq!(by_programs, external_addresses("kernel", &chosen));
+    let used: BTreeSet<IpAddr> = by_programs
+        .into_iter()
+        .map(|(_, address)| address)
+        .collect();
+    let chosen = chosen.map(|address| address.parse::<IpAddr>().unwrap());
+    assert_eq!(used, BTreeSet::from(chosen), "or another number of sources");
 }
 
 /// The external addresses by which the server knows some sources, each by one.
-fn external_addresses(datapath: &'static str) -> BTreeSet<(IpAddr, IpAddr)> {
+fn external_addresses(datapath: &'static str, chosen: &[&str]) -> BTreeSet<(IpAddr, IpAddr)> {
     const SOURCES: u8 = 4;
     const MORE: [[&str; 2]; 2] = [
         ["10.30.0.11/32", "10.30.0.12/24"],
@@ -329,6 +350,7 @@ fn external_addresses(datapath: &'static str) -> BTreeSet<(IpAddr, IpAddr)> {
         let mut config = site::config(&[&client], datapath, true)?;
         let own = ["100.64.0.16/28", "fd64::10/124"].map(str::to_owned);
         config.peers[0].allowed_ips.extend(own);
+        config.external_addresses = chosen.iter().map(|&address| address.to_owned()).collect();
         let _sluice = site.router.sluice(&config)?;
         let tunnel = client.connect(&site.laptop, &config.key)?;
         let device = tunnel.device();
