@@ -8,8 +8,12 @@ use std::time::Duration;
 use anyhow::Context;
 
 use crate::packet::Packet;
+use crate::socket::set_option;
 use crate::topology::Host;
 use crate::wait::poll;
+
+/// Bytes of packets that wait to be asked for.
+const ROOM: libc::c_int = 16 << 20;
 
 /// A packet socket (packet(7)) on a device: it sees what enters and leaves from now on.
 #[derive(Debug)]
@@ -21,7 +25,12 @@ pub struct Capture {
 impl Host {
     /// Watches a device.
     pub fn capture(&self, device: &str) -> anyhow::Result<Capture> {
-        let socket = self.enter(|| open(device, libc::SOCK_DGRAM, libc::ETH_P_ALL as u16))?;
+        let socket = self.enter(|| {
+            let socket = open(device, libc::SOCK_DGRAM, libc::ETH_P_ALL as u16)?;
+            // Nobody reads while a test sends its megabytes.
+            set_option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, ROOM)?;
+            Ok::<_, io::Error>(socket)
+        })?;
         let socket = socket.with_context(|| format!("{}: capture on {device}", self.name()))?;
         Ok(Capture {
             socket,
