@@ -29,6 +29,7 @@ fn policy(rules: u32) -> Policy {
     };
     Policy {
         rules: (0..rules).map(one).collect(),
+        ..Policy::default()
     }
 }
 

@@ -28,7 +28,8 @@ fn everything(family: [u8; 4], flags: u32) -> (Prefix, Route) {
 /// A router whose overlay and routes are everything: who comes by which side is whose.
 fn world(flags: u8) -> World {
     let mut world = World::new(Settings {
-        flags: u32::from(flags & 1) * Settings::FIB_MTU,
+        flags: u32::from(flags & 1) * Settings::FIB_MTU
+            | u32::from(flags >> 3 & 1) * Settings::REJECT,
         tun: TUN,
         mtu: 1420,
         generation: 1,
@@ -101,10 +102,11 @@ fuzz_target!(|data: &[u8]| {
                 parse(side, &frame, &mut packet).is_ok(),
                 "what leaves can be read"
             );
-            assert_eq!(
-                forward.exit == Exit::Answer,
-                verdict == Verdict::DropTooBig || verdict == Verdict::DropTtl
+            let answered = matches!(
+                verdict,
+                Verdict::DropTooBig | Verdict::DropTtl | Verdict::RejectPolicy
             );
+            assert_eq!(forward.exit == Exit::Answer, answered);
         }
     }
 });

@@ -23,7 +23,7 @@ mod flows;
 pub use flows::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";
@@ -194,7 +194,7 @@ impl Prefix {
 pub struct Settings {
     /// [`ABI_VERSION`] of the writer.
     pub abi_version: u32,
-    /// [`Settings::FIB_MTU`].
+    /// [`Settings::FIB_MTU`] and [`Settings::REJECT`].
     pub flags: u32,
     /// Interface index of the TUN device.
     pub tun: u32,
@@ -218,6 +218,8 @@ pub struct Settings {
 impl Settings {
     /// Flag: the kernel's FIB lookup answers with the MTU of the path (Linux 5.12).
     pub const FIB_MTU: u32 = 1 << 0;
+    /// Flag: the senders of packets that the policy denies are told.
+    pub const REJECT: u32 = 1 << 1;
 }
 
 /// Value of [`OVERLAY`]. Only the key matters yet.

@@ -1,6 +1,7 @@
 //! What becomes of a parsed packet. No packet byte is changed here.
 
 use crate::abi::{Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple};
+use crate::answer::Answer;
 use crate::flow::{self, Entry};
 use crate::fragment;
 use crate::icmp;
@@ -71,7 +72,7 @@ pub trait Tables {
     /// Remembers a fragmented packet.
     fn add_fragment(&self, key: &FragmentKey, fragment: Fragment);
 
-    /// Whether one more ICMP error may be sent now, and counts it.
+    /// Whether one more answer may be sent now, and counts it.
     fn may_send_error(&self) -> bool;
 
     /// Adds the reply's entry of a translated flow, unless a socket of the router itself has its
@@ -170,7 +171,7 @@ pub enum Exit {
     Neighbour,
     /// To the kernel, translated.
     Stack,
-    /// It ends here, and its sender is told by an ICMP error.
+    /// It ends here, and its sender gets [`Forward::answer`].
     Answer,
 }
 
@@ -194,7 +195,9 @@ pub struct Forward {
     pub verdict: Verdict,
     /// Interface index; zero for [`Exit::Stack`] and [`Exit::Answer`].
     pub link: u32,
-    /// For [`Exit::Answer`]: the MTU in bytes of the way on, or zero for "time exceeded".
+    /// For [`Exit::Answer`]: what its sender is told.
+    pub answer: Answer,
+    /// MTU in bytes of the way on.
     pub mtu: u32,
     /// For [`Exit::Ethernet`]: destination, then source hardware address.
     pub hardware: [u8; 12],
@@ -213,6 +216,7 @@ impl Default for Forward {
             exit: Exit::Tun,
             verdict: Verdict::Forwarded,
             link: 0,
+            answer: Answer::TooBig,
             mtu: 0,
             hardware: [0; 12],
             nat: Nat::default(),
@@ -271,7 +275,7 @@ pub fn decide<F: Frame, T: Tables>(
             Side::Subnet if translated => {
                 forward.exit = Exit::Answer;
                 forward.verdict = Verdict::DropTtl;
-                forward.mtu = 0;
+                forward.answer = Answer::TimeExceeded;
                 Ok(())
             }
             _ => Err(Verdict::SlowTtl),
@@ -353,6 +357,7 @@ fn too_big(
         _ => {
             forward.exit = Exit::Answer;
             forward.verdict = Verdict::DropTooBig;
+            forward.answer = Answer::TooBig;
         }
     }
     Ok(())

@@ -110,11 +110,11 @@ pub fn open<T: Tables>(
             let link = tables.link(hop.link).ok_or(Verdict::SlowOtherLink)?;
             overlay.link = hop.link;
             overlay.mtu = path_mtu(hop.mtu, link, settings);
+            // Without it the flow is opened all the same: the answer to what the kernel carries then
+            // comes by this table.
             if let Some(hardware) = hop.hardware {
                 overlay.hardware = hardware;
                 overlay.generation = settings.generation;
-            } else if !snat {
-                return Err(Verdict::SlowNoNeighbour);
             }
             subnet.address = tuple.source.octets;
             subnet.port = tuple.ports[0];

@@ -1,6 +1,7 @@
 //! ICMP errors: those about packets of a flow, and those that the programs send themselves.
 
 use crate::abi::{Address, Prefix, Side, Tuple};
+use crate::answer::{Answer, TTL};
 use crate::csum::{Delta, fold};
 use crate::decide::{Nat, Tables, refuse};
 use crate::packet::{
@@ -10,8 +11,6 @@ use crate::verdict::Verdict;
 
 /// Length in bytes of an ICMP error's own header (RFC 792, RFC 4443).
 const HEADER: u32 = 8;
-/// TTL of the errors that the programs send.
-const TTL: u8 = 64;
 /// TOS of ICMP errors: internetwork control (RFC 1812, section 4.3.2.5).
 const TOS: u8 = 0xc0;
 /// Bytes of the packet that an error quotes at most: the whole error has 576 (RFC 1812, section
@@ -159,10 +158,14 @@ pub fn translate_quote<F: Frame>(
 }
 
 /// Makes of `frame`, which holds `packet` as it came, the ICMP error about it to its sender, and in
-/// the name of its destination: "packet too big" with `mtu`, or "time exceeded" if that is zero.
-/// Afterwards it leaves by the interface that it came in by.
+/// the name of its destination; `mtu` in bytes is for [`Answer::TooBig`].
 #[inline(always)]
-pub fn answer<F: Frame>(packet: &Packet, mtu: u32, frame: &mut F) -> Result<(), Verdict> {
+pub(crate) fn error<F: Frame>(
+    packet: &Packet,
+    answer: Answer,
+    mtu: u32,
+    frame: &mut F,
+) -> Result<(), Verdict> {
     let v4 = packet.is_v4();
     let most = if v4 { QUOTE_V4 } else { QUOTE_V6 };
     // Whole words are summed.
@@ -173,12 +176,29 @@ pub fn answer<F: Frame>(packet: &Packet, mtu: u32, frame: &mut F) -> Result<(), 
     if frame.len() > quoted || packet.gso_size != 0 {
         frame.trim(quoted)?;
     }
+    // Not earlier: the verifier would follow each kind through the sums.
+    let kind = kind(answer, v4, mtu);
     if v4 {
-        insert_v4(packet, mtu, quoted, sum, frame)?;
+        insert_v4(packet, kind, quoted, sum, frame)
     } else {
-        insert_v6(packet, mtu, quoted, sum, frame)?;
+        insert_v6(packet, kind, quoted, sum, frame)
     }
-    frame.turn_back()
+}
+
+/// Type, code and MTU of an error, in 8, 8 and 16 bits: a function of a program takes five arguments.
+/// RFC 792 and RFC 1812, section 5.2.7.1; RFC 4443, section 3.
+#[inline(always)]
+fn kind(answer: Answer, v4: bool, mtu: u32) -> u32 {
+    let number = |kind: u32, code: u32| kind << 24 | code << 16;
+    let mtu = mtu & 0xffff;
+    match (answer, v4) {
+        (Answer::TooBig, true) => number(3, 4) | mtu,
+        (Answer::TooBig, false) => number(2, 0) | mtu,
+        (Answer::TimeExceeded, true) => number(11, 0),
+        (Answer::TimeExceeded, false) => number(3, 0),
+        (_, true) => number(3, 13),
+        (_, false) => number(1, 1),
+    }
 }
 
 /// Gives the quoted packet a transport checksum that stays what it is if a device computes it: on many
@@ -255,11 +275,11 @@ fn sum<F: Frame>(frame: &F, len: u32) -> Option<u16> {
 }
 
 /// Puts IPv4 and ICMP header of an error about `packet` in front of the `quoted` bytes, whose sum is
-/// `sum`.
+/// `sum`; `kind` as [`kind`] tells it.
 #[cfg_attr(target_arch = "bpf", inline(never))]
 fn insert_v4<F: Frame>(
     packet: &Packet,
-    mtu: u32,
+    kind: u32,
     quoted: u32,
     sum: u16,
     frame: &mut F,
@@ -273,13 +293,9 @@ fn insert_v4<F: Frame>(
     header[9] = ICMP;
     header[12..16].copy_from_slice(&packet.tuple.destination.v4_octets());
     header[16..20].copy_from_slice(&packet.tuple.source.v4_octets());
-    if mtu == 0 {
-        header[20] = 11;
-    } else {
-        header[20] = 3;
-        header[21] = 4;
-        header[26..28].copy_from_slice(&(mtu as u16).to_be_bytes());
-    }
+    let [kind, code, mtu_high, mtu_low] = kind.to_be_bytes();
+    (header[20], header[21]) = (kind, code);
+    (header[26], header[27]) = (mtu_high, mtu_low);
     let (mut ip, mut icmp) = (0, u32::from(sum));
     let mut at = 0;
     while at < 28 {
@@ -300,7 +316,7 @@ fn insert_v4<F: Frame>(
 #[cfg_attr(target_arch = "bpf", inline(never))]
 fn insert_v6<F: Frame>(
     packet: &Packet,
-    mtu: u32,
+    kind: u32,
     quoted: u32,
     sum: u16,
     frame: &mut F,
@@ -313,12 +329,9 @@ fn insert_v6<F: Frame>(
     header[7] = TTL;
     header[8..24].copy_from_slice(&packet.tuple.destination.octets);
     header[24..40].copy_from_slice(&packet.tuple.source.octets);
-    if mtu == 0 {
-        header[40] = 3;
-    } else {
-        header[40] = 2;
-        header[44..48].copy_from_slice(&mtu.to_be_bytes());
-    }
+    let [kind, code, mtu_high, mtu_low] = kind.to_be_bytes();
+    (header[40], header[41]) = (kind, code);
+    (header[46], header[47]) = (mtu_high, mtu_low);
     // The pseudo-header has the same addresses, length and protocol (RFC 8200, section 8.1).
     let mut icmp = u32::from(sum) + u32::from(u16::from_ne_bytes([0, ICMPV6]));
     let mut at = 4;
@@ -330,12 +343,6 @@ fn insert_v6<F: Frame>(
     }
     header[42..44].copy_from_slice(&(!fold(icmp)).to_ne_bytes());
     frame.insert(&bytes)
-}
-
-/// Whether an error may be sent about `packet` (RFC 1812, section 4.3.2.7; RFC 4443, section 2.4).
-#[inline(always)]
-pub fn may_answer(packet: &Packet) -> bool {
-    !matches!(packet.transport, Transport::Error | Transport::Fragment)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 #![cfg_attr(target_arch = "bpf", no_std)]
 
 pub mod abi;
+pub mod answer;
 #[cfg(not(target_arch = "bpf"))]
 pub mod craft;
 pub mod csum;

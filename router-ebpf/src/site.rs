@@ -4,7 +4,7 @@
 use std::net::IpAddr;
 
 use crate::abi::{Address, Link, Prefix, Route, Settings, Side};
-use crate::craft::{Ip, frame};
+use crate::craft::{Ip, TCP, frame, sum};
 use crate::decide::{Exit, Hop};
 use crate::memory::Memory;
 use crate::verdict::Verdict;
@@ -120,4 +120,32 @@ pub(crate) fn down(world: &mut World, packet: &Ip) -> Result<Ip, Verdict> {
 /// What an error costs its sender: the whole packet in one line.
 pub(crate) fn same(left: &Ip, right: &Ip) {
     assert_eq!(left.bytes(), right.bytes(), "{left:?}\nis not\n{right:?}");
+}
+
+/// Checks that `error` is `wanted` but for the checksum of the TCP or UDP packet that it quotes, and
+/// that its own checksum is right, also when a device then fills in the quoted one.
+pub(crate) fn same_error(error: &Ip, wanted: &Ip) {
+    let v4 = error.source.is_ipv4();
+    let transport = 8 + if v4 { 20 } else { 40 };
+    let protocol = error.payload[8 + if v4 { 9 } else { 6 }];
+    let at = transport + if protocol == TCP { 16 } else { 6 };
+    let mut filled = error.clone();
+    filled.payload[at..at + 2].fill(0);
+    // What the device starts from, and so what is under the checksum twice.
+    let start = [error.payload[at], error.payload[at + 1]];
+    let before = [&filled.payload[transport..], &start[..]].concat();
+    let computed = !sum(&before);
+    filled.payload[at..at + 2].copy_from_slice(&computed.to_be_bytes());
+    for error in [error, &filled] {
+        assert_eq!(error.transport_sum(), u16::MAX, "checksum of the error");
+    }
+    let but_for_checksums = |ip: &Ip| {
+        let mut ip = ip.clone();
+        for at in [2, at] {
+            ip.payload[at..at + 2].fill(0);
+        }
+        (ip.fragment, ip.id) = (0, 0);
+        ip
+    };
+    same(&but_for_checksums(error), &but_for_checksums(wanted));
 }

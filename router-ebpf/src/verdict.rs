@@ -11,6 +11,8 @@ pub enum Class {
     Pass,
     /// It ends here.
     Drop,
+    /// It ends here, and its sender is told.
+    Reject,
 }
 
 /// Makes a list of verdicts: an enum with counter index, metric label, text and class of each.
@@ -73,7 +75,7 @@ verdicts! {
     SlowFib Slow "slow_fib" "The kernel's routing refuses it or needs more than a header: forwarding off, blackhole, prohibit, encapsulation.";
     DropSpoofed Drop "drop_spoofed" "From the tunnel, with a source that is no peer's.";
     DropMalformed Drop "drop_malformed" "From the tunnel, and not a whole IP packet.";
-    DropPolicy Drop "drop_policy" "A new flow that no rule of the policy allows.";
+    DropPolicy Drop "drop_policy" "Of a flow that no rule of the policy allows.";
     DropSourceLimit Drop "drop_source_limit" "A new flow of an overlay address that has as many as it may.";
     DropTableFull Drop "drop_table_full" "A new flow, and the flow table is full.";
     DropNatExhausted Drop "drop_nat_exhausted" "A new flow, and no port is free to translate it to.";
@@ -82,6 +84,7 @@ verdicts! {
     DropTtl Drop "drop_ttl" "The TTL of a reply to a translated flow ends here; an ICMP error is sent unless there are too many.";
     DropOtherLink Drop "drop_other_link" "Of a translated flow whose way now leads to an interface that the programs are not attached to.";
     DropInternal Drop "drop_internal" "The kernel could not change the packet (no memory).";
+    RejectPolicy Reject "reject_policy" "Of a flow that no rule of the policy allows; an RST or an ICMP error is sent.";
 }
 
 #[cfg(test)]
@@ -113,6 +116,7 @@ mod tests {
                 Class::Slow => "slow_",
                 Class::Pass => "pass_",
                 Class::Drop => "drop_",
+                Class::Reject => "reject_",
             };
             assert!(verdict.label().starts_with(prefix), "{verdict:?}");
             let twins = Verdict::ALL

@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use crate::abi::{
     Address, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple,
 };
+use crate::answer;
 use crate::decide::{Exit, Forward, Hop, Refused, Tables, decide};
 use crate::flow::Entry;
-use crate::icmp;
 use crate::memory::Memory;
 use crate::packet::{Packet, parse};
 use crate::rewrite;
@@ -42,7 +42,7 @@ pub struct World {
     pub sockets: HashSet<Tuple>,
     /// `CLOCK_MONOTONIC` in ns.
     pub now: u64,
-    /// ICMP errors that may still be sent.
+    /// Answers that may still be sent.
     pub errors: Cell<u32>,
     /// Most entries of the flow table.
     pub entries: usize,
@@ -145,12 +145,15 @@ impl View<'_> {
             Side::Overlay => verdict,
             Side::Subnet => Verdict::PassUnrelated,
         })?;
-        decide(side, &mut packet, frame, &self, forward)?;
-        if forward.exit == Exit::Answer {
-            if !icmp::may_answer(&packet) || !self.may_send_error() {
+        match decide(side, &mut packet, frame, &self, forward) {
+            Err(Verdict::DropPolicy) => answer::reject(side, &packet, &self, forward)?,
+            Ok(()) if forward.exit == Exit::Answer && !answer::may_send(&packet, &self) => {
                 return Err(forward.verdict);
             }
-            return icmp::answer(&packet, forward.mtu, frame);
+            outcome => outcome?,
+        }
+        if forward.exit == Exit::Answer {
+            return answer::send(&packet, forward, frame);
         }
         rewrite::apply(side, &packet, forward, frame)
     }

@@ -37,6 +37,8 @@ pub struct Config {
     pub routes: Vec<Route>,
     /// `[[rule]]`.
     pub rules: Vec<Rule>,
+    /// Whether the senders of denied packets are told.
+    pub reject: bool,
     /// `auto`, `ebpf` or `kernel`.
     pub datapath: &'static str,
     /// Whether the uplink is guarded.
@@ -101,6 +103,7 @@ impl Config {
             peers: Vec::new(),
             routes: Vec::new(),
             rules: Vec::new(),
+            reject: false,
             datapath: "auto",
             guard: false,
             external_addresses: Vec::new(),
@@ -162,6 +165,9 @@ impl Config {
                 lines.push(("protocols", list(&rule.protocols)));
             }
             section("[[rule]]", &lines)?;
+        }
+        if self.reject {
+            section("[policy]", &[("denied", text("reject"))])?;
         }
         let mut datapath = vec![("mode", text(self.datapath))];
         if self.guard {
@@ -443,6 +449,7 @@ mod tests {
                 to: vec!["10.0.0.0/16:443".to_owned()],
                 protocols: vec!["tcp".to_owned()],
             }],
+            reject: true,
             datapath: "ebpf",
             guard: true,
             external_addresses: vec!["10.0.0.9".to_owned()],
@@ -475,6 +482,8 @@ mode = "fast"
 from = ["*"]
 to = ["10.0.0.0/16:443"]
 protocols = ["tcp"]
+[policy]
+denied = "reject"
 [datapath]
 mode = "ebpf"
 uplink_guard = "auto"

@@ -349,6 +349,7 @@ fn spec(tables: Tables, tun: u32, nic: u32) -> anyhow::Result<Spec> {
     };
     spec.policy = Policy {
         rules: (0..tables.rules).map(rule).collect::<Result<_, _>>()?,
+        ..Policy::default()
     };
     Ok(spec)
 }

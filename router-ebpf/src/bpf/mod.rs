@@ -10,8 +10,8 @@ use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{ABI_VERSION, HANDED_OVER, Side};
+use router_ebpf::answer;
 use router_ebpf::decide::{Exit, Tables as _, decide};
-use router_ebpf::icmp;
 use router_ebpf::packet::{Frame as _, Transport, parse};
 use router_ebpf::rewrite;
 use router_ebpf::verdict::{Class, Verdict};
@@ -96,7 +96,9 @@ fn run(side: Side, ctx: TcContext) -> i32 {
                 Exit::Neighbour => bpf_redirect_neigh(forward.link, core::ptr::null_mut(), 0, 0),
                 _ => bpf_redirect(forward.link, 0),
             },
-            Err(verdict) if matches!(verdict.class(), Class::Drop) => TC_ACT_SHOT.into(),
+            Err(verdict) if matches!(verdict.class(), Class::Drop | Class::Reject) => {
+                TC_ACT_SHOT.into()
+            }
             // Not TC_ACT_OK: programs and filters behind this one have their turn.
             Err(_) => TC_ACT_UNSPEC.into(),
         }
@@ -118,7 +120,7 @@ fn carry(side: Side, ctx: &TcContext, work: &mut Work, maps: &Maps<'_>) -> Resul
     }
     decide(side, &mut work.packet, skb, maps, &mut work.forward)?;
     if work.forward.exit == Exit::Answer {
-        if !icmp::may_answer(&work.packet) || !maps.may_send_error() {
+        if !answer::may_send(&work.packet, maps) {
             return Err(work.forward.verdict);
         }
         return Ok(());

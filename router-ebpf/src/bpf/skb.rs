@@ -292,7 +292,9 @@ impl Frame for Skb<'_> {
                 addresses.as_mut_ptr().cast(),
                 12,
             ))?;
-            addresses.rotate_left(6);
+            // Not `rotate_left`, which takes 256 bytes of stack.
+            let [a, b, c, d, e, f, g, h, i, j, k, l] = addresses;
+            addresses = [g, h, i, j, k, l, a, b, c, d, e, f];
             done(bpf_skb_store_bytes(
                 self.ctx.skb.skb,
                 0,

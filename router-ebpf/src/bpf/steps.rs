@@ -15,7 +15,7 @@ use router_ebpf::flow::{self, Draft};
 use router_ebpf::packet::Packet;
 use router_ebpf::policy::{self, NewFlow};
 use router_ebpf::verdict::Verdict;
-use router_ebpf::{fragment, icmp, mss};
+use router_ebpf::{answer, fragment, icmp, mss};
 
 use super::maps::Maps;
 use super::skb::Skb;
@@ -63,10 +63,27 @@ pub(crate) const FOUND: u32 = 1 << 30;
 /// With [`FOUND`]: the kernel gets all of a fragmented packet.
 pub(crate) const THROUGH_STACK: u32 = 1 << 31;
 
-/// Carries the packet. Steps that need much of the stack are not called from where they are found
-/// to be needed, but from here, and then the packet is carried from the beginning.
+/// Carries the packet, or makes the answer to its sender of it.
 #[inline(always)]
 pub(crate) fn run(ctx: &TcContext, side: Side, work: *const Work) -> Result<(), Verdict> {
+    let (skb, from) = (ctx.skb.skb, side as u32);
+    // SAFETY: see `carry`.
+    unsafe {
+        match carry(ctx, side, work) {
+            Err(Verdict::DropPolicy) => result(sluice_reject(skb, from))?,
+            outcome => outcome?,
+        }
+        if (&raw const (*work).forward.exit).read_volatile() == Exit::Answer {
+            return result(sluice_answer(skb, from));
+        }
+    }
+    Ok(())
+}
+
+/// Carries the packet, but for an answer. Steps that need much of the stack are not called from where
+/// they are found to be needed, but from here, and then the packet is carried from the beginning.
+#[inline(always)]
+fn carry(ctx: &TcContext, side: Side, work: *const Work) -> Result<(), Verdict> {
     let (skb, from) = (ctx.skb.skb, side as u32);
     // SAFETY: the program's own context, and the place of its work. So in all functions below. The
     // steps write to that place behind the compiler's back, hence no reference to it here.
@@ -99,12 +116,8 @@ pub(crate) fn run(ctx: &TcContext, side: Side, work: *const Work) -> Result<(), 
             result(sluice_translate_quote(skb, from))?;
             outcome = carry(done | JUDGED | QUOTED);
         }
-        result(outcome)?;
-        if (*work).forward.exit == Exit::Answer {
-            return result(sluice_answer(skb, from));
-        }
+        result(outcome)
     }
-    Ok(())
 }
 
 /// [`Work`], as bytes: the types in it are none that user space or BTF should know.
@@ -280,9 +293,14 @@ steps! {
         number(icmp::translate_quote(side, &work.packet, nat, &mut Skb::at(ctx, side)))
     }
 
-    /// [`icmp::answer`].
+    /// [`answer::reject`].
+    sluice_reject(ctx, work, from) {
+        number(answer::reject(side(from), &work.packet, &Maps::new(ctx), &mut work.forward))
+    }
+
+    /// [`answer::send`].
     sluice_answer(ctx, work, from) {
-        number(icmp::answer(&work.packet, work.forward.mtu, &mut Skb::at(ctx, side(from))))
+        number(answer::send(&work.packet, &work.forward, &mut Skb::at(ctx, side(from))))
     }
 }
 

@@ -218,6 +218,27 @@ fn the_policy_is_asked_once_and_again_when_it_changes() {
 }
 
 #[test]
+fn the_answer_to_what_the_kernel_carried_needs_no_rule_either() {
+    let mut world = router(false);
+    let [peer, ..] = V4.peers.map(ip);
+    let [server, _] = V4.servers.map(ip);
+    world.settings.bank = 1;
+    world.rules = Box::new(move |tuple| (tuple.source == address(peer)).then_some(0));
+    world.routing = Box::new(|_, _| {
+        let (link, mtu, hardware) = (NIC, u32::MAX, None);
+        Ok(Hop {
+            link,
+            mtu,
+            hardware,
+        })
+    });
+    let ask = Ip::udp(peer, server, 5);
+    assert_eq!(up(&mut world, &ask), Err(Verdict::SlowNoNeighbour));
+    let reply = Ip::udp(server, peer, 6).ports(53, 40000);
+    assert!(down(&mut world, &reply).is_ok());
+}
+
+#[test]
 fn the_next_hop_is_found_once_a_generation() {
     let mut world = router(true);
     let [peer, ..] = V4.peers.map(ip);

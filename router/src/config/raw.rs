@@ -14,6 +14,7 @@ pub(super) struct Raw<'i> {
     pub(super) peers: Vec<Peer<'i>>,
     pub(super) routes: Vec<Route<'i>>,
     pub(super) rules: Vec<Rule<'i>>,
+    pub(super) denied: Option<Text<'i>>,
     pub(super) datapath: Datapath<'i>,
     pub(super) listen: Option<Text<'i>>,
     pub(super) socket: Option<Text<'i>>,
@@ -91,6 +92,7 @@ fn top<'i>(mut top: Section<'i>, problems: &mut Problems<'_>) -> Raw<'i> {
     let peers = top.sections("peer", problems);
     let routes = top.sections("route", problems);
     let rules = top.sections("rule", problems);
+    let policy = top.section("policy", problems);
     let datapath = top.section("datapath", problems);
     let metrics = top.section("metrics", problems);
     let api = top.section("api", problems);
@@ -101,6 +103,7 @@ fn top<'i>(mut top: Section<'i>, problems: &mut Problems<'_>) -> Raw<'i> {
         peers: peers.into_iter().map(|s| peer(s, problems)).collect(),
         routes: routes.into_iter().map(|s| route(s, problems)).collect(),
         rules: rules.into_iter().map(|s| rule(s, problems)).collect(),
+        denied: policy.and_then(|s| only_text(s, "denied", problems)),
         datapath: datapath.map_or_else(Datapath::default, |s| self::datapath(s, problems)),
         listen: metrics.and_then(|s| only_text(s, "listen", problems)),
         socket: api.and_then(|s| only_text(s, "socket", problems)),

@@ -18,6 +18,7 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
             "peer",
             "route",
             "rule",
+            "policy",
             "datapath",
             "metrics",
             "api",
@@ -46,6 +47,7 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
     ),
     ("route", &["cidr", "snat", "mode"]),
     ("rule", &["from", "to", "protocols"]),
+    ("policy", &["denied"]),
     (
         "datapath",
         &[

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::control::{Endpoint, RouteMode};
+use crate::control::{Denied, Endpoint, RouteMode};
 
 pub(crate) const EXAMPLE: &str = include_str!("../../../docs/sluice.example.toml");
 const MANUAL: &str = include_str!("../../../docs/configuration.md");
@@ -127,6 +127,22 @@ fn the_example_is_valid_and_shows_every_key() {
             );
         }
     }
+}
+
+#[test]
+fn the_denied_are_told_if_the_file_says_so() {
+    let base = "[wireguard]\nprivate_key_file = \"private.key\"\naddresses = [\"100.64.0.1/24\"]\n";
+    let with = |denied: &str| parse_in_temporary_directory(&format!("{base}{denied}"));
+    for (text, wanted) in [
+        ("", Denied::Drop),
+        ("[policy]\ndenied = \"drop\"\n", Denied::Drop),
+        ("[policy]\ndenied = \"reject\"\n", Denied::Reject),
+    ] {
+        assert_eq!(with(text).unwrap().snapshot.policy.denied, wanted);
+    }
+    let error = with("[policy]\ndenied = \"refuse\"\n").unwrap_err();
+    let says = "5:10: policy.denied: \"refuse\" is none of \"drop\", \"reject\"";
+    assert!(error.to_string().contains(says), "{error}");
 }
 
 #[test]

@@ -91,6 +91,18 @@ pub enum RouteMode {
 pub struct Policy {
     /// Rules; a packet that any one of them matches is allowed.
     pub rules: Vec<Rule>,
+    /// What becomes of packets that no rule allows.
+    pub denied: Denied,
+}
+
+/// What becomes of packets that no rule allows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Denied {
+    /// They are dropped.
+    #[default]
+    Drop,
+    /// Their senders are told, by a TCP RST or an ICMP error.
+    Reject,
 }
 
 /// One policy rule, in shape and meaning a Tailscale packet-filter rule.

@@ -95,6 +95,7 @@ mod tests {
                 }],
                 protocols: protocols.to_vec(),
             }],
+            ..Policy::default()
         }
     }
 

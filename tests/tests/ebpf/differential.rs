@@ -9,15 +9,16 @@ use std::net::IpAddr;
 use anyhow::{Context, ensure};
 use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuValues};
 use aya::util::nr_cpus;
-use router::control::{Destination, RouteMode, Rule};
+use router::control::{Denied, Destination, RouteMode, Rule};
 use router::datapath::Datapath as _;
 use router::datapath::ebpf::{Ebpf, Options};
 use router::datapath::limits::Limits;
 use router_ebpf::abi::{
     self, Address, Flow, FragmentKey, Key4, Key6, Link, Prefix, Route, Settings, Side, Tuple,
 };
+use router_ebpf::answer::Answer;
 use router_ebpf::craft::*;
-use router_ebpf::decide::{Exit, Hop};
+use router_ebpf::decide::{Exit, Forward, Hop};
 use router_ebpf::memory::Memory;
 use router_ebpf::packet::Packet;
 use router_ebpf::verdict::{Class, Verdict};
@@ -238,7 +239,7 @@ fn on_the_host(
     side: Side,
     bytes: &[u8],
     gso_size: u32,
-) -> (Outcome, Option<Exit>) {
+) -> (Outcome, Option<Forward>) {
     let mut frame = Memory::new(side, bytes.to_vec(), gso_size);
     let plain = [[8, 0], [0x86, 0xdd]];
     let for_us = side == Side::Overlay
@@ -252,7 +253,7 @@ fn on_the_host(
     let code = match (exit, verdict.class()) {
         (Some(Exit::Stack), _) => NEXT,
         (Some(_), _) => REDIRECT,
-        (None, Class::Drop) => SHOT,
+        (None, Class::Drop | Class::Reject) => SHOT,
         (None, _) => NEXT,
     };
     let outcome = Outcome {
@@ -260,7 +261,7 @@ fn on_the_host(
         verdict,
         bytes: frame.bytes,
     };
-    (outcome, exit)
+    (outcome, forward)
 }
 
 #[test]
@@ -297,7 +298,11 @@ fn kernel_and_host_agree_on_any_packet() {
                     } else {
                         vec![]
                     };
-                    fixture.change(|spec| spec.policy.rules = rules)?;
+                    let reject = seed / 128 % 2 == 0;
+                    fixture.change(|spec| {
+                        spec.policy.rules = rules;
+                        spec.policy.denied = if reject { Denied::Reject } else { Denied::Drop };
+                    })?;
                     let mut settings = maps.settings.get(&0, 0)?;
                     settings.ports = [PORT; 2];
                     maps.settings.set(0, settings, 0)?;
@@ -422,11 +427,13 @@ fn compare(
     if bytes.len() < least {
         bytes.resize(least, 0);
     }
-    let (on_the_host, exit) = on_the_host(fixture, world, side, &bytes, gso_size);
+    let (on_the_host, forward) = on_the_host(fixture, world, side, &bytes, gso_size);
+    let exit = forward.map(|forward| forward.exit);
     if exit == Some(Exit::Answer) {
         maps.allow_errors()?;
     }
-    if side == Side::Overlay && exit == Some(Exit::Answer) {
+    let is_error = forward.is_some_and(|forward| forward.answer != Answer::Reset);
+    if side == Side::Overlay && exit == Some(Exit::Answer) && is_error {
         // TEST_RUN takes the EtherType from within a packet that has none, and with a wrong one the
         // kernel puts no headers in front. The real thing is in `flows.rs`.
         let (code, _) = fixture.test_run(side, &bytes, gso_size)?;

@@ -10,6 +10,7 @@ mod fixture;
 mod frames;
 mod guard;
 mod policy;
+mod reject;
 mod restart;
 mod sweep;
 mod verdicts;

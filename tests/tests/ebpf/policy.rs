@@ -111,6 +111,7 @@ fn the_kernel_finds_what_the_rules_mean() {
             let rules = random.pick(&[1, 2, 5, 70, 300]);
             let policy = Policy {
                 rules: (0..rules).map(|_| random_rule(&mut random)).collect(),
+                ..Policy::default()
             };
             fixture.change(|spec| spec.policy = policy.clone())?;
             for _ in 0..300 {

@@ -332,6 +332,7 @@ fn check(fixture: &mut Fixture, case: &Case) -> anyhow::Result<()> {
     let (code, bytes) = match case.verdict.class() {
         Class::Slow | Class::Pass => (NEXT, input),
         Class::Drop => (SHOT, input),
+        Class::Reject => anyhow::bail!("there are no rules"),
         Class::Forward => {
             let mut sent = case.packet.clone();
             sent.ttl -= 1;

@@ -1,19 +1,23 @@
 //! Who may send what where.
 
+use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use anyhow::{Context as _, ensure};
 use lab::site::{self, Arms, CORE, Client, Running, SERVER, Site, VPC};
 use lab::sluice::{Rule, Sluice};
 use lab::{Host, Wireguard, http, wait_until};
 
-use super::{HTTP, Path, SOON, echoes, on_every_path, serve};
+use super::{ECHO, HTTP, Path, SOON, echoes, on_every_path, serve};
 
 on_every_path!(
     spoofed_sources_are_dropped_and_counted,
     what_is_not_advertised_cannot_be_reached,
     a_peer_removed_from_the_file_stops_working_and_others_go_on,
     rules_allow_what_they_name_and_nothing_else,
+    who_is_denied_is_told_if_so_configured,
+    a_connection_that_is_no_longer_allowed_is_reset,
 );
 
 /// Long enough for an answer, short enough to wait for none.
@@ -195,5 +199,117 @@ fn rules_allow_what_they_name_and_nothing_else(path: Path) {
         wait_until(SOON, "no rules", || {
             echoes(&laptop, SERVER[0], 100, BRIEFLY).is_ok()
         })
+    });
+}
+
+/// Who is not let through learns it at once: a closed door to TCP, an ICMP error to UDP and ping.
+fn is_told(host: &Host, server: IpAddr, path: Path) -> anyhow::Result<()> {
+    let refused = host.tcp_connect(SocketAddr::new(server, HTTP), SOON);
+    let refused = refused.err().context("connected")?;
+    let refusal = refused.downcast_ref::<io::Error>().context("of connect")?;
+    ensure!(
+        refusal.kind() == io::ErrorKind::ConnectionRefused,
+        "{path:?} {server}: {refusal}"
+    );
+    let any: SocketAddr = match server {
+        IpAddr::V4(_) => "0.0.0.0:0".parse()?,
+        IpAddr::V6(_) => "[::]:0".parse()?,
+    };
+    let socket = host.udp_socket(any)?;
+    socket.set_read_timeout(Some(SOON))?;
+    socket.connect(SocketAddr::new(server, ECHO))?;
+    socket.send(b"hello")?;
+    let told = socket.recv(&mut [0; 8]).err().context("an echo")?;
+    // ip(7) and ipv6(7), of "administratively prohibited".
+    let wanted = match server {
+        IpAddr::V4(_) => libc::EHOSTUNREACH,
+        IpAddr::V6(_) => libc::EACCES,
+    };
+    ensure!(
+        told.raw_os_error() == Some(wanted),
+        "{path:?} {server}: {told}"
+    );
+    let ping = ["ping", "-n", "-c", "1", "-W", "5", &server.to_string()];
+    let said = host.command(ping).output()?.stdout;
+    let words = match server {
+        IpAddr::V4(_) => "Packet filtered",
+        IpAddr::V6(_) => "Administratively prohibited",
+    };
+    ensure!(said.contains(words), "{path:?} {server}: {said}");
+    Ok(())
+}
+
+fn who_is_denied_is_told_if_so_configured(path: Path) {
+    lab::test(|lab| {
+        let mut pair = Pair::new(lab, path, vec![to_vpc("laptop", "", &[])])?;
+        let _servers = serve(&pair.site.server)?;
+        let (laptop, phone) = (pair.site.laptop.clone(), pair.site.phone.clone());
+        for server in SERVER {
+            assert!(!gets(&phone, server), "{path:?}");
+        }
+        pair.config.reject = true;
+        pair.sluice.reload(&pair.config)?;
+        wait_until(SOON, "the change", || {
+            is_told(&phone, SERVER[0], path).is_ok()
+        })?;
+        let told = |program: &str| pair.sluice.packets(program, "reject_policy");
+        for server in SERVER {
+            is_told(&phone, server, path)?;
+            echoes(&laptop, server, 100, SOON)?;
+        }
+        let program = match path.datapath() {
+            "ebpf" => "from_overlay",
+            _ => "kernel_from_overlay",
+        };
+        assert!(told(program)? >= 6, "{path:?}");
+        // Where the subnet may begin something, it is told too.
+        if !path.snat() {
+            let _services = serve(&phone)?;
+            for address in pair.clients[1].addresses {
+                is_told(&pair.site.server, address, path)?;
+            }
+            let program = match path.datapath() {
+                "ebpf" => "from_subnet",
+                _ => "kernel_to_overlay",
+            };
+            assert!(told(program)? >= 6, "{path:?}");
+        }
+        pair.config.reject = false;
+        pair.sluice.reload(&pair.config)?;
+        wait_until(SOON, "silence", || {
+            let address = SocketAddr::new(SERVER[0], HTTP);
+            let refused = phone.tcp_connect(address, BRIEFLY).err();
+            let kind = refused.and_then(|e| Some(e.downcast_ref::<io::Error>()?.kind()));
+            kind == Some(io::ErrorKind::TimedOut)
+        })
+    });
+}
+
+fn a_connection_that_is_no_longer_allowed_is_reset(path: Path) {
+    lab::test(|lab| {
+        let mut pair = Pair::new(lab, path, vec![to_vpc("laptop", "", &[])])?;
+        let _servers = serve(&pair.site.server)?;
+        let mut streams = Vec::new();
+        for server in SERVER {
+            let address = SocketAddr::new(server, HTTP);
+            streams.push(pair.site.laptop.tcp_connect(address, SOON)?);
+        }
+        pair.config.reject = true;
+        pair.config.rules = vec![to_vpc("phone", "", &[])];
+        pair.sluice.reload(&pair.config)?;
+        wait_until(SOON, "the change", || {
+            is_told(&pair.site.laptop, SERVER[0], path).is_ok()
+        })?;
+        for mut stream in streams {
+            stream.set_read_timeout(Some(SOON))?;
+            stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+            let ended = stream.read(&mut [0; 1]).err().context("an answer")?;
+            assert_eq!(
+                ended.kind(),
+                io::ErrorKind::ConnectionReset,
+                "{path:?}: {ended}"
+            );
+        }
+        Ok(())
     });
 }

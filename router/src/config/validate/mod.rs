@@ -20,7 +20,7 @@ use super::{
     Config, DEFAULT_DEVICE, DEFAULT_LISTEN_PORT, DEFAULT_MTU, DatapathMode, Interface, Local, MTU,
     Origin, Places, default_socket, keyfile, net,
 };
-use crate::control::{Policy, Snapshot};
+use crate::control::{Denied, Policy, Snapshot};
 use crate::wireguard::keys::PrivateKey;
 
 /// Longest path of a local socket in bytes: `sun_path` of unix(7) with the final zero is 108.
@@ -70,6 +70,12 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
     );
     let external_addresses =
         external::addresses(raw.datapath.external_addresses.as_ref(), problems);
+    let denied = mode(
+        raw.denied.as_ref(),
+        "policy.denied",
+        [("drop", Denied::Drop), ("reject", Denied::Reject)],
+        problems,
+    );
     let limits = limits::limits(&raw.datapath, problems);
 
     let peers = peers::peers(&raw.peers, own_key, addresses, directory, problems);
@@ -110,7 +116,10 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
                 .map(peers::Checked::into_peer)
                 .collect::<Option<_>>()?,
             routes: routes.into_iter().map(|route| route.value).collect(),
-            policy: Policy { rules },
+            policy: Policy {
+                rules,
+                denied: denied.unwrap_or_default(),
+            },
         },
         origin,
     })

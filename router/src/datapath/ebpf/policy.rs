@@ -332,6 +332,7 @@ mod tests {
     fn only(policy: &Policy, place: usize) -> Policy {
         Policy {
             rules: vec![policy.rules[place].clone()],
+            ..Policy::default()
         }
     }
 
@@ -350,7 +351,7 @@ mod tests {
             rules in proptest::collection::vec(rule(), 1..8),
             flows in proptest::collection::vec(new_flow(), 40),
         ) {
-            let policy = Policy { rules };
+            let policy = Policy { rules, ..Policy::default() };
             let compiled = Compiled::new(&policy, 1).unwrap();
             for flow in &flows {
                 check(&policy, &compiled, flow);
@@ -382,7 +383,7 @@ mod tests {
             rules in proptest::collection::vec(rule(), 300..1000),
             flows in proptest::collection::vec(new_flow(), 100),
         ) {
-            let policy = Policy { rules };
+            let policy = Policy { rules, ..Policy::default() };
             let compiled = Compiled::new(&policy, 2).unwrap();
             for flow in &flows {
                 check(&policy, &compiled, flow);
@@ -422,6 +423,7 @@ mod tests {
         };
         let rules = |count: usize| Policy {
             rules: (0..count).map(one).collect(),
+            ..Policy::default()
         };
         assert!(Compiled::new(&rules(MAX_CLAUSES), 1).is_ok());
         let error = Compiled::new(&rules(MAX_CLAUSES + 1), 1).unwrap_err();
@@ -437,6 +439,7 @@ mod tests {
         });
         let policy = Policy {
             rules: rules.collect(),
+            ..Policy::default()
         };
         let compiled = Compiled::new(&policy, 1).unwrap();
         // All sources, destinations and ICMP of both families; each port by itself.

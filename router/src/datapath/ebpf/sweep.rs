@@ -385,6 +385,7 @@ mod tests {
                 }],
                 protocols: vec![],
             }],
+            ..Policy::default()
         };
         let policy = Compiled::new(&policy, 1).unwrap();
         let mut flows = Memory::new(BTreeMap::new());

@@ -17,7 +17,7 @@ use router_ebpf::abi::{self, Address, Prefix, Settings};
 use super::banks::Banks;
 use super::policy::Compiled;
 use super::{failed, take_map};
-use crate::control::{Route, RouteMode};
+use crate::control::{Denied, Route, RouteMode};
 use crate::datapath::{Error, FAST_NAT_PORTS, KEPT_NAT_PORTS, Spec};
 
 /// Since this kernel a FIB lookup answers with the path's MTU.
@@ -170,6 +170,9 @@ fn settings(spec: &Spec) -> Settings {
     let mut flags = 0;
     if KernelVersion::current().is_ok_and(|version| version >= FIB_MTU_KERNEL) {
         flags |= Settings::FIB_MTU;
+    }
+    if spec.policy.denied == Denied::Reject {
+        flags |= Settings::REJECT;
     }
     Settings {
         abi_version: abi::ABI_VERSION,

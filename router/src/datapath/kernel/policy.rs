@@ -187,7 +187,7 @@ mod tests {
             rules in proptest::collection::vec(rule(), 1..6),
             side in proptest::collection::vec(net(), 1..4),
         ) {
-            let policy = Policy { rules };
+            let policy = Policy { rules, ..Policy::default() };
             let side = union(&side, Family::V4);
             let compiled = compile(&policy, Family::V4, &side);
             for set in compiled.classes.iter().chain([&compiled.any]) {
@@ -235,7 +235,14 @@ mod tests {
             protocols: vec![TCP],
         }));
         let side = union(&["100.64.0.0/10".parse().unwrap()], Family::V4);
-        let compiled = compile(&Policy { rules }, Family::V4, &side);
+        let compiled = compile(
+            &Policy {
+                rules,
+                ..Policy::default()
+            },
+            Family::V4,
+            &side,
+        );
         // 500 ports, and ICMP.
         assert_eq!(compiled.any.len(), 501);
         assert_eq!(compiled.sources.len(), 500);
@@ -255,7 +262,10 @@ mod tests {
             }],
             protocols: vec![],
         }];
-        let policy = Policy { rules };
+        let policy = Policy {
+            rules,
+            ..Policy::default()
+        };
         let v6 = union(&["fd7a::/64".parse().unwrap()], Family::V6);
         assert_eq!(compile(&policy, Family::V6, &v6), Compiled::default());
         let subnet = union(&["10.0.0.0/8".parse().unwrap()], Family::V4);

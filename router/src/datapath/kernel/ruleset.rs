@@ -6,7 +6,7 @@
 //! | `forward` | all that passes through | sends to `from_overlay` or `to_overlay`; leaves the rest alone |
 //! | `from_overlay` | from a peer | clamps the MSS; known flows pass; new ones to routed CIDRs, or to a peer if the policy has let them |
 //! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones from routed CIDRs, if the policy lets them |
-//! | `permit` | all that comes from the TUN device, once there are rules | drops new flows that no rule allows, also those to the router itself |
+//! | `permit` | all that comes from the TUN device, once there are rules | ends new flows that no rule allows, also those to the router itself |
 //! | `translate` | the first packet of a flow from a peer | translates its source where the route says so, see `translate` |
 //!
 //! What a peer asks for is judged before kube-proxy or Docker may translate it: the policy looks at
@@ -22,7 +22,9 @@
 //! that the kernel takes, such as a concatenation with `ct original proto-dst`.
 
 use router_ebpf::abi::HANDED_OVER;
+use router_ebpf::packet::{RST, SYN};
 
+use super::denied;
 use super::policy::Compiled;
 use super::span::Family;
 use super::tables::{FamilyTables, Tables};
@@ -36,6 +38,9 @@ use crate::netlink::nft::{
 /// IP and TCP header without options, in bytes: what an MSS leaves out of an MTU (RFC 6691).
 const HEADERS_V4: u16 = 20 + 20;
 const HEADERS_V6: u16 = 40 + 20;
+
+/// Where the flags stand in a TCP header (RFC 9293, section 3.1).
+pub(super) const TCP_FLAGS: u32 = 13;
 
 /// The types of ICMP errors: destination unreachable, time exceeded and parameter problem of
 /// RFC 792, and all below 128 of RFC 4443.
@@ -68,6 +73,7 @@ pub(super) const COUNTERS: &[Named] = &[
     FROM.forwarded,
     FROM.clamped,
     FROM.drop_policy,
+    FROM.reject_policy,
     FROM.drop_not_routed,
     FROM.drop_invalid,
     DROP_SPOOFED,
@@ -75,15 +81,17 @@ pub(super) const COUNTERS: &[Named] = &[
     TO.forwarded,
     TO.clamped,
     TO.drop_policy,
+    TO.reject_policy,
     TO.drop_not_routed,
     TO.drop_invalid,
 ];
 
 /// Counters of one direction.
-struct Direction {
+pub(super) struct Direction {
     forwarded: Named,
     clamped: Named,
-    drop_policy: Named,
+    pub(super) drop_policy: Named,
+    pub(super) reject_policy: Named,
     drop_not_routed: Named,
     drop_invalid: Named,
 }
@@ -92,6 +100,7 @@ const FROM: Direction = Direction {
     forwarded: named("from_forwarded", "kernel_from_overlay", "forwarded"),
     clamped: named("from_clamped", "kernel_from_overlay", "clamped"),
     drop_policy: named("from_policy", "kernel_from_overlay", "drop_policy"),
+    reject_policy: named("from_reject", "kernel_from_overlay", "reject_policy"),
     drop_not_routed: named("from_not_routed", "kernel_from_overlay", "drop_not_routed"),
     drop_invalid: named("from_invalid", "kernel_from_overlay", "drop_invalid"),
 };
@@ -106,6 +115,7 @@ const TO: Direction = Direction {
     forwarded: named("to_forwarded", "kernel_to_overlay", "forwarded"),
     clamped: named("to_clamped", "kernel_to_overlay", "clamped"),
     drop_policy: named("to_policy", "kernel_to_overlay", "drop_policy"),
+    reject_policy: named("to_reject", "kernel_to_overlay", "reject_policy"),
     drop_not_routed: named("to_not_routed", "kernel_to_overlay", "drop_not_routed"),
     drop_invalid: named("to_invalid", "kernel_to_overlay", "drop_invalid"),
 };
@@ -231,11 +241,11 @@ pub(super) fn write(
         for sets in &families {
             ask_policy(tx, "permit", sets.family, &sets.from, None);
         }
-        tx.rule("permit", |r| decide(r, FROM.drop_policy, Verdict::Drop));
+        denied::write(tx, "permit", &FROM, spec.policy.denied);
         for sets in &families {
             ask_policy(tx, "to_policy", sets.family, &sets.to, Some(TO.forwarded));
         }
-        tx.rule("to_policy", |r| decide(r, TO.drop_policy, Verdict::Drop));
+        denied::write(tx, "to_policy", &TO, spec.policy.denied);
     }
     translate::write(tx, &families, &tun, spec);
 }
@@ -332,7 +342,7 @@ fn of_family<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>, family: Family) -> &'r mut 
         .cmp(Cmp::Eq, REG, &[family.protocol()])
 }
 
-fn decide(rule: &mut Rule<'_, '_>, counter: Named, verdict: Verdict<'_>) {
+pub(super) fn decide(rule: &mut Rule<'_, '_>, counter: Named, verdict: Verdict<'_>) {
     rule.count(counter.name).verdict(verdict);
 }
 
@@ -357,13 +367,10 @@ fn write_clamp(tx: &mut Transaction<'_>, chain: &str, mtu: u16, clamped: Named) 
 /// The rule that sends SYN and SYN-ACK through a clamp. It stands first: the SYN-ACK already
 /// belongs to a known flow.
 fn clamp_syn(tx: &mut Transaction<'_>, chain: &str, clamp: &str) {
-    const FLAGS: u32 = 13;
-    const SYN: u8 = 0x02;
-    const RST: u8 = 0x04;
     tx.rule(chain, |r| {
         r.meta(Meta::L4Proto, REG)
             .cmp(Cmp::Eq, REG, &[libc::IPPROTO_TCP as u8])
-            .payload(Base::Transport, FLAGS, 1, REG)
+            .payload(Base::Transport, TCP_FLAGS, 1, REG)
             .and(REG, &[SYN | RST])
             .cmp(Cmp::Eq, REG, &[SYN])
             .verdict(Verdict::Jump(clamp));

@@ -148,6 +148,7 @@ mod tests {
             routes: routes.iter().map(route).collect(),
             policy: Policy {
                 rules: rules.iter().map(rule).collect(),
+                ..Policy::default()
             },
             ..Spec::default()
         }

@@ -74,6 +74,20 @@ pub(crate) enum Cmp {
     Gt,
 }
 
+/// What the sender of a packet is told.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Reject {
+    /// A TCP RST.
+    Reset,
+    /// The ICMP error "administratively prohibited" of the packet's family.
+    Prohibited,
+}
+
+/// `RTN_BROADCAST` of linux/rtnetlink.h, as [`Rule::destination_type`] loads it.
+pub(crate) const BROADCAST: u32 = 3;
+/// `RTN_MULTICAST`.
+pub(crate) const MULTICAST: u32 = 5;
+
 /// Where a packet goes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Verdict<'a> {
@@ -322,6 +336,43 @@ impl<'a, 'b> Rule<'a, 'b> {
             data.be32(4, modulus);
             data.be32(5, 0);
             data.be32(7, JENKINS);
+        })
+    }
+
+    /// Loads what the routing takes the destination for ([`BROADCAST`] and the like); host order.
+    pub(crate) fn destination_type(&mut self, register: u32) -> &mut Self {
+        const ADDRESS_TYPE: u32 = 3;
+        const OF_DESTINATION: u32 = 2;
+        self.expression("fib", |data| {
+            data.be32(1, register);
+            data.be32(2, ADDRESS_TYPE);
+            data.be32(3, OF_DESTINATION);
+        })
+    }
+
+    /// Goes on for no more packets than `rate` a second, and `burst` at once.
+    pub(crate) fn limit(&mut self, rate: u64, burst: u32) -> &mut Self {
+        const SECONDS: u64 = 1;
+        const PACKETS: u32 = 0;
+        self.expression("limit", |data| {
+            data.attribute(1, &rate.to_be_bytes());
+            data.attribute(2, &SECONDS.to_be_bytes());
+            data.be32(3, burst);
+            data.be32(4, PACKETS);
+        })
+    }
+
+    /// Ends the packet, and tells its sender; not in every hook.
+    pub(crate) fn reject(&mut self, reject: Reject) -> &mut Self {
+        const RESET: u32 = 1;
+        const ICMP_OF_FAMILY: u32 = 2;
+        const PROHIBITED: u8 = 3;
+        self.expression("reject", |data| match reject {
+            Reject::Reset => data.be32(1, RESET),
+            Reject::Prohibited => {
+                data.be32(1, ICMP_OF_FAMILY);
+                data.attribute(2, &[PROHIBITED]);
+            }
         })
     }
 

@@ -11,7 +11,8 @@ mod transaction;
 use std::collections::BTreeMap;
 
 pub(crate) use expression::{
-    Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Ct, Meta, REG, REG_2, REG_3, Rule, Verdict, WORD,
+    BROADCAST, Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Ct, MULTICAST, Meta, REG, REG_2,
+    REG_3, Reject, Rule, Verdict, WORD,
 };
 pub(crate) use transaction::{Family, Flows, Hook, Span, Transaction};
 

@@ -1,15 +1,16 @@
 //! The policy.
 
-use std::net::{IpAddr, UdpSocket};
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use anyhow::ensure;
 use ipnet::IpNet;
 use lab::wait_until;
-use router::control::{Destination, Rule};
+use router::control::{Denied, Destination, Rule};
 
 use super::{
-    BRIEFLY, ECHO, Net, SOON, WEB, address, echo_server, echoed, exchange, exchange_within, nets,
-    route, rule, udp_send,
+    BRIEFLY, ECHO, Net, SOON, WEB, address, echo_server, echoed, exchange, exchange_within, link,
+    nets, route, rule, udp_send,
 };
 
 #[test]
@@ -84,6 +85,67 @@ fn with_rules_nothing_passes_but_what_a_rule_allows() {
             net.count("kernel_from_overlay", "forwarded")
                 .is_ok_and(|n| n == before + 1)
         })
+    });
+}
+
+#[test]
+fn who_is_denied_is_told_if_so_wanted() {
+    lab::test(|lab| {
+        let mut net = Net::new(lab)?;
+        net.spec.policy.rules = vec![rule(&["100.64.0.3/32"], "10.0.0.0/24", 7..=7, &[17])];
+        net.spec.policy.denied = Denied::Reject;
+        net.apply()?;
+        let counts = |net: &Net| -> anyhow::Result<[u64; 2]> {
+            let count = |verdict| net.count("kernel_from_overlay", verdict);
+            Ok([count("reject_policy")?, count("drop_policy")?])
+        };
+        let refused = |to: SocketAddr| {
+            let error = net.peer.tcp_connect(to, SOON).err();
+            error.and_then(|error| Some(error.downcast_ref::<io::Error>()?.kind()))
+        };
+        // Another machine, the router itself, and what is not routed.
+        for to in ["10.0.0.2", "10.0.0.1", "10.1.0.2", "fd00::2", "fd7a::1"] {
+            let kind = refused(address(to, WEB));
+            assert_eq!(kind, Some(io::ErrorKind::ConnectionRefused), "{to}");
+        }
+        let told = |source: &str, to: &str| -> anyhow::Result<Option<i32>> {
+            let socket = udp_send(&net.peer, source, to, 9)?;
+            socket.set_read_timeout(Some(SOON))?;
+            socket.connect(address(to, 9))?;
+            socket.send(b"hello")?;
+            let error = socket.recv(&mut [0; 8]).err();
+            Ok(error.and_then(|error| error.raw_os_error()))
+        };
+        assert_eq!(told("100.64.0.2", "10.0.0.2")?, Some(libc::EHOSTUNREACH));
+        assert_eq!(told("fd7a::2", "fd00::2")?, Some(libc::EACCES));
+        let [rejected, dropped] = counts(&net)?;
+        assert!(rejected >= 7 && dropped == 0, "{rejected} {dropped}");
+        // Nobody is told about what was for many.
+        for to in ["10.0.0.255", "224.0.0.251", "255.255.255.255", "ff02::fb"] {
+            let before = counts(&net)?;
+            let source = if to.contains(':') {
+                "fd7a::2"
+            } else {
+                "100.64.0.2"
+            };
+            let socket = net.peer.udp_socket(address(source, 0))?;
+            socket.set_broadcast(true)?;
+            let mut to = address(to, 9);
+            if let SocketAddr::V6(to) = &mut to {
+                to.set_scope_id(link(&net.peer, "eth0")?.index);
+            }
+            socket.send_to(b"hello", to)?;
+            wait_until(SOON, "the packet to be counted", || {
+                counts(&net).is_ok_and(|now| now == [before[0], before[1] + 1])
+            })?;
+        }
+        let text = net.ruleset()?;
+        assert!(text.contains("reject with tcp reset"), "{text}");
+        assert!(
+            text.contains("reject with icmpx admin-prohibited"),
+            "{text}"
+        );
+        Ok(())
     });
 }
 
