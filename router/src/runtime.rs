@@ -3,6 +3,7 @@
 //! One thread, one loop: signals, the control source, changes of the network, DNS answers, questions
 //! from the API and the core's own deadlines. Packets never pass here.
 
+mod ending;
 mod facts;
 mod fastpath;
 mod guard;
@@ -11,6 +12,7 @@ mod notify;
 mod reload;
 mod status;
 mod uapi;
+mod whereabouts;
 
 use std::future::pending;
 use std::io;
@@ -24,6 +26,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
+use self::ending::Ending;
 use self::fastpath::{choose_datapath, discard_pins};
 use self::guard::UplinkGuard;
 use self::lock::DeviceLock;
@@ -42,6 +45,7 @@ use crate::netlink::sysctl::Sysctls;
 use crate::netlink::{self, Change, Changes, FWMARK, Netlink, RuleSpec};
 use crate::telemetry::Metrics;
 use crate::uapi::{Question, Server};
+use crate::wireguard::keys::PublicKey;
 
 /// Our routing table.
 const TABLE: u32 = 51_820;
@@ -105,19 +109,10 @@ pub fn run(config: &Path) -> Result<(), Error> {
         let outcome = daemon.serve().await;
         notify::notify("STOPPING=1");
         match outcome {
-            Ok(Ending::HandOver) => {
-                daemon.hand_over().await;
-                Ok(())
-            }
-            Ok(Ending::Stop) => {
-                daemon.stop().await;
-                Ok(())
-            }
-            Err(error) => {
-                daemon.stop().await;
-                Err(error)
-            }
+            Ok(Ending::HandOver) => daemon.hand_over().await,
+            Ok(Ending::Stop) | Err(_) => daemon.stop().await,
         }
+        outcome.map(|_| ())
     })
 }
 
@@ -128,15 +123,6 @@ fn has_net_admin() -> bool {
     effective
         .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
         .is_some_and(|set| set & (1 << 12) != 0)
-}
-
-/// How the daemon ends when it is told to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ending {
-    /// It leaves the machine as it was found.
-    Stop,
-    /// Another one comes: flows go on.
-    HandOver,
 }
 
 struct Daemon {
@@ -159,6 +145,8 @@ struct Daemon {
     changes: Changes,
     sysctls: Sysctls,
     engine: Engine,
+    /// Where peers were when the daemon before ended, until the engine has been told.
+    whereabouts: Vec<(PublicKey, SocketAddr)>,
     tun: Link,
     kernel: Kernel,
     ebpf: Option<Ebpf>,
@@ -174,7 +162,7 @@ struct Daemon {
     started: Instant,
     ready: bool,
     /// Dropped last: nobody may take the device before everything else is gone.
-    _lock: DeviceLock,
+    lock: DeviceLock,
 }
 
 impl Daemon {
@@ -190,6 +178,7 @@ impl Daemon {
         let (netlink, mut changes) = Netlink::connect()?;
         changes.know_neighbours(&netlink).await?;
         let sysctls = Sysctls::open(&lock.journal());
+        let whereabouts = whereabouts::take(&lock.whereabouts());
         let facts = facts::gather(&netlink, &config.snapshot, None).await?;
         check(&config, &facts)?;
 
@@ -234,6 +223,7 @@ impl Daemon {
             netlink,
             changes,
             engine,
+            whereabouts,
             tun,
             ebpf,
             datapath_reason,
@@ -244,7 +234,7 @@ impl Daemon {
             _wireguard_socket: wireguard_socket.ok(),
             started,
             ready: false,
-            _lock: lock,
+            lock,
         };
         tracing::info!(
             datapath = daemon.active_datapath(),
@@ -474,54 +464,11 @@ impl Daemon {
                 .sync_rules(&RuleSpec::new(TABLE))
                 .await
                 .map_err(|e| text(&e)),
-            Action::Peers(peers) => self.engine.set_peers(peers).map_err(|e| text(&e)),
-        }
-    }
-
-    /// Ends, and leaves to the next daemon what keeps flows alive. Until that comes, packets for
-    /// peers are dropped in silence: whoever was refused would give up.
-    async fn hand_over(mut self) {
-        let warn = |error: &dyn std::error::Error| tracing::warn!(%error, "flows may end here");
-        self.guard.remove();
-        if let Err(error) = self.netlink.hold_routes(TABLE).await {
-            warn(&error);
-        }
-        if let Err(error) = self.kernel.leave() {
-            warn(&error);
-        }
-        // The programs go after the device, lest a packet of a flow of theirs reach the kernel.
-        self.engine.shutdown();
-        if let Some(ebpf) = self.ebpf
-            && let Err(error) = ebpf.leave()
-        {
-            warn(&error);
-        }
-    }
-
-    /// Takes away everything that the daemon made. Goes on after a failure, and says so.
-    async fn stop(mut self) {
-        let warn = |what: &str, error: &dyn std::error::Error| {
-            tracing::warn!(%error, "{what} was not removed; the next start does it");
-        };
-        self.guard.remove();
-        if let Some(ebpf) = &mut self.ebpf
-            && let Err(error) = ebpf.remove()
-        {
-            warn("the eBPF datapath", &error);
-        }
-        if let Err(error) = self.netlink.remove_rules(&RuleSpec::new(TABLE)).await {
-            warn("a routing rule", &error);
-        }
-        if let Err(error) = self.netlink.release_routes(TABLE).await {
-            warn("a route", &error);
-        }
-        // The filter goes after the device, lest a packet pass without it.
-        self.engine.shutdown();
-        if let Err(error) = self.sysctls.restore() {
-            warn("a forwarding sysctl", &error);
-        }
-        if let Err(error) = self.kernel.remove() {
-            warn("the nf_tables ruleset", &error);
+            Action::Peers(peers) => {
+                self.engine.set_peers(peers).map_err(|e| text(&e))?;
+                let whereabouts = std::mem::take(&mut self.whereabouts);
+                self.engine.resume(&whereabouts).map_err(|e| text(&e))
+            }
         }
     }
 }

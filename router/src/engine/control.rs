@@ -4,6 +4,7 @@ mod live;
 mod state;
 
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +24,7 @@ use super::udp::{Bind, Overflows, Underlay};
 use super::worker::{Command, Waker, Worker};
 use super::{Error, Failure, Features, Options, PeerSpec, PeerStats};
 use crate::wireguard::LocalKey;
-use crate::wireguard::keys::PrivateKey;
+use crate::wireguard::keys::{PrivateKey, PublicKey};
 
 /// A running engine. Dropping it ends the workers and takes the device away.
 ///
@@ -250,6 +251,21 @@ impl Engine {
             watch.changed(&[], &gone);
         }
         outcome
+    }
+
+    /// Begins sessions with peers that were at these addresses before the engine was started; who is
+    /// known to be elsewhere by now is asked there.
+    pub fn resume(&self, whereabouts: &[(PublicKey, SocketAddr)]) -> Result<(), Error> {
+        let state = self.state();
+        let mut changes: Vec<Change> = self.workers.iter().map(|_| Change::default()).collect();
+        for (key, endpoint) in whereabouts {
+            if let Some(known) = state.peers.get(key)
+                && let Some(change) = changes.get_mut(known.worker)
+            {
+                change.resume.push((known.id, *endpoint));
+            }
+        }
+        self.apply(changes)
     }
 
     /// Changes the private key. No packet is sealed or opened with the old one once this returns:

@@ -47,6 +47,8 @@ pub(super) struct Change {
     pub(super) add: Vec<Setup>,
     /// New endpoints.
     pub(super) endpoints: Vec<(PeerId, SocketAddr)>,
+    /// Where peers were last: sessions with them begin at once.
+    pub(super) resume: Vec<(PeerId, SocketAddr)>,
     /// New keepalive intervals.
     pub(super) keepalives: Vec<(PeerId, Option<Duration>)>,
     /// New preshared keys.

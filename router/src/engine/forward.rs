@@ -184,6 +184,18 @@ impl Forwarder {
                 });
             }
         }
+        for (id, remote) in change.resume {
+            if let Some(peer) = self.peers.get_mut(id) {
+                if peer.endpoint().is_none() {
+                    peer.set_endpoint(Endpoint {
+                        remote,
+                        local: None,
+                    });
+                }
+                self.wake(id, now);
+                self.initiate(id, now, io);
+            }
+        }
         for (id, interval) in change.keepalives {
             if let Some(peer) = self.peers.get_mut(id) {
                 peer.set_keepalive(interval);

@@ -94,6 +94,11 @@ impl DeviceLock {
     pub(super) fn journal(&self) -> PathBuf {
         self.stem.with_added_extension("sysctl")
     }
+
+    /// Where the next daemon finds out where peers were.
+    pub(super) fn whereabouts(&self) -> PathBuf {
+        self.stem.with_added_extension("peers")
+    }
 }
 
 impl Drop for DeviceLock {

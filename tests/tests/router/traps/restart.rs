@@ -209,6 +209,26 @@ fn a_stop_ends_flows() {
     }
 }
 
+/// The next daemon makes sessions with the clients of the one before, who would notice only after 15
+/// seconds, and only if they send.
+#[test]
+fn silent_clients_are_met_again() {
+    lab::test(|lab| {
+        let mut bed = Bed::new(lab, Path::Translated)?;
+        bed.end(|sluice| sluice.stop_by(libc::SIGUSR1))?;
+        let sluice = bed.site.router.sluice(&bed.config)?;
+        wait_until(SOON, "a handshake", || {
+            let status = sluice.status().unwrap_or_default();
+            status["peers"][0]["last_handshake"].is_u64()
+        })?;
+        for flows in &bed.flows {
+            carries(&flows.far, &flows.near, "down")?;
+            carries(&flows.near, &flows.far, "up")?;
+        }
+        Ok(())
+    });
+}
+
 /// A flow that the next daemon's configuration does not allow ends.
 #[test]
 fn a_new_policy_rules_over_kept_flows() {

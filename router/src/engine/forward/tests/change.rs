@@ -25,6 +25,31 @@ fn endpoints_follow_authentic_datagrams_only() {
 }
 
 #[test]
+fn a_session_begins_where_a_peer_was_before() {
+    let (mut client, before) = connected();
+    let elsewhere = SocketAddr::from(([198, 51, 100, 7], 4444));
+    // Who is known to be somewhere by now is asked there.
+    for (known, resume) in [(false, client.address), (true, elsewhere)] {
+        let mut router = End::new(2);
+        router.address = before.address;
+        router.meet(&client, &["10.0.0.2/32", "fd00::2/128"], known, None);
+        assert_eq!(router.wire.datagrams, []);
+        router.change(Change {
+            resume: vec![(THEM, resume)],
+            ..Change::default()
+        });
+        assert_eq!(router.wire.datagrams.len(), 1);
+        assert_eq!(router.wire.datagrams[0].to, client.address);
+        if !known {
+            settle(&mut client, &mut router);
+            client.transmit(&up(1));
+            settle(&mut client, &mut router);
+            assert_eq!(router.wire.packets, [up(1)]);
+        }
+    }
+}
+
+#[test]
 fn removed_peers_end_at_once() {
     let (mut client, mut router) = connected();
     client.transmit(&up(1));
