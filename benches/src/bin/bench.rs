@@ -35,9 +35,10 @@ struct Arguments {
     /// One tiny round of each case, without a warm-up: proves that they work, measures nothing.
     #[arg(long, conflicts_with_all = ["quick", "runs"])]
     smoke: bool,
-    /// Only cases whose `case, implementation` contains this text.
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    only: String,
+    /// Only cases whose `case, implementation` contains this text, or ends so if the text ends in
+    /// `$`. With several, those that match any.
+    #[arg(long, value_name = "TEXT")]
+    only: Vec<String>,
     /// Rounds that count [default: 7, with --quick 3].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
     runs: Option<u16>,
@@ -87,7 +88,14 @@ impl Arguments {
     /// What is wanted of a suite.
     fn suite(&self, entry: &SuiteEntry, context: &Context) -> anyhow::Result<Suite> {
         let mut suite = (entry.build)(context).with_context(|| format!("suite {}", entry.name))?;
-        let wanted = |id: &CaseId| title(id).contains(&self.only);
+        let wanted = |id: &CaseId| {
+            let title = title(id);
+            let matches = |text: &String| match text.strip_suffix('$') {
+                Some(end) => title.ends_with(end),
+                None => title.contains(text),
+            };
+            self.only.is_empty() || self.only.iter().any(matches)
+        };
         suite.cases.retain(|case| wanted(case.id()));
         suite.skipped.retain(|skipped| wanted(&skipped.id));
         Ok(suite)
