@@ -81,6 +81,7 @@ fn run(side: Side, ctx: TcContext) -> i32 {
         Err(verdict) => verdict,
     };
     maps::count(side, verdict, bytes);
+    steps::log(&ctx, side, verdict);
     // SAFETY: the helpers take plain numbers, and no parameters when the pointer is null; the
     // kernel passes a valid context, whose mark a tc program may write.
     let code = unsafe {

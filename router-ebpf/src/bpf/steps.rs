@@ -9,6 +9,8 @@ use aya_ebpf::btf_maps::PerCpuArray;
 use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_ns};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
+use aya_log_ebpf::macro_support::{Level, level_enabled};
+use aya_log_ebpf::trace;
 use router_ebpf::abi::{Flow, Prefix, Side, Tuple};
 use router_ebpf::decide::{self, Exit, Forward, Refused, Tables as _};
 use router_ebpf::flow::{self, Draft};
@@ -298,6 +300,41 @@ steps! {
         number(answer::reject(side(from), &work.packet, &Maps::new(ctx), &mut work.forward))
     }
 
+    /// Logs what became of the packet; `end`: the verdict, see [`log`].
+    sluice_log(ctx, work, from, end) {
+        let packet = &work.packet;
+        let side = match side(from) {
+            Side::Overlay => "from_overlay",
+            Side::Subnet => "from_subnet",
+        };
+        let Some(label) = LABELS.get(end as usize) else {
+            return 0;
+        };
+        // SAFETY: what is ASCII is UTF-8.
+        let label = unsafe { core::str::from_utf8_unchecked(label) };
+        let tuple = &packet.tuple;
+        let [source_port, port] = tuple.ports.map(u16::from_be_bytes);
+        let (protocol, len) = (tuple.protocol, packet.len);
+        if tuple.source.is_v4() {
+            let (source, destination) = (tuple.source.v4_octets(), tuple.destination.v4_octets());
+            trace!(
+                ctx,
+                target: "packets",
+                "{} {} {:i} {} > {:i} {} protocol {} {} bytes",
+                side, label, source, source_port, destination, port, protocol, len
+            );
+        } else {
+            trace!(
+                ctx,
+                target: "packets",
+                "{} {} {:i} {} > {:i} {} protocol {} {} bytes",
+                side, label, tuple.source.octets, source_port, tuple.destination.octets, port,
+                protocol, len
+            );
+        }
+        0
+    }
+
     /// [`answer::send`].
     sluice_answer(ctx, work, from) {
         number(answer::send(&work.packet, &work.forward, &mut Skb::at(ctx, side(from))))
@@ -319,6 +356,33 @@ pub(crate) fn now() -> u64 {
             *clock = [tick, bpf_ktime_get_ns()];
         }
         (*clock)[1]
+    }
+}
+
+/// The labels of the verdicts, of one length: the verifier follows no other.
+static LABELS: [[u8; 24]; Verdict::ALL.len()] = {
+    let mut labels = [[b' '; 24]; Verdict::ALL.len()];
+    let mut verdict = 0;
+    while verdict < labels.len() {
+        let label = Verdict::ALL[verdict].label().as_bytes();
+        let mut at = 0;
+        while at < label.len() {
+            labels[verdict][at] = label[at];
+            at += 1;
+        }
+        verdict += 1;
+    }
+    labels
+};
+
+/// Logs what became of a packet if that is wanted, which user space says before it loads the
+/// program: else the verifier leaves this out.
+#[inline(always)]
+pub(crate) fn log(ctx: &TcContext, side: Side, verdict: Verdict) {
+    let parsed = !matches!(verdict, Verdict::PassUnrelated | Verdict::DropMalformed);
+    if level_enabled(Level::Trace) && parsed {
+        // SAFETY: see `run`.
+        unsafe { sluice_log(ctx.skb.skb, side as u32, verdict as u32) };
     }
 }
 

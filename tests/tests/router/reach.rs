@@ -4,8 +4,8 @@ use std::io::{Read, Write};
 use std::net::SocketAddr;
 
 use anyhow::Context;
-use lab::http;
 use lab::site::{self, Arms, Client, ENDPOINT_V6, ROUTER, Running, SERVER, Site};
+use lab::{http, wait_until};
 
 use super::{HTTP, Path, SOON, carried_fast, echoes, handled, on_every_path, serve, warm_up};
 
@@ -166,4 +166,31 @@ fn a_connection_survives_a_forgotten_next_hop(path: Path) {
             Ok(())
         });
     }
+}
+
+#[test]
+fn the_programs_log_packets_if_asked_to() {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        let client = Client::new("laptop", 2)?;
+        let mut config = site::config(&[&client], "ebpf", true)?;
+        config.log = "info,packets=trace";
+        let sluice = site.router.sluice(&config)?;
+        let _tunnel = client.connect(&site.laptop, &config.key)?;
+        for (server, own) in SERVER.into_iter().zip(client.addresses) {
+            warm_up(&site.laptop, server)?;
+            let (there, back) = (format!(" > {server} "), format!(" {server} "));
+            for parts in [
+                ["from_overlay forwarded ", &format!(" {own} "), &there],
+                ["from_subnet forwarded ", &back, " > "],
+            ] {
+                wait_until(SOON, &format!("{parts:?} in the log"), || {
+                    let log = sluice.log();
+                    let mut lines = log.lines();
+                    lines.any(|line| parts.iter().all(|part| line.contains(part)))
+                })?;
+            }
+        }
+        Ok(())
+    });
 }

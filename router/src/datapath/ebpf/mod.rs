@@ -9,6 +9,7 @@ mod clsact;
 mod flows;
 pub mod guard;
 mod listing;
+mod log;
 mod object;
 mod pins;
 pub mod policy;
@@ -120,12 +121,17 @@ impl Ebpf {
         let left = options
             .pins
             .and_then(|pins| Ok((pins.inspect(entries).map_err(unkept)?, pins)));
+        let log_level = log::level();
         let mut loader = EbpfLoader::new();
         // Without relocations against kernel types the kernel's own BTF need not be read.
         loader
             .btf(None)
             .map_max_entries(abi::FLOWS4, entries)
-            .map_max_entries(abi::FLOWS6, entries);
+            .map_max_entries(abi::FLOWS6, entries)
+            .override_global(log::LEVEL, &log_level, true);
+        if log_level == 0 {
+            loader.map_max_entries(log::RECORDS, log::LEAST_ROOM);
+        }
         if let Ok((Some(_), pins)) = &left {
             for (name, path) in pins.tables() {
                 loader.map_pin_path(name, path);
@@ -137,6 +143,7 @@ impl Ebpf {
         for side in Side::ALL {
             load_program(&mut programs, side.program())?;
         }
+        log::start(&mut programs, log_level)?;
         if let Ok((Some(generation), _)) = left {
             tables::begin_behind(&mut programs, generation)?;
             tracing::info!("flows go on where the daemon before has left them");
