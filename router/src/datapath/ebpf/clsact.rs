@@ -128,9 +128,12 @@ fn open() -> io::Result<Socket> {
 
 /// Interfaces that have a clsact qdisc.
 fn interfaces(socket: &mut Socket) -> io::Result<Vec<u32>> {
-    let answer = socket
-        .dump(RTM_GETQDISC, |payload| Header::default().write(payload))
-        .map_err(io_error)?;
+    let answer = match socket.dump(RTM_GETQDISC, |payload| Header::default().write(payload)) {
+        Ok(answer) => answer,
+        // The kernel is built without traffic control.
+        Err(refusal) if refusal.errno == libc::EOPNOTSUPP => return Ok(Vec::new()),
+        Err(refusal) => return Err(io_error(refusal)),
+    };
     let links = wire::messages(&answer).filter_map(|message| {
         let header = Header::read(message.payload)?;
         let kind = wire::attribute(message.payload.get(Header::LEN..)?, TCA_KIND)?;

@@ -80,7 +80,11 @@ impl Pins {
         if !is_bpffs(Path::new(BPFFS)) {
             return Ok(());
         }
-        remove(&home(Path::new(BPFFS), device)?)
+        match remove(&home(Path::new(BPFFS), device)?) {
+            // Whom it is closed to has pinned nothing.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            outcome => outcome,
+        }
     }
 
     /// The generation of the settings that were in force with the tables which a daemon has left, if
