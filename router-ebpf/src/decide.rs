@@ -345,22 +345,22 @@ fn too_big(
         forward.verdict = Verdict::SlowMtu;
         return Ok(());
     }
+    if packet.may_cut {
+        forward.exit = Exit::Stack;
+        forward.verdict = Verdict::SlowMtu;
+        return Ok(());
+    }
     match side {
-        Side::Subnet if packet.may_cut => {
-            forward.exit = Exit::Stack;
-            forward.verdict = Verdict::SlowMtu;
-        }
         // The kernel looks at the size before it translates.
-        Side::Overlay if !packet.may_cut => return Err(Verdict::SlowMtu),
-        // From the subnet: the kernel would answer about a flow that it does not know. From the
-        // overlay: it would cut it, but would translate it to another port.
-        _ => {
+        Side::Overlay => Err(Verdict::SlowMtu),
+        // The kernel would answer about a flow that it does not know.
+        Side::Subnet => {
             forward.exit = Exit::Answer;
             forward.verdict = Verdict::DropTooBig;
             forward.answer = Answer::TooBig;
+            Ok(())
         }
     }
-    Ok(())
 }
 
 /// Finds the flow of what has no ports of its own, see [`Packet::flow`]; `true` if the kernel gets

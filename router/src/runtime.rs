@@ -41,7 +41,7 @@ use crate::datapath::ebpf::Ebpf;
 use crate::datapath::kernel::Kernel;
 use crate::datapath::{self, Datapath, Link};
 use crate::engine::{self, Engine};
-use crate::netlink::sysctl::Sysctls;
+use crate::netlink::sysctl::{self, Sysctls};
 use crate::netlink::{self, Change, Changes, FWMARK, Netlink, RuleSpec};
 use crate::telemetry::Metrics;
 use crate::uapi::{Question, Server};
@@ -425,6 +425,16 @@ impl Daemon {
             Action::Device { mtu, addresses } => {
                 let up = self.netlink.set_link(index, u32::from(*mtu), true).await;
                 up.map_err(|e| text(&e))?;
+                if self.ebpf.is_some()
+                    && let Err(error) = sysctl::accept_local(&self.tun.name)
+                {
+                    tracing::warn!(
+                        %error,
+                        "cannot set accept_local of {}: packets of translated flows that must be \
+                         cut for a narrow link are lost; make /proc/sys/net writable",
+                        self.tun.name
+                    );
+                }
                 self.netlink
                     .sync_addresses(index, addresses)
                     .await

@@ -88,7 +88,8 @@ fn run(side: Side, ctx: TcContext) -> i32 {
         match outcome {
             Ok(()) => match forward.exit {
                 Exit::Stack => {
-                    if side == Side::Subnet {
+                    // Without the mark the kernel would track it, and translate it once more.
+                    if side == Side::Subnet || forward.is_translated {
                         (*ctx.skb.skb).mark = HANDED_OVER;
                     }
                     TC_ACT_UNSPEC.into()

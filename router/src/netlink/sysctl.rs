@@ -40,6 +40,15 @@ pub enum Error {
     Refused(Vec<String>),
 }
 
+/// Lets packets in by `device` whose source is an address of this machine, as those are that a
+/// program has translated before the kernel carries them. The device is ours: nothing to restore.
+pub fn accept_local(device: &str) -> io::Result<()> {
+    fs::write(
+        format!("/proc/sys/net/ipv4/conf/{device}/accept_local"),
+        "1",
+    )
+}
+
 /// One changed value. Paths are relative to `/proc/sys`; an interface name may hold dots, so the
 /// dotted notation is not used.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

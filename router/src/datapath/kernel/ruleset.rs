@@ -2,9 +2,9 @@
 //!
 //! | chain | on | does |
 //! |---|---|---|
-//! | `spoofed` | all that comes in | drops sources that are no peer's; keeps what the eBPF programs hand over out of connection tracking |
+//! | `spoofed` | all that comes in | keeps what the eBPF programs hand over out of connection tracking; drops sources that are no peer's |
 //! | `forward` | all that passes through | sends to `from_overlay` or `to_overlay`; leaves the rest alone |
-//! | `from_overlay` | from a peer | clamps the MSS; known flows pass; new ones to routed CIDRs, or to a peer if the policy has let them |
+//! | `from_overlay` | from a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones to routed CIDRs, or to a peer if the policy has let them |
 //! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones from routed CIDRs, if the policy lets them |
 //! | `permit` | all that comes from the TUN device, once there are rules | ends new flows that no rule allows, also those to the router itself |
 //! | `translate` | the first packet of a flow from a peer | translates its source where the route says so, see `translate` |
@@ -208,6 +208,9 @@ pub(super) fn write(
     tx.base_chain("translate", Hook::SourceNat);
 
     let tun = spec.tun.index.to_ne_bytes();
+    tx.rule("spoofed", |r| {
+        handed_over(r).no_track().verdict(Verdict::Accept);
+    });
     for sets in &families {
         tx.rule("spoofed", |r| {
             r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
@@ -215,9 +218,6 @@ pub(super) fn write(
             decide(r, DROP_SPOOFED, Verdict::Drop);
         });
     }
-    tx.rule("spoofed", |r| {
-        handed_over(r).no_track();
-    });
     tx.rule("forward", |r| {
         r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
         r.verdict(Verdict::Jump("from_overlay"));
@@ -235,9 +235,11 @@ pub(super) fn write(
             r.meta(Meta::Iif, REG).cmp(Cmp::Ne, REG, &tun);
             r.verdict(Verdict::Accept);
         });
-        tx.rule("permit", |r| {
-            known(r).verdict(Verdict::Accept);
-        });
+        for judged in [handed_over, known] {
+            tx.rule("permit", |r| {
+                judged(r).verdict(Verdict::Accept);
+            });
+        }
         for sets in &families {
             ask_policy(tx, "permit", sets.family, &sets.from, None);
         }
@@ -406,6 +408,9 @@ fn write_from_overlay(
 ) {
     let chain = "from_overlay";
     clamp_syn(tx, chain, "clamp_from");
+    tx.rule(chain, |r| {
+        decide(handed_over(r), FROM.forwarded, Verdict::Accept)
+    });
     known_flows(tx, chain, FROM.forwarded);
     if restricted {
         tx.rule(chain, |r| {

@@ -4,15 +4,19 @@ use std::io::{Read, Write};
 use std::net::SocketAddr;
 
 use anyhow::Context;
+use lab::packet::{Packet, UDP};
 use lab::site::{Arms, Running, SERVER};
 use lab::{http, poll};
 
 use super::super::{HTTP, Path, SOON, on_every_path, serve, warm_up};
-use super::{PORT, discover_mtu, path_mtu, receive, tcp_pair, udp_at, udp_headers, udp_to};
+use super::{
+    BRIEFLY, PORT, discover_mtu, path_mtu, receive, tcp_pair, udp_at, udp_headers, udp_to,
+};
 
 on_every_path!(
     the_server_learns_the_tunnels_mtu,
     the_laptop_learns_the_mtu_of_a_narrow_link,
+    what_may_be_cut_is_cut_for_a_narrow_link,
 );
 
 const TUNNEL_MTU: u16 = 1420;
@@ -91,6 +95,41 @@ fn the_laptop_learns_the_mtu_of_a_narrow_link(path: Path) {
                     laptop.ip(&format!("{family} route flush cache"))?;
                 }
             }
+        }
+        Ok(())
+    });
+}
+
+/// Without "don't fragment", which IPv6 does not know, nobody is told: the router cuts.
+fn what_may_be_cut_is_cut_for_a_narrow_link(path: Path) {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+        let server = SERVER[0];
+        warm_up(&run.site.laptop, server)?;
+        let address = SocketAddr::new(server, PORT);
+        let far = udp_at(&run.site.server, address)?;
+        let near = udp_to(&run.site.laptop, address)?;
+        discover_mtu(&near, server, libc::IP_PMTUDISC_DONT)?;
+        near.send(b"hello")?;
+        let (_, from) = receive(&far)?;
+        let nic = format!("link set lan mtu {NARROW}");
+        run.site.router.ip(&nic)?;
+        let by_nic = run.site.router.capture("lan")?;
+        far.set_read_timeout(Some(BRIEFLY))?;
+        // One that fits the tunnel, and one that has been cut for it already.
+        for len in [usize::from(TUNNEL_MTU) - udp_headers(server), 4000] {
+            let sent = http::pattern(len);
+            poll(SOON, "a datagram in parts", || {
+                near.send(&sent).expect("the tunnel is wide enough");
+                let got = receive(&far).ok()?;
+                assert_eq!(got, (sent.clone(), from), "{path:?} {len}");
+                // Before the router knew its NIC's new MTU, it may have come through whole.
+                let ours =
+                    |p: &Packet<'_>| (p.source == from.ip() && p.protocol == UDP).then_some(p.len);
+                let parts = by_nic.drain(ours);
+                (parts.len() > 1 && parts.iter().all(|len| *len <= NARROW.into())).then_some(())
+            })
+            .with_context(|| format!("{path:?} {len}"))?;
         }
         Ok(())
     });
