@@ -163,7 +163,7 @@ fn a_policy_change_ends_flows_both_ways(path: Path) {
 }
 
 /// Connections of the next test, and the ports that the laptop has for them.
-const CONNECTIONS: usize = 20_000;
+const CONNECTIONS: usize = 50_000;
 const PORTS: std::ops::RangeInclusive<u16> = 20_000..=23_999;
 const THREADS: usize = 8;
 
