@@ -18,12 +18,14 @@ macro_rules! layout {
     };
 }
 
+mod denied;
 mod flows;
 
+pub use denied::*;
 pub use flows::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";
@@ -305,6 +307,7 @@ mod pod {
         Route,
         Link,
         Counter,
+        Denied,
         Key4,
         Key6,
         Flow,

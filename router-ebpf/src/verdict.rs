@@ -87,6 +87,23 @@ verdicts! {
     RejectPolicy Reject "reject_policy" "Of a flow that no rule of the policy allows; an RST or an ICMP error is sent.";
 }
 
+impl Verdict {
+    /// Whether user space is told of such packets ([`crate::abi::Denied`]): those of flows that are not let
+    /// through.
+    #[inline(always)]
+    pub const fn is_denied(self) -> bool {
+        matches!(
+            self,
+            Self::DropSpoofed
+                | Self::DropPolicy
+                | Self::DropSourceLimit
+                | Self::DropTableFull
+                | Self::DropNatExhausted
+                | Self::RejectPolicy
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

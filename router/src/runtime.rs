@@ -3,6 +3,7 @@
 //! One thread, one loop: signals, the control source, changes of the network, DNS answers, questions
 //! from the API and the core's own deadlines. Packets never pass here.
 
+mod denied;
 mod ending;
 mod facts;
 mod fastpath;
@@ -26,6 +27,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
+use self::denied::DeniedLog;
 use self::ending::Ending;
 use self::fastpath::{choose_datapath, discard_pins};
 use self::guard::UplinkGuard;
@@ -150,6 +152,7 @@ struct Daemon {
     tun: Link,
     kernel: Kernel,
     ebpf: Option<Ebpf>,
+    denied: Option<DeniedLog>,
     /// Why the datapath is the one it is.
     datapath_reason: String,
     guard: UplinkGuard,
@@ -182,7 +185,8 @@ impl Daemon {
         let facts = facts::gather(&netlink, &config.snapshot, None).await?;
         check(&config, &facts)?;
 
-        let (ebpf, datapath_reason) = choose_datapath(local.datapath, local.limits, &local.device)?;
+        let (mut ebpf, datapath_reason) =
+            choose_datapath(local.datapath, local.limits, &local.device)?;
         let (sender, requests) = mpsc::channel(16);
         let server = api::Server::start(&local.socket, local.http, Metrics::default(), sender)?;
         let engine = Engine::start(
@@ -225,6 +229,7 @@ impl Daemon {
             engine,
             whereabouts,
             tun,
+            denied: DeniedLog::of(ebpf.as_mut()),
             ebpf,
             datapath_reason,
             guard,
@@ -310,9 +315,15 @@ impl Daemon {
                     api::Request::Flows(answer) => {
                         drop(answer.send(self.ebpf.as_ref().map(Ebpf::flows)));
                     }
+                    api::Request::Denied(question, answer) => {
+                        let denied = self.denied.as_ref();
+                        let list = denied.map(|log| log.answer(&question, &self.snapshot));
+                        drop(answer.send(list));
+                    }
                 },
                 Some(question) = self.questions.recv() => self.answer(question),
                 failure = self.engine.failed() => return Err(Error::EngineFailed(failure)),
+                () = denied::follow(&mut self.denied) => {}
                 () = deadline_or_never(deadline) => {}
             }
         }
@@ -453,6 +464,7 @@ impl Daemon {
                             tracing::warn!(%error, "the eBPF datapath was not removed whole");
                         }
                         self.ebpf = None;
+                        self.denied = None;
                         discard_pins(&self.local.device);
                         self.replan();
                         Ok(())

@@ -294,6 +294,16 @@ impl Sluice {
         Ok(serde_json::from_slice(&answer)?)
     }
 
+    /// What `sluice denied` prints with these words.
+    pub fn denied(&self, words: &[&str]) -> anyhow::Result<Output> {
+        let command = self.host.command([binary()?]).arg("denied");
+        command
+            .arg("--socket")
+            .arg(&self.files.socket)
+            .args(words)
+            .output()
+    }
+
     /// The status document.
     pub fn status(&self) -> anyhow::Result<Value> {
         status(&self.files.socket)

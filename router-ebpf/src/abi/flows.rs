@@ -18,9 +18,23 @@ pub const SOURCES: &str = "SOURCES";
 /// Map from the first fragment of a packet to those behind it (LRU hash from [`FragmentKey`] to
 /// [`Fragment`]).
 pub const FRAGMENTS: &str = "FRAGMENTS";
-/// Map of when the ICMP errors that this CPU may still send would be used up (per-CPU array of one
-/// `u64`, ns of `CLOCK_MONOTONIC`).
-pub const ERRORS: &str = "ERRORS";
+/// Map of when what this CPU may still send would be used up (per-CPU array of `u64`, ns of
+/// `CLOCK_MONOTONIC`): one slot for each [`Budget`].
+pub const BUDGETS: &str = "BUDGETS";
+
+/// A slot of [`BUDGETS`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Budget {
+    /// Answers to senders.
+    Answers,
+    /// What is told of denied packets.
+    Denied,
+}
+
+impl Budget {
+    /// Slots of [`BUDGETS`].
+    pub const COUNT: usize = 2;
+}
 
 /// Flows of each family, unless the loader sets another number.
 pub const DEFAULT_FLOWS: u32 = 1 << 18;

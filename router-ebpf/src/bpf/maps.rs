@@ -9,14 +9,14 @@ use aya_ebpf::bindings::{
     bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2,
 };
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use aya_ebpf::helpers;
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{
-    Address, Counter, DEFAULT_ENTRIES, Flow, Fragment, FragmentKey, Key4, Key6, Link, MAX_COUNTERS,
-    MAX_FRAGMENTS, MAX_LINKS, MAX_OVERLAY, MAX_ROUTES, MAX_SOURCES, Overlay, Prefix, Route,
-    Settings, Side, Tuple,
+    Address, Budget, Counter, DEFAULT_ENTRIES, DENIED_SIZE, Denied, Flow, Fragment, FragmentKey,
+    Key4, Key6, Link, MAX_COUNTERS, MAX_FRAGMENTS, MAX_LINKS, MAX_OVERLAY, MAX_ROUTES, MAX_SOURCES,
+    Overlay, Prefix, Route, Settings, Side, Tuple,
 };
 use router_ebpf::decide::{Hop, Refused, Tables, fib_failure};
 use router_ebpf::flow::Entry;
@@ -38,9 +38,11 @@ const BPF_TCP_LISTEN: u32 = 10;
 /// `BPF_F_CURRENT_NETNS` of linux/bpf.h.
 const THIS_NETNS: u64 = u64::MAX;
 
-/// ICMP errors in a row, and one more each interval, in ns: on each CPU.
-const ERROR_INTERVAL: u64 = 1_000_000;
-const ERROR_BURST: u64 = 50 * ERROR_INTERVAL;
+/// Answers at once, and one more each interval, in ns: on each CPU.
+const ANSWER_INTERVAL: u64 = 1_000_000;
+const ANSWERS_AT_ONCE: u64 = 50;
+/// The same of denied packets.
+const DENIED_INTERVAL: u64 = 1_000_000_000 / Denied::PER_SECOND;
 
 #[btf_map]
 static SETTINGS: Array<Settings, 1> = Array::new();
@@ -70,7 +72,9 @@ static SOURCES: HashMap<Address, u32, MAX_SOURCES, ON_DEMAND> = HashMap::new();
 #[btf_map]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment, MAX_FRAGMENTS> = LruHashMap::new();
 #[btf_map]
-static ERRORS: PerCpuArray<u64, 1> = PerCpuArray::new();
+static BUDGETS: PerCpuArray<u64, { Budget::COUNT }> = PerCpuArray::new();
+#[btf_map]
+static DENIED: RingBuf<Denied, DENIED_SIZE> = RingBuf::new();
 
 /// Counts one packet of `bytes` bytes at the IP layer.
 #[inline(always)]
@@ -104,6 +108,34 @@ fn flow4(side: Side, tuple: &Tuple) -> Option<*mut Flow> {
 #[inline(never)]
 fn flow6(side: Side, tuple: &Tuple) -> Option<*mut Flow> {
     FLOWS6.get_ptr_mut(Key6::new(side, tuple))
+}
+
+/// Whether this CPU may send one more, of which there may be some at once, and one each interval; and
+/// counts it.
+#[inline(always)]
+fn take(budget: Budget, interval: u64, at_once: u64, now: u64) -> bool {
+    let Some(used_up) = BUDGETS.get_ptr_mut(budget as u32) else {
+        return false;
+    };
+    // SAFETY: as in `count`.
+    unsafe {
+        let next = (*used_up).max(now) + interval;
+        if next > now + at_once * interval {
+            return false;
+        }
+        *used_up = next;
+    }
+    true
+}
+
+/// Tells user space of a denied packet, unless there are too many.
+#[inline(always)]
+pub(crate) fn tell_denied(side: Side, verdict: u32, packet: &Packet, now: u64) {
+    if take(Budget::Denied, DENIED_INTERVAL, Denied::AT_ONCE, now) {
+        let denied = Denied::new(side, verdict as u8, packet, now);
+        // What does not fit is in the counters all the same.
+        let _ = DENIED.output(denied, 0);
+    }
 }
 
 /// The tables as one packet sees them.
@@ -348,19 +380,12 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn may_send_error(&self) -> bool {
-        let Some(used_up) = ERRORS.get_ptr_mut(0) else {
-            return false;
-        };
-        let now = self.now();
-        // SAFETY: the slot is this CPU's alone, and ingress programs do not interrupt each other.
-        unsafe {
-            let next = (*used_up).max(now) + ERROR_INTERVAL;
-            if next > now + ERROR_BURST {
-                return false;
-            }
-            *used_up = next;
-        }
-        true
+        take(
+            Budget::Answers,
+            ANSWER_INTERVAL,
+            ANSWERS_AT_ONCE,
+            self.now(),
+        )
     }
 
     #[inline(always)]

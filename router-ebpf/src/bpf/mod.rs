@@ -94,11 +94,15 @@ fn run(side: Side, ctx: TcContext) -> i32 {
                     }
                     TC_ACT_UNSPEC.into()
                 }
-                Exit::Answer => bpf_redirect(Skb::at(&ctx, side).ingress(), 0),
+                Exit::Answer => {
+                    steps::tell(&ctx, side, verdict);
+                    bpf_redirect(Skb::at(&ctx, side).ingress(), 0)
+                }
                 Exit::Neighbour => bpf_redirect_neigh(forward.link, core::ptr::null_mut(), 0, 0),
                 _ => bpf_redirect(forward.link, 0),
             },
             Err(verdict) if matches!(verdict.class(), Class::Drop | Class::Reject) => {
+                steps::tell(&ctx, side, verdict);
                 TC_ACT_SHOT.into()
             }
             // Not TC_ACT_OK: programs and filters behind this one have their turn.

@@ -19,7 +19,7 @@ use router_ebpf::policy::{self, NewFlow};
 use router_ebpf::verdict::Verdict;
 use router_ebpf::{answer, fragment, icmp, mss};
 
-use super::maps::Maps;
+use super::maps::{self, Maps};
 use super::skb::Skb;
 
 /// The packet that this CPU works on, and what was decided about it.
@@ -295,6 +295,12 @@ steps! {
         number(icmp::translate_quote(side, &work.packet, nat, &mut Skb::at(ctx, side)))
     }
 
+    /// Tells user space of the packet, whose verdict is this number.
+    sluice_denied(ctx, work, from, verdict) {
+        maps::tell_denied(side(from), verdict, &work.packet, Maps::new(ctx).now());
+        0
+    }
+
     /// [`answer::reject`].
     sluice_reject(ctx, work, from) {
         number(answer::reject(side(from), &work.packet, &Maps::new(ctx), &mut work.forward))
@@ -475,6 +481,15 @@ pub(crate) fn clamp_mss(
 ) -> Result<(), Verdict> {
     // SAFETY: see `run`.
     result(unsafe { sluice_clamp_mss(ctx.skb.skb, offset, tcp, header_len, limit.into()) })
+}
+
+/// Tells user space of the packet, which ends here with `verdict`.
+#[inline(always)]
+pub(crate) fn tell(ctx: &TcContext, side: Side, verdict: Verdict) {
+    if verdict.is_denied() {
+        // SAFETY: see `run`.
+        unsafe { sluice_denied(ctx.skb.skb, side as u32, verdict as u32) };
+    }
 }
 
 /// Has the packet that an ICMP error quotes translated, and the error carried again.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::denied;
 use super::flows::{self, Question};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,7 +44,22 @@ pub enum ClientError {
 
 /// Asks a running daemon for flows and renders them: as JSON, or as a table for a person.
 pub fn print_flows(socket: &Path, question: &Question, json: bool) -> Result<String, ClientError> {
-    let body = get(socket, &format!("/flows?{}", question.query()))?;
+    print_list(socket, "flows", question, json, flows::page)
+}
+
+/// The same for denied packets.
+pub fn print_denied(socket: &Path, question: &Question, json: bool) -> Result<String, ClientError> {
+    print_list(socket, "denied", question, json, denied::page)
+}
+
+fn print_list(
+    socket: &Path,
+    what: &str,
+    question: &Question,
+    json: bool,
+    page: fn(&Value) -> String,
+) -> Result<String, ClientError> {
+    let body = get(socket, &format!("/{what}?{}", question.query()))?;
     let answer: Value = serde_json::from_str(&body).map_err(|error| ClientError::Answer {
         path: socket.to_owned(),
         reason: error.to_string(),
@@ -51,7 +67,7 @@ pub fn print_flows(socket: &Path, question: &Question, json: bool) -> Result<Str
     Ok(if json {
         format!("{answer:#}\n")
     } else {
-        flows::page(&answer)
+        page(&answer)
     })
 }
 
@@ -277,7 +293,7 @@ fn duration(seconds: &Value) -> String {
     }
 }
 
-fn ago(epoch: &Value) -> String {
+pub(super) fn ago(epoch: &Value) -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     match (epoch.as_u64(), now) {
         (Some(then), Ok(now)) => {

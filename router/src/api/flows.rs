@@ -71,7 +71,7 @@ const NAMES: [(&str, u8); 4] = [
     ("icmpv6", ICMPV6),
 ];
 
-fn protocol_name(protocol: u8) -> String {
+pub(super) fn protocol_name(protocol: u8) -> String {
     let known = NAMES.iter().find(|(_, number)| *number == protocol);
     known.map_or_else(|| protocol.to_string(), |(name, _)| (*name).to_owned())
 }

@@ -18,6 +18,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use super::Status;
+use super::denied::DeniedList;
 use super::flows::Question;
 use crate::datapath::ebpf::FlowTables;
 use crate::telemetry::Metrics;
@@ -36,6 +37,8 @@ pub enum Request {
     Status(oneshot::Sender<Status>),
     /// The flow table, if the eBPF datapath is there.
     Flows(oneshot::Sender<Option<Arc<FlowTables>>>),
+    /// Denied packets, if the eBPF datapath is there.
+    Denied(Question, oneshot::Sender<Option<DeniedList>>),
 }
 
 /// The service could not be started.
@@ -210,8 +213,11 @@ impl Service {
             return response;
         }
         let path = request.uri().path();
-        if path == "/flows" && self.local {
-            return self.flows(request.uri().query().unwrap_or_default()).await;
+        let query = request.uri().query().unwrap_or_default();
+        match path {
+            "/flows" if self.local => return self.flows(query).await,
+            "/denied" if self.local => return self.denied(query).await,
+            _ => {}
         }
         if !matches!(path, "/status" | "/metrics" | "/healthz") {
             return text(
@@ -220,10 +226,7 @@ impl Service {
             );
         }
         let Some(status) = self.status().await else {
-            return text(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "the router is stopping\n".to_owned(),
-            );
+            return stopping();
         };
         match path {
             "/status" => match serde_json::to_vec_pretty(&status) {
@@ -250,6 +253,27 @@ impl Service {
         }
     }
 
+    async fn denied(&self, query: &str) -> Response<Full<Bytes>> {
+        let question = match Question::parse(query) {
+            Ok(question) => question,
+            Err(error) => return text(StatusCode::BAD_REQUEST, format!("{error}\n")),
+        };
+        let (answer, list) = oneshot::channel();
+        let asked = self.requests.send(Request::Denied(question, answer)).await;
+        let (Ok(()), Ok(list)) = (asked, list.await) else {
+            return stopping();
+        };
+        let Some(list) = list else {
+            let kernel = "no program tells of denied packets; the kernel datapath only counts \
+                          them: `drop_policy` and `reject_policy` in `sluice status`\n";
+            return text(StatusCode::NOT_FOUND, kernel.to_owned());
+        };
+        match serde_json::to_vec(&list) {
+            Ok(body) => typed(StatusCode::OK, "application/json", body),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        }
+    }
+
     async fn flows(&self, query: &str) -> Response<Full<Bytes>> {
         let question = match Question::parse(query) {
             Ok(question) => question,
@@ -258,8 +282,7 @@ impl Service {
         let (answer, tables) = oneshot::channel();
         let asked = self.requests.send(Request::Flows(answer)).await;
         let (Ok(()), Ok(tables)) = (asked, tables.await) else {
-            let stopping = "the router is stopping\n".to_owned();
-            return text(StatusCode::SERVICE_UNAVAILABLE, stopping);
+            return stopping();
         };
         let Some(tables) = tables else {
             let kernel = "the kernel datapath is in use; its flows are those of `conntrack -L`\n";
@@ -284,6 +307,11 @@ impl Service {
         self.requests.send(Request::Status(answer)).await.ok()?;
         status.await.ok()
     }
+}
+
+fn stopping() -> Response<Full<Bytes>> {
+    let stopping = "the router is stopping\n".to_owned();
+    text(StatusCode::SERVICE_UNAVAILABLE, stopping)
 }
 
 fn text(code: StatusCode, body: String) -> Response<Full<Bytes>> {

@@ -75,26 +75,10 @@ enum Command {
         socket: PathBuf,
     },
     /// List the flows that the running router's eBPF programs carry.
-    Flows {
-        /// Only flows with an end in this CIDR or at this address.
-        #[arg(long, value_name = "CIDR", value_parser = api::parse_address)]
-        address: Option<ipnet::IpNet>,
-        /// Only flows of this protocol: tcp, udp, icmp, icmpv6 or a number.
-        #[arg(long, value_name = "NAME", value_parser = api::parse_protocol)]
-        protocol: Option<u8>,
-        /// Only flows with this port at one end.
-        #[arg(long)]
-        port: Option<u16>,
-        /// Most flows to list, up to 100000.
-        #[arg(long, value_name = "COUNT", default_value_t = api::Question::default().limit)]
-        limit: usize,
-        /// As JSON, for scripts.
-        #[arg(long)]
-        json: bool,
-        /// The router's socket (`api.socket` in its configuration).
-        #[arg(long, value_name = "PATH", default_value_os_t = config::default_socket(config::DEFAULT_DEVICE))]
-        socket: PathBuf,
-    },
+    Flows(Listing),
+    /// List packets that the running router's eBPF programs did not let through, the latest first: a
+    /// sample of some hundred.
+    Denied(Listing),
     /// Make a plain WireGuard device, without routing or policy, that `wg` and wg-quick configure: a
     /// drop-in for wireguard-go. It runs in the background until the device is deleted.
     Wireguard(wireguard::Args),
@@ -104,6 +88,42 @@ enum Command {
     Genpsk,
     /// Read a private key from standard input and print its public key.
     Pubkey,
+}
+
+/// What is listed, and how.
+#[derive(Debug, clap::Args)]
+struct Listing {
+    /// Only what has an end in this CIDR or at this address.
+    #[arg(long, value_name = "CIDR", value_parser = api::parse_address)]
+    address: Option<ipnet::IpNet>,
+    /// Only what is of this protocol: tcp, udp, icmp, icmpv6 or a number.
+    #[arg(long, value_name = "NAME", value_parser = api::parse_protocol)]
+    protocol: Option<u8>,
+    /// Only what has this port at one end.
+    #[arg(long)]
+    port: Option<u16>,
+    /// How many to list, up to 100000.
+    #[arg(long, value_name = "COUNT", default_value_t = api::Question::default().limit)]
+    limit: usize,
+    /// As JSON, for scripts.
+    #[arg(long)]
+    json: bool,
+    /// The router's socket (`api.socket` in its configuration).
+    #[arg(long, value_name = "PATH", default_value_os_t = config::default_socket(config::DEFAULT_DEVICE))]
+    socket: PathBuf,
+}
+
+impl Listing {
+    fn question(&self) -> api::Question {
+        api::Question {
+            filter: FlowFilter {
+                address: self.address,
+                protocol: self.protocol,
+                port: self.port,
+            },
+            limit: self.limit,
+        }
+    }
 }
 
 /// Parses the command line, runs the subcommand that it names and reports what went wrong.
@@ -147,23 +167,16 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::AddPeer(args) => add_peer::add_peer(&args),
         Command::Import(args) => print(&import::import(&args)?),
         Command::Status { json, socket } => print(&api::print_status(&socket, json)?),
-        Command::Flows {
-            address,
-            protocol,
-            port,
-            limit,
-            json,
-            socket,
-        } => {
-            let filter = FlowFilter {
-                address,
-                protocol,
-                port,
-            };
-            print(&api::print_flows(
-                &socket,
-                &api::Question { filter, limit },
-                json,
+        Command::Flows(listing) => {
+            let question = listing.question();
+            print(&api::print_flows(&listing.socket, &question, listing.json)?)
+        }
+        Command::Denied(listing) => {
+            let question = listing.question();
+            print(&api::print_denied(
+                &listing.socket,
+                &question,
+                listing.json,
             )?)
         }
         Command::Wireguard(args) => wireguard::wireguard(&args, cli.log.as_deref()),

@@ -48,8 +48,12 @@ fn the_object_keeps_its_contract() {
             (bpf_map_type::BPF_MAP_TYPE_LRU_HASH as u32, 40, 8, 1 << 13),
         ),
         (
-            abi::ERRORS,
-            (bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32, 4, 8, 1),
+            abi::BUDGETS,
+            (bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY as u32, 4, 8, 2),
+        ),
+        (
+            abi::DENIED,
+            (bpf_map_type::BPF_MAP_TYPE_RINGBUF as u32, 0, 0, 1 << 16),
         ),
         (
             abi::SETTINGS,
@@ -99,5 +103,5 @@ fn a_change_of_the_contract_changes_its_version() {
         size_of::<abi::Prefix>(),
         size_of::<abi::Flow>(),
     );
-    assert_eq!((abi::ABI_VERSION, layout), (6, (29, 40, 24, 56)));
+    assert_eq!((abi::ABI_VERSION, layout), (7, (29, 40, 24, 56)));
 }

@@ -7,14 +7,14 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
 use anyhow::{Context, ensure};
-use aya::maps::{Array, HashMap, MapData, PerCpuArray, PerCpuValues};
-use aya::util::nr_cpus;
+use aya::maps::{Array, HashMap, MapData};
 use router::control::{Denied, Destination, RouteMode, Rule};
 use router::datapath::Datapath as _;
 use router::datapath::ebpf::{Ebpf, Options};
 use router::datapath::limits::Limits;
 use router_ebpf::abi::{
-    self, Address, Flow, FragmentKey, Key4, Key6, Link, Prefix, Route, Settings, Side, Tuple,
+    self, Address, Budget, Flow, FragmentKey, Key4, Key6, Link, Prefix, Route, Settings, Side,
+    Tuple,
 };
 use router_ebpf::answer::Answer;
 use router_ebpf::craft::*;
@@ -68,7 +68,6 @@ struct Maps {
     flows6: HashMap<MapData, Key6, Flow>,
     sources: HashMap<MapData, Address, u32>,
     fragments: HashMap<MapData, FragmentKey, abi::Fragment>,
-    errors: PerCpuArray<MapData, u64>,
 }
 
 impl Maps {
@@ -79,7 +78,6 @@ impl Maps {
             flows6: map(ebpf, abi::FLOWS6)?.try_into()?,
             sources: map(ebpf, abi::SOURCES)?.try_into()?,
             fragments: map(ebpf, abi::FRAGMENTS)?.try_into()?,
-            errors: map(ebpf, abi::ERRORS)?.try_into()?,
         })
     }
 
@@ -97,13 +95,6 @@ impl Maps {
             self.fragments.remove(&key)?;
         }
         Ok(())
-    }
-
-    /// Lets ICMP errors be sent.
-    fn allow_errors(&mut self) -> anyhow::Result<()> {
-        let cpus = nr_cpus().map_err(|(_, error)| error)?;
-        let zeros = PerCpuValues::try_from(vec![0; cpus])?;
-        Ok(self.errors.set(0, zeros, 0)?)
     }
 
     /// What of the flow table does not hang on the time of day.
@@ -365,7 +356,7 @@ fn batch(
         left: Vec::new(),
     };
     for number in 0..BATCH {
-        let (verdict, left) = compare(fixture, maps, &mut world, &mut traffic)
+        let (verdict, left) = compare(fixture, &mut world, &mut traffic)
             .with_context(|| format!("packet {number}"))?;
         seen.insert(verdict);
         if let Some(left) = left
@@ -398,7 +389,6 @@ fn batch(
 
 fn compare(
     fixture: &mut Fixture,
-    maps: &mut Maps,
     world: &mut World,
     traffic: &mut Traffic,
 ) -> anyhow::Result<(Verdict, Option<(Side, Ip)>)> {
@@ -430,7 +420,7 @@ fn compare(
     let (on_the_host, forward) = on_the_host(fixture, world, side, &bytes, gso_size);
     let exit = forward.map(|forward| forward.exit);
     if exit == Some(Exit::Answer) {
-        maps.allow_errors()?;
+        use_up(fixture, Budget::Answers, 0)?;
     }
     let is_error = forward.is_some_and(|forward| forward.answer != Answer::Reset);
     if side == Side::Overlay && exit == Some(Exit::Answer) && is_error {

@@ -3,14 +3,14 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Context, ensure};
-use aya::maps::{Map, MapData};
+use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun, TestRunOptions};
-use aya::util::KernelVersion;
+use aya::util::{KernelVersion, nr_cpus};
 use lab::{Host, Lab};
 use router::control::{Policy, Route, RouteMode};
 use router::datapath::ebpf::{AttachMode, Ebpf, Options};
 use router::datapath::{Datapath, Link, Spec};
-use router_ebpf::abi::Side;
+use router_ebpf::abi::{BUDGETS, Budget, Side};
 use router_ebpf::verdict::Verdict;
 
 pub(super) const MTU: u16 = 1420;
@@ -319,6 +319,14 @@ pub(super) fn map(ebpf: &Ebpf, name: &str) -> anyhow::Result<Map> {
         }
     }
     anyhow::bail!("the programs have no map {name}")
+}
+
+/// Has the programs take so many ns of `CLOCK_MONOTONIC` for the time at which a budget is used up.
+pub(super) fn use_up(fixture: &Fixture, budget: Budget, until: u64) -> anyhow::Result<()> {
+    let mut budgets: PerCpuArray<MapData, u64> = map(&fixture.ebpf, BUDGETS)?.try_into()?;
+    let cpus = nr_cpus().map_err(|(_, error)| error)?;
+    let values = PerCpuValues::try_from(vec![until; cpus])?;
+    Ok(budgets.set(budget as u32, values, 0)?)
 }
 
 /// All counters, in the order of their slots.

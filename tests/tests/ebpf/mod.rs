@@ -5,6 +5,7 @@ mod arrival;
 mod attach;
 mod complexity;
 mod contract;
+mod denied;
 mod differential;
 mod fixture;
 mod frames;

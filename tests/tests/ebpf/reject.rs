@@ -1,10 +1,8 @@
 //! What the programs answer when the policy denies a packet.
 
 use anyhow::{Context, ensure};
-use aya::maps::{MapData, PerCpuArray, PerCpuValues};
-use aya::util::nr_cpus;
 use router::control::{Denied, Policy, Rule};
-use router_ebpf::abi::{self, Side};
+use router_ebpf::abi::{Budget, Side};
 use router_ebpf::craft::*;
 use router_ebpf::verdict::Verdict;
 
@@ -30,12 +28,9 @@ fn inside(body: impl FnOnce(&mut Fixture) -> anyhow::Result<()> + Send) {
     });
 }
 
-/// Has the programs take so many ns of `CLOCK_MONOTONIC` for the time at which all answers are used up.
-fn use_up(fixture: &Fixture, until: u64) -> anyhow::Result<()> {
-    let mut errors: PerCpuArray<MapData, u64> = map(&fixture.ebpf, abi::ERRORS)?.try_into()?;
-    let cpus = nr_cpus().map_err(|(_, error)| error)?;
-    let values = PerCpuValues::try_from(vec![until; cpus])?;
-    Ok(errors.set(0, values, 0)?)
+/// See [`use_up`].
+fn use_up_answers(fixture: &Fixture, until: u64) -> anyhow::Result<()> {
+    use_up(fixture, Budget::Answers, until)
 }
 
 /// The program's answer to `packet`, from its IP header on.
@@ -45,7 +40,7 @@ fn answer(
     packet: &Ip,
     gso_size: u32,
 ) -> anyhow::Result<(Verdict, Vec<u8>)> {
-    use_up(fixture, 0)?;
+    use_up_answers(fixture, 0)?;
     let (ours, theirs) = (fixture.mac, fixture.gateway_mac);
     let input = match side {
         Side::Overlay => packet.bytes(),
@@ -175,7 +170,7 @@ fn what_must_not_be_answered_is_not() {
                 (Side::Subnet, u64::MAX / 2, Verdict::DropPolicy),
                 (Side::Overlay, 0, Verdict::RejectPolicy),
             ] {
-                use_up(fixture, until)?;
+                use_up_answers(fixture, until)?;
                 let (source, destination) = ends(family, side);
                 let syn = Ip::tcp(source, destination, SYN, &[], 0).bytes();
                 let input = match side {

@@ -18,6 +18,7 @@ on_every_path!(
     rules_allow_what_they_name_and_nothing_else,
     who_is_denied_is_told_if_so_configured,
     a_connection_that_is_no_longer_allowed_is_reset,
+    what_was_denied_is_listed,
 );
 
 /// Long enough for an answer, short enough to wait for none.
@@ -310,6 +311,51 @@ fn a_connection_that_is_no_longer_allowed_is_reset(path: Path) {
                 "{path:?}: {ended}"
             );
         }
+        Ok(())
+    });
+}
+
+fn what_was_denied_is_listed(path: Path) {
+    lab::test(|lab| {
+        let pair = Pair::new(lab, path, vec![to_vpc("laptop", "", &[])])?;
+        for server in SERVER {
+            assert!(!gets(&pair.site.phone, server), "{path:?}");
+        }
+        if path.datapath() == "kernel" {
+            let told = pair.sluice.denied(&[])?;
+            assert!(!told.status.success());
+            assert!(told.stderr.contains("only counts"), "{}", told.stderr);
+            return Ok(());
+        }
+        for (server, phone) in SERVER.into_iter().zip(pair.clients[1].addresses) {
+            let words = ["--json", "--port", "80", "--address", &server.to_string()];
+            let mut packet = serde_json::Value::Null;
+            wait_until(SOON, "the packet to be listed", || {
+                let told = pair.sluice.denied(&words).map(|told| told.stdout);
+                let list = told.ok().and_then(|text| serde_json::from_str(&text).ok());
+                packet = list.unwrap_or(packet.take())["packets"][0].take();
+                packet.is_object()
+            })?;
+            let address = |key: &str| packet[key].as_str()?.parse::<SocketAddr>().ok();
+            assert_eq!(address("destination"), Some(SocketAddr::new(server, HTTP)));
+            assert_eq!(address("source").map(|at| at.ip()), Some(phone));
+            for (key, wanted) in [
+                ("verdict", "drop_policy"),
+                ("program", "from_overlay"),
+                ("protocol", "tcp"),
+                ("peer", "phone"),
+                ("tcp_flags", "SYN"),
+            ] {
+                assert_eq!(packet[key], wanted, "{packet:#}");
+            }
+        }
+        let page = pair.sluice.denied(&["--protocol", "tcp"])?.stdout;
+        assert!(
+            page.contains("drop_policy") && page.contains("phone"),
+            "{page}"
+        );
+        let none = pair.sluice.denied(&["--port", "81"])?.stdout;
+        assert_eq!(none.lines().count(), 1, "{none}");
         Ok(())
     });
 }

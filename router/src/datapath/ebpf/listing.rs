@@ -44,16 +44,18 @@ pub struct FlowFilter {
 }
 
 impl FlowFilter {
-    fn fits(&self, flow: &FlowView) -> bool {
-        let mut ends = [Some(flow.overlay), Some(flow.subnet), flow.external]
-            .into_iter()
-            .flatten();
-        let address = |end: &SocketAddr| self.address.is_none_or(|net| net.contains(&end.ip()));
-        let port = |end: &SocketAddr| self.port.is_none_or(|port| port == end.port());
-        self.protocol
-            .is_none_or(|protocol| protocol == flow.protocol)
-            && ends.clone().any(|end| address(&end))
-            && ends.any(|end| port(&end))
+    /// Whether packets of a protocol between these ends fit.
+    pub fn fits(&self, protocol: u8, ends: impl Iterator<Item = SocketAddr> + Clone) -> bool {
+        let address = |end: SocketAddr| self.address.is_none_or(|net| net.contains(&end.ip()));
+        let port = |end: SocketAddr| self.port.is_none_or(|port| port == end.port());
+        self.protocol.is_none_or(|wanted| wanted == protocol)
+            && ends.clone().any(address)
+            && ends.clone().any(port)
+    }
+
+    fn fits_flow(&self, flow: &FlowView) -> bool {
+        let ends = [Some(flow.overlay), Some(flow.subnet), flow.external];
+        self.fits(flow.protocol, ends.into_iter().flatten())
     }
 }
 
@@ -97,7 +99,7 @@ fn list<K: Key>(
         store.read(&mut cursor, &mut entries)?;
         for (key, flow) in &entries {
             let view = (key.side() == Side::Overlay).then(|| view(key, flow));
-            let Some(mut view) = view.filter(|view| filter.fits(view)) else {
+            let Some(mut view) = view.filter(|view| filter.fits_flow(view)) else {
                 continue;
             };
             if found.len() == most {
@@ -135,7 +137,7 @@ fn view<K: Key>(key: &K, flow: &Flow) -> FlowView {
     }
 }
 
-fn end(address: &Address, port: [u8; 2]) -> SocketAddr {
+pub(super) fn end(address: &Address, port: [u8; 2]) -> SocketAddr {
     let ip = if address.is_v4() {
         IpAddr::from(address.v4_octets())
     } else {

@@ -6,6 +6,7 @@
 mod attach;
 mod banks;
 mod clsact;
+mod denied;
 mod flows;
 pub mod guard;
 mod listing;
@@ -31,6 +32,7 @@ use router_ebpf::abi::{self, Side};
 use router_ebpf::verdict::Verdict;
 
 pub use attach::AttachMode;
+pub use denied::{DeniedPacket, DeniedPackets};
 pub use listing::{FlowFilter, FlowTables, FlowView};
 pub use object::{guard_object, object};
 pub use pins::Pins;
@@ -77,6 +79,8 @@ pub struct Ebpf {
     flows: Arc<FlowTables>,
     sweeper: Option<Sweeper>,
     counters: PerCpuArray<aya::maps::MapData, abi::Counter>,
+    /// Until somebody takes it.
+    denied: Option<DeniedPackets>,
     /// How programs are attached; `None` until the first one has shown what the kernel offers.
     mode: Option<AttachMode>,
     attached: BTreeMap<(u32, &'static str), Attachment>,
@@ -167,12 +171,14 @@ impl Ebpf {
             false => None,
         };
         let counters = take_map(&mut programs, abi::COUNTERS)?;
+        let denied = DeniedPackets::take(&mut programs)?;
         Ok(Self {
             programs,
             tables,
             flows: Arc::new(flows),
             sweeper,
             counters,
+            denied: Some(denied),
             mode: options.attach,
             attached: BTreeMap::new(),
             pins,
@@ -235,6 +241,11 @@ impl Ebpf {
     /// The flow table, for reading.
     pub fn flows(&self) -> Arc<FlowTables> {
         Arc::clone(&self.flows)
+    }
+
+    /// The packets that the programs do not let through; once.
+    pub fn take_denied(&mut self) -> Option<DeniedPackets> {
+        self.denied.take()
     }
 
     /// The program that tells what the policy says of a packet, loaded when it is asked for: only
