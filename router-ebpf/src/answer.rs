@@ -3,6 +3,7 @@
 use crate::abi::{Settings, Side};
 use crate::csum::fold;
 use crate::decide::{Exit, Forward, Tables};
+use crate::flow::is_underway;
 use crate::icmp;
 use crate::packet::{ACK, Bytes, FIN, Frame, Packet, RST, SYN, Sum, TCP, Transport};
 use crate::verdict::Verdict;
@@ -44,6 +45,11 @@ pub fn reject<T: Tables>(
     let settings = tables.settings().ok_or(Verdict::DropInternal)?;
     // An RST is never answered (RFC 9293, section 3.10.7.1). Only segments have flags.
     if settings.flags & Settings::REJECT == 0 || packet.tcp_flags & RST != 0 {
+        return Err(Verdict::DropPolicy);
+    }
+    // Perhaps of a flow that the other end has opened, and that nobody remembers: one more packet of it
+    // from there, and it goes on.
+    if is_underway(side, packet) && tables.permits(&packet.tuple.reversed(), settings).is_ok() {
         return Err(Verdict::DropPolicy);
     }
     // To the router itself or a broadcast address: the kernel knows which, judges it by the same rules,

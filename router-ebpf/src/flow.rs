@@ -150,7 +150,7 @@ pub fn open<T: Tables>(
 
 /// Whether `packet` cannot be the first of a flow that connection tracking would take for new.
 #[inline(always)]
-fn is_underway(side: Side, packet: &Packet) -> bool {
+pub(crate) fn is_underway(side: Side, packet: &Packet) -> bool {
     match packet.transport {
         Transport::Tcp => packet.tcp_flags & (SYN | ACK | RST) != SYN,
         Transport::Echo => {

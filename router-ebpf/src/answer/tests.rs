@@ -225,6 +225,35 @@ fn a_flow_that_the_rules_no_longer_allow_ends_with_an_answer() {
 }
 
 #[test]
+fn what_may_belong_to_an_allowed_flow_is_not_answered() {
+    for family in FAMILIES {
+        for side in Side::ALL {
+            // The other end may open flows; this one was forgotten.
+            let (source, destination) = ends(family, side);
+            let mut world = denying(false);
+            let opener = address(destination);
+            world.rules = Box::new(move |tuple| (tuple.source == opener).then_some(0));
+            let data = Ip::tcp(source, destination, ACK, &[], 10);
+            for packet in [&data, &Ip::echo(source, destination).echo_reply()] {
+                let mut packet = packet.clone();
+                (packet.source, packet.destination) = (source, destination);
+                let packet = packet.from(source);
+                let got = rejected(&mut world, side, &packet, 0);
+                assert_eq!(got, (Verdict::DropPolicy, None));
+            }
+            for packet in [
+                Ip::tcp(source, destination, SYN, &[], 0),
+                Ip::udp(source, destination, 9),
+                Ip::echo(source, destination),
+            ] {
+                let verdict = rejected(&mut world, side, &packet, 0).0;
+                assert_eq!(verdict, Verdict::RejectPolicy);
+            }
+        }
+    }
+}
+
+#[test]
 fn answers_have_their_limits() {
     for family in FAMILIES {
         let (peer, server) = ends(family, Side::Overlay);

@@ -96,7 +96,7 @@ enum Path {
 impl Path {
     /// The slow path's own counters say what became of the packets that the programs handed to it.
     fn of(program: &str, verdict: &str) -> Self {
-        if verdict.starts_with("drop") {
+        if verdict.starts_with("drop") || verdict.starts_with("reject") {
             Self::Dropped
         } else if verdict.starts_with("pass") {
             Self::Other
