@@ -301,7 +301,13 @@ pub fn decide<F: Frame, T: Tables>(
     }
     if packet.segment_len() > forward.mtu || through_stack {
         if side == Side::Overlay && settings.flags & Settings::FIB_MTU == 0 && !through_stack {
-            tables.probe_mtu(packet, entry)?;
+            match tables.probe_mtu(packet, entry) {
+                // Untranslated, the kernel would cut it and give it another port.
+                Err(Verdict::SlowMtu) if translated && packet.may_cut => {
+                    too_big(side, packet, through_stack, forward)?;
+                }
+                outcome => outcome?,
+            }
         } else {
             too_big(side, packet, through_stack, forward)?;
         }

@@ -224,3 +224,42 @@ fn a_refused_lookup_keeps_its_reason() {
     }
     assert_eq!(fib_failure(-22), Verdict::SlowFib);
 }
+
+#[test]
+fn what_may_be_cut_is_translated_before_the_kernel_cuts_it() {
+    // The second kernel tells no MTU, and is asked with the packet's length.
+    for flags in [Settings::FIB_MTU, 0] {
+        let mut world = router(Route::SNAT);
+        world.settings.flags = flags;
+        let link = world.links.get_mut(&NIC).unwrap();
+        (link.v4[0], link.v4_count) = ([10, 0, 0, 9], 1);
+        world.routing = Box::new(move |_, len| {
+            if flags == 0 && len > 1280 {
+                return Err(Verdict::SlowMtu);
+            }
+            let (link, mtu, hardware) = (NIC, if flags == 0 { 0 } else { 1280 }, Some(MAC));
+            Ok(Hop {
+                link,
+                mtu,
+                hardware,
+            })
+        });
+        let (source, destination) = ends(Side::Overlay);
+        let mut sent = Ip::udp(source, destination, 1300).ports(3000, 80);
+        let (verdict, forward) = run(&mut world, Side::Overlay, &sent);
+        assert_eq!(verdict, Verdict::SlowMtu);
+        assert!(forward.is_none(), "{flags}: the kernel tells the peer");
+
+        sent.fragment = 0;
+        let mut memory = Memory::new(Side::Overlay, sent.bytes(), 0);
+        let (verdict, forward) = world.run(Side::Overlay, &mut memory);
+        let exit = forward.map(|forward| forward.exit);
+        assert_eq!(
+            (verdict, exit),
+            (Verdict::SlowMtu, Some(Exit::Stack)),
+            "{flags}"
+        );
+        let handed = Ip::read(&memory.bytes[memory.offset..]).unwrap();
+        assert_eq!(handed.source, IpAddr::from([10, 0, 0, 9]), "{flags}");
+    }
+}
