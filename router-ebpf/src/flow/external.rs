@@ -36,12 +36,15 @@ pub fn slot(source: &Address, count: u32) -> u32 {
 #[inline(always)]
 fn hash(address: &Address) -> u32 {
     let o = &address.octets;
-    let word = |at: usize| u32::from_ne_bytes([o[at], o[at + 1], o[at + 2], o[at + 3]]);
+    let bytes = |at: usize| [o[at], o[at + 1], o[at + 2], o[at + 3]];
+    let word = |at: usize| u32::from_ne_bytes(bytes(at));
+    // The kernel puts the last ones together byte by byte.
+    let tail = |at: usize| u32::from_le_bytes(bytes(at));
     let len = if address.is_v4() { 4 } else { 16 };
     let start = 0xdead_beef_u32.wrapping_add(len);
     let (mut a, mut b, mut c) = (start, start, start);
     if address.is_v4() {
-        a = a.wrapping_add(word(0));
+        a = a.wrapping_add(tail(0));
     } else {
         a = a.wrapping_add(word(0));
         b = b.wrapping_add(word(4));
@@ -52,7 +55,7 @@ fn hash(address: &Address) -> u32 {
         (a, c, b) = mix(a, c, b, 16);
         (b, a, c) = mix(b, a, c, 19);
         (c, b, a) = mix(c, b, a, 4);
-        a = a.wrapping_add(word(12));
+        a = a.wrapping_add(tail(12));
     }
     c = last(c, b, 14);
     a = last(a, c, 11);
