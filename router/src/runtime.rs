@@ -181,7 +181,6 @@ impl Daemon {
         let (netlink, mut changes) = Netlink::connect()?;
         changes.know_neighbours(&netlink).await?;
         let sysctls = Sysctls::open(&lock.journal());
-        let whereabouts = whereabouts::take(&lock.whereabouts());
         let facts = facts::gather(&netlink, &config.snapshot, None).await?;
         check(&config, &facts)?;
 
@@ -200,6 +199,8 @@ impl Daemon {
             },
             &local.private_key,
         )?;
+        // Not earlier: after a failed start the next one still finds them.
+        let whereabouts = whereabouts::take(&lock.whereabouts());
         let guard = UplinkGuard::load(local.uplink_guard);
         guard.watch(&engine);
         let (name, index) = engine.device();
