@@ -27,7 +27,7 @@ fn input(fixture: &Fixture, side: Side, packet: &Ip) -> Vec<u8> {
 }
 
 /// Source and destination of a packet that `side` forwards.
-fn ends(family: Family, side: Side) -> (std::net::IpAddr, std::net::IpAddr) {
+pub(super) fn ends(family: Family, side: Side) -> (std::net::IpAddr, std::net::IpAddr) {
     let (peer, near) = (family.overlay(PEER), family.subnet(Net::NEAR, GATEWAY));
     match side {
         Side::Overlay => (peer, near),

@@ -7,6 +7,7 @@ use router_ebpf::craft::*;
 use router_ebpf::verdict::Verdict;
 
 use super::fixture::*;
+use super::frames::ends;
 
 /// Runs `body` with a fixture whose rules let nothing through, and whose senders are told.
 fn inside(body: impl FnOnce(&mut Fixture) -> anyhow::Result<()> + Send) {
@@ -58,15 +59,6 @@ fn answer(
         ensure!(outcome.bytes[..12] == back, "to who sent it");
     }
     Ok((outcome.verdict, outcome.bytes[offset..].to_vec()))
-}
-
-/// The address of the sender and of the one that it asks.
-fn ends(family: Family, side: Side) -> (std::net::IpAddr, std::net::IpAddr) {
-    let (peer, near) = (family.overlay(PEER), family.subnet(Net::NEAR, GATEWAY));
-    match side {
-        Side::Overlay => (peer, near),
-        Side::Subnet => (near, peer),
-    }
 }
 
 #[test]
