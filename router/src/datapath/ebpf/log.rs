@@ -14,8 +14,8 @@ use super::{Error, failed};
 
 /// The map of the log's records, named by aya-log.
 pub(super) const RECORDS: &str = "AYA_LOGS";
-/// Bytes of it while nothing is logged: the least that a kernel with pages of 4 or 16 KiB takes.
-pub(super) const LEAST_ROOM: u32 = 1 << 14;
+/// Bytes of it while nothing is logged. aya makes a page of them, which is the least.
+pub(super) const LEAST_ROOM: u32 = 1;
 /// The level below which the programs log, named by aya-log.
 pub(super) const LEVEL: &str = aya_log::LEVEL;
 const TARGET: &str = "packets";
