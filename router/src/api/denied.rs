@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::client::ago;
-use super::flows::{Question, protocol_name};
+use super::flows::{Question, cell, protocol_name, there_are_more};
 use crate::datapath::ebpf::DeniedPacket;
 
 /// TCP flags from the lowest bit on (RFC 9293, section 3.1).
@@ -99,25 +99,21 @@ pub(super) fn page(answer: &Value) -> String {
         "{:<12} {:<18} {:<8} {:<28} {:<28} {:<16} {:>6} {}\n",
         "when", "verdict", "protocol", "source", "destination", "peer", "bytes", "flags"
     );
-    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
     for packet in answer["packets"].as_array().into_iter().flatten() {
         let _ = writeln!(
             out,
             "{:<12} {:<18} {:<8} {:<28} {:<28} {:<16} {:>6} {}",
             ago(&packet["at"]),
-            text(&packet["verdict"]),
-            text(&packet["protocol"]),
-            text(&packet["source"]),
-            text(&packet["destination"]),
-            text(&packet["peer"]),
+            cell(&packet["verdict"]),
+            cell(&packet["protocol"]),
+            cell(&packet["source"]),
+            cell(&packet["destination"]),
+            cell(&packet["peer"]),
             packet["bytes"],
-            text(&packet["tcp_flags"]),
+            cell(&packet["tcp_flags"]),
         );
     }
-    if answer["more"] == true {
-        out.push_str("there are more; ask for some of them, or raise --limit\n");
-    }
-    out
+    out + there_are_more(answer)
 }
 
 #[cfg(test)]

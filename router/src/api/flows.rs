@@ -175,24 +175,34 @@ pub(super) fn page(answer: &Value) -> String {
         "{:<8} {:<28} {:<28} {:<28} {:<8} {:<12} {:>6}\n",
         "protocol", "overlay", "subnet", "external", "opened", "state", "idle"
     );
-    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
     for flow in answer["flows"].as_array().into_iter().flatten() {
         let _ = writeln!(
             out,
             "{:<8} {:<28} {:<28} {:<28} {:<8} {:<12} {:>5}s",
-            text(&flow["protocol"]),
-            text(&flow["overlay"]),
-            text(&flow["subnet"]),
-            text(&flow["external"]),
-            text(&flow["opened_by"]),
-            text(&flow["state"]),
+            cell(&flow["protocol"]),
+            cell(&flow["overlay"]),
+            cell(&flow["subnet"]),
+            cell(&flow["external"]),
+            cell(&flow["opened_by"]),
+            cell(&flow["state"]),
             flow["idle_seconds"],
         );
     }
+    out + there_are_more(answer)
+}
+
+/// What a table ends with.
+pub(super) fn there_are_more(answer: &Value) -> &'static str {
     if answer["more"] == true {
-        out.push_str("there are more; ask for some of them, or raise --limit\n");
+        "there are more; ask for some of them, or raise --limit\n"
+    } else {
+        ""
     }
-    out
+}
+
+/// A text of an answer, for a table.
+pub(super) fn cell(value: &Value) -> &str {
+    value.as_str().unwrap_or("-")
 }
 
 #[cfg(test)]

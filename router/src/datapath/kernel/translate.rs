@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use super::ruleset::{MASQUERADED, Sets};
 use super::span::Family;
 use crate::datapath::Spec;
-use crate::netlink::nft::{Base, Cmp, Meta, REG, REG_2, REG_3, Transaction};
+use crate::netlink::nft::{Base, Cmp, Meta, REG, REG_2, REG_3, Rule, Transaction};
 
 /// Writes the chain. `tun` is the TUN device's index in host order.
 pub(super) fn write(tx: &mut Transaction<'_>, families: &[Sets; 2], tun: &[u8], spec: &Spec) {
@@ -23,12 +23,11 @@ pub(super) fn write(tx: &mut Transaction<'_>, families: &[Sets; 2], tun: &[u8], 
                 .collect();
             for (slot, address) in (0_u32..).zip(&addresses) {
                 tx.rule("translate", |r| {
-                    r.meta(Meta::Iif, REG)
-                        .cmp(Cmp::Eq, REG, tun)
-                        .meta(Meta::Oif, REG)
-                        .cmp(Cmp::Eq, REG, &link.to_ne_bytes())
-                        .ct(sets.original_destination(), REG)
-                        .lookup(&sets.snat, REG);
+                    from_peer(r, tun, sets).meta(Meta::Oif, REG).cmp(
+                        Cmp::Eq,
+                        REG,
+                        &link.to_ne_bytes(),
+                    );
                     if addresses.len() > 1 {
                         // As the programs choose, see `router_ebpf::flow::external`.
                         r.payload(Base::Network, source_at, source_len, REG)
@@ -48,16 +47,25 @@ pub(super) fn write(tx: &mut Transaction<'_>, families: &[Sets; 2], tun: &[u8], 
             }
         }
         tx.rule("translate", |r| {
-            r.meta(Meta::Iif, REG)
-                .cmp(Cmp::Eq, REG, tun)
+            from_peer(r, tun, sets)
                 .meta(Meta::Oif, REG)
                 .cmp(Cmp::Ne, REG, tun)
-                .ct(sets.original_destination(), REG)
-                .lookup(&sets.snat, REG)
                 .count(MASQUERADED.name)
                 .load(REG, &ports.start().to_be_bytes())
                 .load(REG_2, &ports.end().to_be_bytes())
                 .masquerade(REG, REG_2);
         });
     }
+}
+
+/// Goes on for what a peer sends to where sources are translated.
+fn from_peer<'r, 'a, 'b>(
+    rule: &'r mut Rule<'a, 'b>,
+    tun: &[u8],
+    sets: &Sets,
+) -> &'r mut Rule<'a, 'b> {
+    rule.meta(Meta::Iif, REG)
+        .cmp(Cmp::Eq, REG, tun)
+        .ct(sets.original_destination(), REG)
+        .lookup(&sets.snat, REG)
 }
