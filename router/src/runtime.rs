@@ -35,7 +35,7 @@ use self::lock::DeviceLock;
 pub use self::lock::LockError;
 use self::reload::check;
 use crate::api;
-use crate::config::{self, DatapathMode, Local};
+use crate::config::{self, Config, DatapathMode, Local};
 use crate::control::Snapshot;
 use crate::control::file::FileSource;
 use crate::core::{Action, Core, Facts, Names, Part};
@@ -128,9 +128,12 @@ fn has_net_admin() -> bool {
 }
 
 struct Daemon {
+    /// In force, as `snapshot` is: what the file says, or what `wg` has made of it.
     local: Local,
     snapshot: Snapshot,
     source: FileSource,
+    /// What the file said when it was last read.
+    file: Config,
     /// What the last reload could not do, for `status`.
     reload_problems: Vec<String>,
 
@@ -214,9 +217,10 @@ impl Daemon {
         let mut daemon = Self {
             kernel: Kernel::new(&local.device),
             sysctls,
-            local: config.local,
-            snapshot: config.snapshot,
+            local: config.local.clone(),
+            snapshot: config.snapshot.clone(),
             source,
+            file: config,
             reload_problems: Vec::new(),
             core: Core::default(),
             names: Names::default(),
@@ -322,7 +326,7 @@ impl Daemon {
                         drop(answer.send(list));
                     }
                 },
-                Some(question) = self.questions.recv() => self.answer(question),
+                Some(question) = self.questions.recv() => self.answer(question).await,
                 failure = self.engine.failed() => return Err(Error::EngineFailed(failure)),
                 () = denied::follow(&mut self.denied) => {}
                 () = deadline_or_never(deadline) => {}

@@ -304,6 +304,13 @@ impl Sluice {
             .output()
     }
 
+    /// Runs `wg` with these words beside the router, which has a /run of its own.
+    pub fn wg(&self, words: &[&str], stdin: &str) -> anyhow::Result<Output> {
+        let enter = ["nsenter", "--mount", "--target"];
+        let command = self.host.command(enter).arg(self.id().to_string());
+        command.arg("wg").args(words).stdin(stdin).output()
+    }
+
     /// The status document.
     pub fn status(&self) -> anyhow::Result<Value> {
         status(&self.files.socket)

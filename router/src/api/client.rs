@@ -157,6 +157,13 @@ fn page(status: &Value) -> String {
         text(&device["public_key"]),
         text(&device["listen_port"])
     );
+    if status["changed_by_wg"] == true {
+        let _ = writeln!(
+            out,
+            "changed   `wg` has changed peers, key or port: they differ from the file's until it is \
+             read again"
+        );
+    }
     let _ = writeln!(
         out,
         "links     uplink {} subnet {}",
@@ -315,6 +322,7 @@ mod tests {
     fn the_page_shows_what_matters_and_survives_what_is_missing() {
         let status = json!({
             "name": "r1", "version": "0.1.0", "uptime_seconds": 3700,
+            "changed_by_wg": true,
             "problems": [{"part": "routes", "error": "no such device"}],
             "datapath": {"active": "kernel", "reason": "no CAP_BPF", "unkept": "no bpffs"},
             "uplink_guard": {"interface": "eth0", "reason": "attached", "frames": {"drop_index": 7}},
@@ -325,6 +333,7 @@ mod tests {
         for part in [
             "r1",
             "up 1h1m",
+            "changed   `wg` has changed",
             "PROBLEM   routes: no such device",
             "kernel: no CAP_BPF",
             "restart   flows end with the daemon: no bpffs",

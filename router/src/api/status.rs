@@ -15,6 +15,9 @@ pub struct Status {
     pub version: &'static str,
     /// Seconds since the daemon started.
     pub uptime_seconds: u64,
+    /// Whether `wg` has changed peers, private key or port, so that they differ from the file's
+    /// until that is read again.
+    pub changed_by_wg: bool,
     /// What is wrong; empty means healthy.
     pub problems: Vec<Problem>,
     /// The TUN device.

@@ -31,7 +31,7 @@ pub(crate) use net::endpoint as parse_endpoint;
 pub use problem::{ConfigErrors, Position, Problem};
 pub use system::check_against_system;
 
-use crate::control::Snapshot;
+use crate::control::{Peer, Snapshot};
 use crate::datapath::limits::Limits;
 use crate::wireguard::keys::PrivateKey;
 
@@ -103,12 +103,11 @@ pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigErrors> {
 }
 
 /// What differs between two settings and takes effect only when the daemon starts, as sentences.
-/// The private key is not among it: the engine takes a new one while it runs.
+/// Private key and port are not among it: the engine takes new ones while it runs.
 pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
     [
         ("name", old.name != new.name),
         ("wireguard.device", old.device != new.device),
-        ("wireguard.listen_port", old.listen_port != new.listen_port),
         ("wireguard.addresses", old.addresses != new.addresses),
         ("wireguard.mtu", old.mtu != new.mtu),
         ("datapath.mode", old.datapath != new.datapath),
@@ -143,8 +142,19 @@ pub struct Config {
     pub local: Local,
     /// Peers, routes and policy of the file.
     pub snapshot: Snapshot,
+    /// The sources of each rule, as the file has them.
+    sources: Vec<Vec<validate::RuleSource>>,
     /// Where in the file what stands.
     pub origin: Origin,
+}
+
+impl Config {
+    /// This configuration of a file with `local` and other peers, which are judged as if the file
+    /// named them, but for keys, which must be checked already; and a peer may be without allowed
+    /// IPs. Rules follow the peers that they name: one that is gone is no source any more.
+    pub fn with_peers(&self, local: &Local, peers: Vec<Peer>) -> Result<Self, ConfigErrors> {
+        validate::with_peers(self, local, peers)
+    }
 }
 
 /// Where the parts of a [`Config`] stand in its file, for problems that are found after parsing.

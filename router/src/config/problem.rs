@@ -57,6 +57,9 @@ impl fmt::Display for ConfigErrors {
     }
 }
 
+/// Stands for the byte offset of what is in no file.
+pub(super) const NOWHERE: usize = usize::MAX;
+
 /// Translates byte offsets of a text to positions.
 pub(super) struct Lines<'t> {
     text: &'t str,
@@ -133,7 +136,7 @@ impl<'t> Problems<'t> {
         }
         let problem = Problem {
             file: self.file.clone(),
-            position: Some(self.lines.position(at)),
+            position: (at != NOWHERE).then(|| self.lines.position(at)),
             key: key.into(),
             message: message.into(),
         };
@@ -143,6 +146,14 @@ impl<'t> Problems<'t> {
     /// The line number of byte `at`, for a sentence that points to another place.
     pub(super) fn line(&self, at: usize) -> usize {
         self.lines.index(at) + 1
+    }
+
+    /// The same in brackets, behind the name of what stands there; nothing where there is no file.
+    pub(super) fn place(&self, at: usize) -> String {
+        match at {
+            NOWHERE => String::new(),
+            at => format!(" (line {})", self.line(at)),
+        }
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 pub use names::{Names, REFRESH, RETRY};
-pub use plan::{Facts, LinkFacts, Plan, plan};
+pub use plan::{Facts, LinkFacts, Plan, peer_spec, plan};
 
 use crate::datapath::{Link, Spec};
 use crate::engine::PeerSpec;

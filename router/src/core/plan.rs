@@ -209,7 +209,8 @@ pub fn plan(
     }
 }
 
-fn peer_spec(peer: &Peer, endpoint: impl Fn(&str, u16) -> Option<SocketAddr>) -> PeerSpec {
+/// A peer as the engine takes it. `endpoint` yields the present address of a DNS name and port.
+pub fn peer_spec(peer: &Peer, endpoint: impl Fn(&str, u16) -> Option<SocketAddr>) -> PeerSpec {
     PeerSpec {
         public_key: peer.public_key,
         preshared_key: peer.preshared_key.clone(),

@@ -5,6 +5,8 @@ use std::time::Instant;
 use super::{Daemon, Error, facts};
 use crate::config::{self, Config};
 use crate::core::{Facts, Part};
+use crate::engine::{self, PeerSpec};
+use crate::wireguard::keys::PrivateKey;
 
 impl Daemon {
     /// Reads the configuration again. With any problem in it, the old one stays in force whole.
@@ -23,19 +25,16 @@ impl Daemon {
         let config = self.source.load()?;
         let facts = facts::gather(&self.netlink, &config.snapshot, Some(self.tun.index)).await?;
         check(&config, &facts)?;
-        let mut needs_restart = Vec::new();
+        let moved = config.local.listen_port != self.local.listen_port;
+        // The only thing that may fail by others' fault comes first.
+        self.listen_on(config.local.listen_port)?;
         if config.local.private_key != self.local.private_key {
-            // The new key may be a former peer's, and a new peer's the old one: with no peers left
-            // there is nothing to clash, and a new key ends every session anyway.
-            self.core.invalidate(Part::Peers);
-            self.engine.set_peers(&[])?;
-            self.engine.set_private_key(&config.local.private_key)?;
-            self.local.private_key = config.local.private_key.clone();
+            // With no peers left there is nothing to clash, and a new key ends every session anyway.
+            self.take_key(&config.local.private_key, &[])?;
         }
-        if config.local != self.local {
-            needs_restart = config::restart_needed(&self.local, &config.local);
-        }
-        if config.snapshot != self.snapshot || facts != self.facts {
+        let needs_restart = config::restart_needed(&self.local, &config.local);
+        self.file = config.clone();
+        if config.snapshot != self.snapshot || facts != self.facts || moved {
             tracing::info!(
                 peers = config.snapshot.peers.len(),
                 routes = config.snapshot.routes.len(),
@@ -50,6 +49,31 @@ impl Daemon {
         self.guard.try_again();
         self.guard_uplink();
         Ok(needs_restart)
+    }
+
+    /// Listens on this UDP port, host byte order. On error the old one stays in use.
+    pub(super) fn listen_on(&mut self, port: u16) -> Result<(), engine::Error> {
+        if port != self.local.listen_port {
+            self.engine.set_listen_port(port)?;
+            self.local.listen_port = port;
+        }
+        Ok(())
+    }
+
+    /// Takes a private key, with no peers but `staying`: the key may be a former peer's, and a new
+    /// peer's the old one. The next plan brings the others.
+    pub(super) fn take_key(
+        &mut self,
+        key: &PrivateKey,
+        staying: &[PeerSpec],
+    ) -> Result<(), engine::Error> {
+        self.core.invalidate(Part::Peers);
+        self.engine.set_peers(staying)?;
+        if *key != self.local.private_key {
+            self.engine.set_private_key(key)?;
+            self.local.private_key = key.clone();
+        }
+        Ok(())
     }
 }
 

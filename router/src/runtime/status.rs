@@ -60,6 +60,7 @@ impl Daemon {
             name: self.local.name.clone(),
             version: env!("CARGO_PKG_VERSION"),
             uptime_seconds: self.started.elapsed().as_secs(),
+            changed_by_wg: self.differs_from_file(),
             problems,
             device: DeviceStatus {
                 name: self.tun.name.clone(),

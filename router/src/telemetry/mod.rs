@@ -282,6 +282,7 @@ mod tests {
             name: "r1".into(),
             version: "0.1.0",
             uptime_seconds: 7,
+            changed_by_wg: false,
             problems: vec![],
             device: DeviceStatus {
                 name: "sluice0".into(),

@@ -172,14 +172,7 @@ impl Device {
         let apply = || {
             let key = new.private_key.as_ref();
             let key = key.filter(|_| new.private_key != old.private_key);
-            // The new key may be a former peer's, and a new peer's key our old one.
-            let own = key.map(PrivateKey::public);
-            let mut staying = old.specs();
-            let all = staying.len();
-            staying.retain(|peer| {
-                Some(peer.public_key) != own && !edited.renewed.contains(&peer.public_key)
-            });
-            if staying.len() < all {
+            if let Some(staying) = edited.staying(old) {
                 self.engine.set_peers(&staying)?;
             }
             if let Some(key) = key {

@@ -45,7 +45,47 @@ pub struct Edited {
     pub renewed: HashSet<PublicKey>,
 }
 
+impl Edited {
+    /// Those of the peers `before` that keep session and counters; `None`: all. The others must be
+    /// gone before a new private key and new peers come: that key may be a former peer's, and a new
+    /// peer's the old one.
+    pub fn staying(&self, before: &Interface) -> Option<Vec<PeerSpec>> {
+        let own = self.interface.private_key.as_ref().map(PrivateKey::public);
+        let mut staying = before.specs();
+        let all = staying.len();
+        staying.retain(|peer| {
+            Some(peer.public_key) != own && !self.renewed.contains(&peer.public_key)
+        });
+        (staying.len() < all).then_some(staying)
+    }
+}
+
 impl Interface {
+    /// A device with this key, mark and peers, each public key once.
+    pub fn new(
+        private_key: PrivateKey,
+        fwmark: u32,
+        peers: impl IntoIterator<Item = PeerSpec>,
+    ) -> Self {
+        let peers = (1..).zip(peers).map(|(place, spec)| {
+            let peer = Peer {
+                place,
+                preshared_key: spec.preshared_key,
+                endpoint: spec.endpoint,
+                keepalive: spec.keepalive.unwrap_or(0),
+                allowed_ips: spec.allowed_ips.into_iter().collect(),
+            };
+            (spec.public_key, peer)
+        });
+        let peers: HashMap<PublicKey, Peer> = peers.collect();
+        Self {
+            private_key: Some(private_key),
+            fwmark,
+            next: peers.len() as u64,
+            peers,
+        }
+    }
+
     /// Carries out a `set` on a copy. On error nothing is to change.
     pub fn edit(&self, set: &Set) -> Result<Edited, Refusal> {
         let mut new = self.clone();

@@ -48,7 +48,8 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    fn new(errno: Errno, reason: impl Into<String>) -> Self {
+    /// A refusal with this error number, for this reason.
+    pub fn new(errno: Errno, reason: impl Into<String>) -> Self {
         Self {
             errno,
             reason: reason.into(),

@@ -6,12 +6,16 @@ mod overlap;
 mod peers;
 mod policy;
 mod routes;
+mod without_file;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+
+pub(super) use policy::Source as RuleSource;
+pub(super) use without_file::with_peers;
 
 use super::problem::{Position, Problems};
 use super::raw::{Datapath, Raw, Wireguard};
@@ -81,7 +85,7 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
     let peers = peers::peers(&raw.peers, own_key, addresses, directory, problems);
     let routes = routes::routes(&raw.routes, problems);
     overlap::check(&peers, &routes, addresses, problems);
-    let rules = policy::rules(&raw.rules, &peers, problems);
+    let (rules, sources) = policy::rules(&raw.rules, &peers, problems);
 
     let position = |at: usize| problems.lines.position(at);
     let origin = Origin(Some(Arc::new(Places {
@@ -121,6 +125,7 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
                 denied: denied.unwrap_or_default(),
             },
         },
+        sources,
         origin,
     })
 }

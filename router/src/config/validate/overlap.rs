@@ -47,10 +47,10 @@ pub(super) fn check(
             .find(|own| overlaps(&own.value.trunc(), &cidr));
         if let Some(own) = tunnel {
             let message = format!(
-                "\"{cidr}\" overlaps the tunnel network {} (line {}); choose tunnel addresses \
-                 outside every route",
+                "\"{cidr}\" overlaps the tunnel network {}{}; choose tunnel addresses outside every \
+                 route",
                 own.value.trunc(),
-                problems.line(own.at)
+                problems.place(own.at)
             );
             problems.add(route.at, "route.cidr", message);
         }

@@ -1,12 +1,13 @@
 //! `[[peer]]`: keys, allowed IPs, endpoints.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 
 use ipnet::IpNet;
 
 use super::super::net;
-use super::super::problem::Problems;
+use super::super::problem::{NOWHERE, Problems};
 use super::super::raw;
 use super::super::section::{At, Text, quoted, within};
 use crate::control::{Endpoint, Peer};
@@ -28,10 +29,43 @@ pub(super) struct Checked {
 impl Checked {
     /// How a sentence about another place names this peer.
     pub(super) fn label(&self, problems: &Problems<'_>) -> String {
-        let line = problems.line(self.at);
-        match &self.name {
-            Some(name) => format!("peer {} (line {line})", quoted(name)),
-            None => format!("the peer of line {line}"),
+        match (&self.name, self.public_key) {
+            (Some(name), _) => format!("peer {}{}", quoted(name), problems.place(self.at)),
+            (None, Some(key)) if self.at == NOWHERE => format!("peer {key}"),
+            (None, _) => format!("the peer of line {}", problems.line(self.at)),
+        }
+    }
+
+    /// A peer that stands in no file, judged as if it did. It may be without allowed IPs: they may
+    /// have gone to another peer, or be still to come.
+    pub(super) fn without_file(
+        peer: &Peer,
+        addresses: &[At<IpNet>],
+        problems: &mut Problems<'_>,
+    ) -> Self {
+        let text = |written: String| At {
+            value: Cow::Owned(written),
+            at: NOWHERE,
+        };
+        let nets: Vec<Text<'_>> = peer
+            .allowed_ips
+            .iter()
+            .map(|net| text(net.to_string()))
+            .collect();
+        let endpoint = peer.endpoint.as_ref().map(|endpoint| {
+            text(match endpoint {
+                Endpoint::Addr(address) => address.to_string(),
+                Endpoint::Name { host, port } => format!("{host}:{port}"),
+            })
+        });
+        Self {
+            at: NOWHERE,
+            name: peer.name.clone(),
+            public_key: Some(peer.public_key),
+            preshared_key: peer.preshared_key.clone(),
+            allowed_ips: allowed_ips(&nets, addresses, problems),
+            endpoint: self::endpoint(endpoint.as_ref(), addresses, problems),
+            keepalive: peer.keepalive,
         }
     }
 
@@ -86,8 +120,8 @@ pub(super) fn peers(
             name: peer.name.as_ref().map(|text| name(text, problems)),
             public_key: key.map(|(_, key)| key),
             preshared_key: preshared_key(peer, directory, problems),
-            allowed_ips: allowed_ips(peer, addresses, problems),
-            endpoint: endpoint(peer, addresses, problems),
+            allowed_ips: listed_ips(peer, addresses, problems),
+            endpoint: endpoint(peer.endpoint.as_ref(), addresses, problems),
             keepalive: peer.keepalive.and_then(|seconds| {
                 let what = "interval in seconds";
                 within(seconds, "peer.keepalive", 0..=65535, what, problems)
@@ -186,7 +220,7 @@ fn preshared_key(
     Some(secret)
 }
 
-fn allowed_ips(
+fn listed_ips(
     peer: &raw::Peer<'_>,
     addresses: &[At<IpNet>],
     problems: &mut Problems<'_>,
@@ -199,8 +233,16 @@ fn allowed_ips(
                        e.g. [\"100.64.0.2/32\"]";
         problems.add(list.at, ALLOWED_IPS, message);
     }
-    let mut found = Vec::with_capacity(list.value.len());
-    for text in &list.value {
+    allowed_ips(&list.value, addresses, problems)
+}
+
+fn allowed_ips(
+    texts: &[Text<'_>],
+    addresses: &[At<IpNet>],
+    problems: &mut Problems<'_>,
+) -> Vec<At<IpNet>> {
+    let mut found = Vec::with_capacity(texts.len());
+    for text in texts {
         match allowed_ip(&text.value, addresses, problems) {
             Ok(value) => found.push(At { value, at: text.at }),
             Err(message) => problems.add(text.at, ALLOWED_IPS, message),
@@ -239,20 +281,20 @@ fn allowed_ip(
         .iter()
         .find(|own| IpNet::from(own.value.addr()) == net);
     if let Some(own) = own {
-        let line = problems.line(own.at);
         return Err(format!(
-            "{shown} is the router's own tunnel address (line {line}); write the peer's"
+            "{shown} is the router's own tunnel address{}; write the peer's",
+            problems.place(own.at)
         ));
     }
     Ok(net)
 }
 
 fn endpoint(
-    peer: &raw::Peer<'_>,
+    text: Option<&Text<'_>>,
     addresses: &[At<IpNet>],
     problems: &mut Problems<'_>,
 ) -> Option<At<Endpoint>> {
-    let text = peer.endpoint.as_ref()?;
+    let text = text?;
     let parsed = net::endpoint(&text.value).and_then(|endpoint| {
         if let Endpoint::Addr(address) = &endpoint {
             let inside = addresses
@@ -260,11 +302,11 @@ fn endpoint(
                 .find(|own| own.value.contains(&address.ip()));
             if let Some(own) = inside {
                 return Err(format!(
-                    "{} lies in the tunnel network {} (line {}); write the peer's address outside \
-                     the tunnel, or remove this line if the peer finds the router",
+                    "{} lies in the tunnel network {}{}; write the peer's address outside the \
+                     tunnel, or remove this line if the peer finds the router",
                     quoted(&text.value),
                     own.value.trunc(),
-                    problems.line(own.at)
+                    problems.place(own.at)
                 ));
             }
         }

@@ -31,31 +31,55 @@ const PROTOCOLS: &[(&str, &[u8])] = &[
     ("sctp", &[132]),
 ];
 
-type Names<'p> = HashMap<&'p str, Vec<IpNet>>;
+/// Peers by name: their places among the peers.
+type Names<'p> = HashMap<&'p str, usize>;
 
-/// Checks every rule; the names of peers in them become the peers' allowed IPs.
+/// A source of a rule, as the file has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) enum Source {
+    Net(IpNet),
+    /// The allowed IPs of the peer at this place among the file's peers.
+    Peer(usize),
+}
+
+/// The CIDRs of `sources`; `owned` tells those of the peer at a place.
+pub(super) fn nets(sources: &[Source], owned: impl Fn(usize) -> Vec<IpNet>) -> Vec<IpNet> {
+    let nets = sources.iter().flat_map(|source| match source {
+        Source::Net(net) => vec![*net],
+        Source::Peer(place) => owned(*place),
+    });
+    nets.collect()
+}
+
+/// Checks every rule; the names of peers in them become the peers' allowed IPs. The sources are told
+/// with the names, too.
 pub(super) fn rules(
     raw: &[raw::Rule<'_>],
     peers: &[Checked],
     problems: &mut Problems<'_>,
-) -> Vec<Rule> {
+) -> (Vec<Rule>, Vec<Vec<Source>>) {
     let names: Names<'_> = if raw.is_empty() {
         Names::new()
     } else {
-        let named = peers
-            .iter()
-            .filter_map(|peer| Some((peer.name.as_deref()?, peer)));
-        let nets = |peer: &Checked| peer.allowed_ips.iter().map(|net| net.value).collect();
-        named.map(|(name, peer)| (name, nets(peer))).collect()
+        let named = (0..).zip(peers);
+        let named = named.filter_map(|(place, peer)| Some((peer.name.as_deref()?, place)));
+        named.collect()
     };
-    raw.iter()
-        .map(|rule| self::rule(rule, &names, problems))
-        .collect()
+    let owned = |place: usize| {
+        let peer = peers.get(place).into_iter();
+        let nets = peer.flat_map(|peer| &peer.allowed_ips);
+        nets.map(|net| net.value).collect()
+    };
+    let rules = raw.iter().map(|rule| {
+        let sources = sources(rule, &names, problems);
+        let nets = nets(&sources, owned);
+        (self::rule(rule, nets, problems), sources)
+    });
+    rules.unzip()
 }
 
-fn rule(raw: &raw::Rule<'_>, names: &Names<'_>, problems: &mut Problems<'_>) -> Rule {
+fn rule(raw: &raw::Rule<'_>, sources: Vec<IpNet>, problems: &mut Problems<'_>) -> Rule {
     let (protocols, portless) = protocols(raw, problems);
-    let sources = sources(raw, names, problems);
     let mut destinations = Vec::new();
     for text in entries(raw.to.as_ref(), "rule.to", problems) {
         match destination(&text.value) {
@@ -96,17 +120,17 @@ fn everything() -> [IpNet; 2] {
     [v4.into(), v6.into()]
 }
 
-fn sources(raw: &raw::Rule<'_>, names: &Names<'_>, problems: &mut Problems<'_>) -> Vec<IpNet> {
-    let mut found: Vec<IpNet> = Vec::new();
+fn sources(raw: &raw::Rule<'_>, names: &Names<'_>, problems: &mut Problems<'_>) -> Vec<Source> {
+    let mut found = Vec::new();
     for text in entries(raw.from.as_ref(), "rule.from", problems) {
         let written = text.value.as_ref();
         if written == "*" {
-            found.extend(everything());
-        } else if let Some(nets) = names.get(written) {
-            found.extend(nets);
+            found.extend(everything().map(Source::Net));
+        } else if let Some(place) = names.get(written) {
+            found.push(Source::Peer(*place));
         } else {
             match net::network(written) {
-                Ok(net) => found.push(net),
+                Ok(net) => found.push(Source::Net(net)),
                 Err(message) => problems.add(text.at, "rule.from", source(written, names, message)),
             }
         }
