@@ -4,9 +4,11 @@
 //! [`report`] writes, draws and compares what came out. docs/performance.md says what is measured
 //! and how, docs/bench-report.md documents `report.json`.
 
+mod bpf;
 pub mod case;
 mod clear;
 pub mod cpu;
+mod device;
 pub mod generator;
 pub mod host;
 pub mod mtu;

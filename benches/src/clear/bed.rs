@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use lab::packet::{Packet, TCP, UDP};
 use lab::{Host, Lab};
 
@@ -15,6 +15,7 @@ use super::frame::{self, CLIENT, Link, MTU, SERVER_PORT, Segment, Size};
 use super::io::{self, Reader, Sink};
 use crate::case::Failure;
 use crate::cpu::{self, Cores};
+use crate::device::{link, octets};
 use crate::generator::packet::Stamp;
 
 /// Name of the TUN device, in its own namespace.
@@ -384,22 +385,4 @@ fn counted(host: &Host, device: &str) -> anyhow::Result<u64> {
         .filter_map(|o| o["counter"]["packets"].as_u64())
         .next();
     count.with_context(|| format!("nft tells no counter: {text}"))
-}
-
-/// Index and Ethernet address of a device.
-fn link(host: &Host, device: &str) -> anyhow::Result<(u32, String)> {
-    let text = host.ip(&format!("-j link show {device}"))?;
-    let json: serde_json::Value = serde_json::from_str(&text)?;
-    let index = json[0]["ifindex"]
-        .as_u64()
-        .and_then(|i| u32::try_from(i).ok());
-    let address = json[0]["address"].as_str().unwrap_or_default();
-    let index = index.with_context(|| format!("{device} has no index: {text}"))?;
-    Ok((index, address.to_owned()))
-}
-
-fn octets(mac: &str) -> anyhow::Result<[u8; 6]> {
-    let octets: Result<Vec<u8>, _> = mac.split(':').map(|o| u8::from_str_radix(o, 16)).collect();
-    let octets = octets.ok().and_then(|o| o.try_into().ok());
-    octets.ok_or_else(|| anyhow!("{mac} is no Ethernet address"))
 }

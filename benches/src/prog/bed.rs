@@ -15,8 +15,9 @@ use router::datapath::limits::Limits;
 use router::datapath::{Counter, Datapath as _, Link, Spec};
 use router_ebpf::abi::{DEFAULT_FLOWS, Flow, Key4, Key6, Side};
 
-use super::test_run::{self, Run};
+use super::test_run;
 use super::traffic::{Ends, Family, Kind, SERVICE, What};
+use crate::bpf::Run;
 use crate::case::Failure;
 use crate::cpu::{self, Cores};
 

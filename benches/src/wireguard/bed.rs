@@ -16,6 +16,7 @@ use anyhow::Context as _;
 use lab::{Host, Keypair, Lab, Process, Server, Tunnel, Wireguard};
 use router::wireguard::keys::PublicKey;
 
+use super::blast::Blast;
 use super::programs::Program;
 use super::router::{Job, PORT, Router, key_pair};
 use crate::cpu::{self, Cores, Snapshot, Usage};
@@ -194,14 +195,23 @@ impl Bed {
         Ok(())
     }
 
-    /// How many datagrams the cable to the router did not take so far.
+    /// A flood of forged data messages at the uplink, from addresses from `first` on.
+    pub(super) fn blast(&self, first: Ipv4Addr, per_second: u32) -> anyhow::Result<Blast<'_>> {
+        let from = SocketAddr::from((first, PORT));
+        let cable = ((&self.client, "eth0"), (&self.host, "wan"));
+        Blast::new(cable.0, cable.1, from, self.endpoint().into(), per_second)
+    }
+
+    /// How many frames the cable to the router did not take so far.
     pub(super) fn not_taken(&self) -> anyhow::Result<u64> {
-        let shown = self
-            .client
-            .run(["ip", "-json", "-s", "link", "show", "dev", "eth0"])?;
-        let shown: serde_json::Value = serde_json::from_str(&shown)?;
-        shown[0]["stats64"]["tx"]["dropped"]
-            .as_u64()
+        const DROPPED: usize = 11;
+        let devices = read_in_proc(&self.client, "net/dev")?;
+        let counters = devices
+            .lines()
+            .find_map(|line| line.trim_start().strip_prefix("eth0:"))
+            .and_then(|counters| counters.split_whitespace().nth(DROPPED));
+        counters
+            .and_then(|dropped| dropped.parse().ok())
             .context("the client's NIC has no counters")
     }
 
@@ -298,10 +308,15 @@ impl Drop for Pinned {
     }
 }
 
+/// A file of a host's own `/proc`.
+fn read_in_proc(host: &Host, file: &str) -> anyhow::Result<String> {
+    // /proc/net is that of the process's first thread, which is in no namespace of ours.
+    Ok(host.enter(|| std::fs::read_to_string(format!("/proc/thread-self/{file}")))??)
+}
+
 /// A counter of a host's `/proc/net/netstat`, such as `TCPOFOQueue` of `TcpExt`.
 pub(super) fn protocol_counter(host: &Host, group: &str, name: &str) -> anyhow::Result<u64> {
-    // /proc/net is that of the process's first thread, which is in no namespace of ours.
-    let text = host.enter(|| std::fs::read_to_string("/proc/thread-self/net/netstat"))??;
+    let text = read_in_proc(host, "net/netstat")?;
     let mut lines = text
         .lines()
         .filter_map(|line| line.strip_prefix(group)?.strip_prefix(": "));

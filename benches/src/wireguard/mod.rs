@@ -2,6 +2,7 @@
 //! and the same generator in every case.
 
 mod bed;
+mod blast;
 pub(crate) mod junk;
 mod latency;
 pub(crate) mod programs;
