@@ -79,6 +79,8 @@ fn suite(context: &Context) -> anyhow::Result<Suite> {
 enum Axis {
     Flows,
     Rules,
+    /// Rules, peers and routes alike.
+    Sites,
     Overlay,
     Routes,
 }
@@ -88,6 +90,7 @@ impl Axis {
         match self {
             Self::Flows => "flows",
             Self::Rules => "rules",
+            Self::Sites => "rules, peers and routes",
             Self::Overlay => "overlay CIDRs",
             Self::Routes => "routes",
         }
@@ -97,8 +100,8 @@ impl Axis {
         let mut tables = Tables::ONE;
         match self {
             Self::Flows => tables.flows = count,
-            // A peer and a network for each.
-            Self::Rules => {
+            Self::Rules => tables.rules = count,
+            Self::Sites => {
                 tables.overlay = count;
                 tables.routes = count;
                 tables.rules = count;
@@ -118,6 +121,7 @@ impl Axis {
                 ("flows", (Side::Subnet, What::Udp, true)),
             ],
             Self::Rules => &[("new-flow-rules", (Side::Overlay, What::New, true))],
+            Self::Sites => &[("new-flow-sites", (Side::Overlay, What::New, true))],
             Self::Overlay => &[
                 ("new-flow-tables", (Side::Overlay, What::New, true)),
                 ("unrelated-tables", (Side::Subnet, What::Foreign, false)),
@@ -132,28 +136,37 @@ impl Axis {
             Self::Overlay => MAX_OVERLAY / 2,
             // One of them is that whose sources are not translated.
             Self::Routes => MAX_ROUTES / 2 - 1,
-            Self::Flows | Self::Rules => usize::MAX,
+            Self::Flows | Self::Rules | Self::Sites => usize::MAX,
         }
     }
 }
 
-fn axes(effort: Effort) -> [(Axis, &'static [u32]); 4] {
-    let (flows, rules, overlay, routes): (&[u32], &[u32], &[u32], &[u32]) = match effort {
-        Effort::Smoke => (&[10], &[10], &[10], &[10]),
-        Effort::Quick => (&[1, 10_000], &[1, 100, 1_000], &[100_000], &[1_000]),
-        Effort::Full => (
+fn axes(effort: Effort) -> [(Axis, &'static [u32]); 5] {
+    let counts: [&[u32]; 5] = match effort {
+        Effort::Smoke => [&[10]; 5],
+        Effort::Quick => [
+            &[1, 10_000],
+            &[1, 100, 1_000],
+            &[100, 1_000],
+            &[100_000],
+            &[1_000],
+        ],
+        Effort::Full => [
             &[1, 1_000, 64_000, 1_000_000],
+            &[1, 10, 100, 1_000],
             &[1, 10, 100, 1_000],
             &[1, 100, 10_000, 100_000],
             &[1, 100, 1_000, 100_000],
-        ),
+        ],
     };
-    [
-        (Axis::Flows, flows),
-        (Axis::Rules, rules),
-        (Axis::Overlay, overlay),
-        (Axis::Routes, routes),
-    ]
+    let axes = [
+        Axis::Flows,
+        Axis::Rules,
+        Axis::Sites,
+        Axis::Overlay,
+        Axis::Routes,
+    ];
+    std::array::from_fn(|at| (axes[at], counts[at]))
 }
 
 fn charts() -> Vec<Chart> {
@@ -190,7 +203,10 @@ fn charts() -> Vec<Chart> {
         chart(
             "rules",
             "Time in the eBPF program, first packet of a flow, NAT (less is better)",
-            ChartKind::Lines(vec![pair("from_overlay-new-flow-rules", "rules")]),
+            ChartKind::Lines(vec![
+                pair("from_overlay-new-flow-rules", "rules"),
+                pair("from_overlay-new-flow-sites", "rules, peers and routes"),
+            ]),
         ),
     ]
 }
