@@ -206,6 +206,7 @@ fn only_changed_settings_need_a_restart() {
     assert_eq!(restart_needed(&old, &old), Vec::<String>::new());
     let new = Local {
         mtu: 1300,
+        listen_port: 5,
         private_key: crate::wireguard::keys::PrivateKey::from_bytes([1; 32]),
         ..old.clone()
     };
