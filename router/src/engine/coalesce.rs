@@ -1,29 +1,44 @@
 //! Joins decrypted packets of one TCP or UDP flow into super-packets, one TUN write each.
 //!
-//! A run is an open super-packet. Packets are decrypted straight into a free buffer; one that
-//! continues a run has its payload copied behind it, any other becomes a run of its own or is
-//! written at once. What comes out, cut again by the kernel, is what went in: only packets whose
-//! checksums are right are joined, because a joined packet gets its checksum anew.
+//! A run is an open super-packet. A packet that continues a run has its payload copied behind it,
+//! any other becomes a run of its own or is written at once. What comes out, cut again by the
+//! kernel, is what went in: only packets whose checksums are right are joined, because a joined
+//! packet gets its checksum anew. Packets of one flow stay in order, those of several flows may
+//! pass each other.
+//!
+//! Usually few runs are open, and all are written as soon as the datagrams that are there have been
+//! taken. While datagrams keep coming many are: so the packets of many flows meet, each has to wait
+//! in the socket for longer than it then waits here, and joining them is what shortens that queue.
 
-use super::checksum;
+mod run;
+mod table;
+
+use std::time::Duration;
+
 use super::ip::{self, Transport};
-use super::vnet::{self, Gso, Header};
+use super::vnet::{self, Header};
+use run::Run;
+use table::{Key, Table};
 
-/// Runs that may be open at once.
-const RUNS: usize = 8;
+/// Runs that may be open at once while datagrams keep coming.
+const RUNS: usize = 256;
+/// Runs that may be open at other times.
+const FEW: usize = 8;
+/// How long a run stays open while datagrams keep coming. Looked at before each receive call's
+/// packets, so these come on top.
+pub(super) const HOLD: Duration = Duration::from_millis(1);
+
 /// Offset of the packet in its buffer: room for the virtio header, and an aligned packet.
 const OFFSET: usize = 16;
-/// Room for the longest packet that a datagram can carry, its tag and padding.
-const BUFFER: usize = OFFSET + 65_536 + 64;
-/// Longest IP packet, in bytes.
-const LONGEST: usize = 65_535;
-/// Segments of a UDP super-packet (`UDP_MAX_SEGMENTS` of kernels before 6.9).
-const UDP_SEGMENTS: usize = 64;
-
-const TCP_FIN: u8 = 0x01;
-const TCP_PSH: u8 = 0x08;
-const TCP_ACK: u8 = 0x10;
-const TCP_ECE: u8 = 0x40;
+/// Buffers with room for the longest packet that a datagram can carry, its tag and padding.
+const LARGE: usize = 8;
+const LARGE_BUFFER: usize = OFFSET + 65_536 + 64;
+/// Bytes of the buffer that each run has besides: 64 small datagrams. A whole number of pages would
+/// put the heads of all runs in the same few lines of the processor's caches.
+const SMALL_BUFFER: usize = 8192 + 64;
+/// From this length on, in bytes, a packet begins its run in a large buffer if one is free: more like
+/// it would soon fill a small one.
+const BULK: usize = 512;
 
 /// Where finished packets go.
 pub(super) trait TunSink {
@@ -42,102 +57,71 @@ pub(super) struct Offload {
     pub(super) udp: bool,
 }
 
+/// The memory of runs.
 #[derive(Debug)]
-struct Run {
-    buffer: usize,
-    length: usize,
-    transport: Transport,
-    /// Payload bytes of each segment but the last.
-    size: usize,
-    segments: usize,
-    /// TCP sequence number that continues the run.
-    next: u32,
-    /// Whether the first packet's checksums are known to be right.
-    verified: bool,
-    /// Whether its last segment is shorter than the others: nothing may follow.
-    short: bool,
+struct Buffers {
+    large: Vec<Box<[u8]>>,
+    /// The large buffer that the next packet goes into.
+    scratch: usize,
+    /// Large ones that nobody uses. Last used first: it is still in the cache.
+    free: Vec<usize>,
+    /// The small ones in one piece, by the runs' places. The kernel gives its pages at their first
+    /// use.
+    small: Box<[u8]>,
 }
 
-/// Whether a packet may be part of a super-packet at all. CWR never is: it belongs to the first
-/// segment alone. A UDP packet without checksum would get one.
-fn joinable(packet: &[u8], transport: &Transport) -> bool {
-    if packet.len() <= transport.payload {
-        return false;
-    }
-    if transport.protocol == ip::TCP {
-        packet[transport.start + 13] & !(TCP_FIN | TCP_PSH | TCP_ECE) == TCP_ACK
-    } else {
-        packet[transport.start + 6..transport.start + 8] != [0, 0]
-    }
-}
-
-fn sequence(packet: &[u8], transport: &Transport) -> u32 {
-    let at = transport.start + 4;
-    u32::from_be_bytes([packet[at], packet[at + 1], packet[at + 2], packet[at + 3]])
-}
-
-impl Run {
-    fn is_full(&self) -> bool {
-        self.short
-            || self.length + self.size > LONGEST
-            || (self.transport.protocol == ip::UDP && self.segments >= UDP_SEGMENTS)
-    }
-
-    /// Whether `packet`, of the same flow, is the next segment: same headers but for what the
-    /// kernel will count up by itself. `head` begins with the run's first packet.
-    fn continues(&self, head: &[u8], packet: &[u8], transport: &Transport) -> bool {
-        let (start, end) = (transport.start, transport.payload);
-        let payload = packet.len() - end;
-        if end != self.transport.payload || payload > self.size || self.length + payload > LONGEST {
-            return false;
+impl Buffers {
+    fn new() -> Self {
+        Self {
+            large: (0..=LARGE)
+                .map(|_| vec![0; LARGE_BUFFER].into_boxed_slice())
+                .collect(),
+            scratch: 0,
+            free: (1..=LARGE).collect(),
+            small: vec![0; RUNS * SMALL_BUFFER].into_boxed_slice(),
         }
-        let same = |from: usize, to: usize| head[from..to] == packet[from..to];
-        let network = if transport.is_v4() {
-            // Without DF the id names fragments, so it must count up; with DF it means nothing
-            // (RFC 6864).
-            let id = |packet: &[u8]| u16::from_be_bytes([packet[4], packet[5]]);
-            let counts_up = id(packet) == id(head).wrapping_add(self.segments as u16);
-            same(0, 2) && same(6, 10) && (packet[6] & 0x40 != 0 || counts_up)
-        } else {
-            same(0, 4) && same(6, 8)
-        };
-        let transport_matches = transport.protocol == ip::UDP || {
-            let ends = TCP_PSH | TCP_FIN;
-            sequence(packet, transport) == self.next
-                && same(start + 8, start + 13)
-                && head[start + 13] & !ends == packet[start + 13] & !ends
-                && same(start + 14, start + 16)
-                && same(start + 18, end)
-        };
-        network && transport_matches
     }
 
-    /// Completes the headers of a super-packet, and gives its virtio header.
-    fn finish(&self, packet: &mut [u8]) -> [u8; vnet::LEN] {
-        let Transport {
-            protocol,
-            start,
-            payload,
-        } = self.transport;
-        let length = packet.len() - start;
-        self.transport.set_length(packet, packet.len());
-        if protocol == ip::UDP {
-            packet[start + 4..start + 6].copy_from_slice(&(length as u16).to_be_bytes());
+    /// The buffer of a run, virtio header and packet.
+    fn of(&mut self, at: usize, large: Option<usize>) -> &mut [u8] {
+        match large {
+            Some(large) => &mut self.large[large],
+            None => &mut self.small[at * SMALL_BUFFER..(at + 1) * SMALL_BUFFER],
         }
-        let pseudo = checksum::pseudo(&packet[self.transport.addresses()], protocol, length);
-        let offset = self.transport.checksum_offset();
-        packet[start + offset..start + offset + 2].copy_from_slice(&checksum::fold(pseudo));
-        let gso = match (protocol, self.transport.is_v4()) {
-            (ip::UDP, _) => Gso::Udp,
-            (_, true) => Gso::Tcp4,
-            (_, false) => Gso::Tcp6,
+    }
+
+    /// The bytes of a run's packet, and what its buffer has after them.
+    fn packet(&self, at: usize, large: Option<usize>) -> &[u8] {
+        match large {
+            Some(large) => &self.large[large][OFFSET..],
+            None => &self.small[at * SMALL_BUFFER + OFFSET..(at + 1) * SMALL_BUFFER],
+        }
+    }
+
+    /// The packet of this length that was decrypted last.
+    fn scratch(&self, length: usize) -> &[u8] {
+        &self.large[self.scratch][OFFSET..OFFSET + length]
+    }
+
+    /// The buffer of a run, from its packet on, and the packet that was decrypted last.
+    fn both(
+        &mut self,
+        at: usize,
+        large: Option<usize>,
+        length: usize,
+    ) -> Option<(&mut [u8], &[u8])> {
+        let (run, scratch) = match large {
+            None => {
+                let small = &mut self.small[at * SMALL_BUFFER..(at + 1) * SMALL_BUFFER];
+                (small, &self.large[self.scratch])
+            }
+            Some(large) => {
+                let pair = self.large.get_disjoint_mut([large, self.scratch]).ok()?;
+                let [run, scratch] = pair;
+                (&mut run[..], &*scratch)
+            }
         };
-        Header {
-            gso,
-            gso_size: self.size as u16,
-            checksum: Some((start as u16, offset as u16)),
-        }
-        .encode(payload as u16)
+        Some((&mut run[OFFSET..], &scratch[OFFSET..OFFSET + length]))
     }
 }
 
@@ -145,13 +129,14 @@ impl Run {
 #[derive(Debug)]
 pub(super) struct Coalescer {
     offload: Offload,
-    buffers: Vec<Box<[u8]>>,
-    /// The buffer that the next packet goes into.
-    scratch: usize,
-    /// Last used first: it is still in the cache.
-    free: Vec<usize>,
-    /// Oldest first.
-    open: Vec<Run>,
+    buffers: Buffers,
+    runs: Table,
+    /// Places of the runs in large buffers, by when they got them.
+    large: Vec<usize>,
+    /// Runs that may be open now.
+    limit: usize,
+    /// When datagrams kept coming last.
+    now: Duration,
 }
 
 impl Coalescer {
@@ -159,84 +144,74 @@ impl Coalescer {
     pub(super) fn new(offload: Offload) -> Self {
         Self {
             offload,
-            buffers: (0..=RUNS)
-                .map(|_| vec![0; BUFFER].into_boxed_slice())
-                .collect(),
-            scratch: 0,
-            free: (1..=RUNS).collect(),
-            open: Vec::with_capacity(RUNS + 1),
+            buffers: Buffers::new(),
+            runs: Table::new(RUNS as u16),
+            large: Vec::with_capacity(LARGE),
+            limit: FEW,
+            now: Duration::ZERO,
         }
     }
 
     /// Where the next packet is to be decrypted into.
     pub(super) fn slot(&mut self) -> &mut [u8] {
-        &mut self.buffers[self.scratch][OFFSET..]
+        &mut self.buffers.large[self.buffers.scratch][OFFSET..]
+    }
+
+    /// Datagrams keep coming: until [`Coalescer::flush_all`] many runs may be open. Writes those
+    /// that have been open for [`HOLD`]. `now` never goes back.
+    pub(super) fn hold(&mut self, now: Duration, sink: &mut impl TunSink) {
+        self.limit = RUNS;
+        self.now = now;
+        while let Some((at, run)) = self.runs.oldest()
+            && now.saturating_sub(run.opened) >= HOLD
+        {
+            self.flush(at, sink);
+        }
     }
 
     /// Takes the packet of `length` bytes in [`Coalescer::slot`].
     pub(super) fn push(&mut self, length: usize, sink: &mut impl TunSink) {
-        let scratch = self.scratch;
-        let packet = &self.buffers[scratch][OFFSET..OFFSET + length];
+        let packet = self.buffers.scratch(length);
         let Some(transport) = Transport::parse(packet) else {
-            self.flush_between(scratch, sink);
-            self.write(scratch, length, sink);
+            if let Some(addresses) = ip::addresses(packet) {
+                // A packet that may belong to any flow between its addresses.
+                let addresses = self.runs.addresses(&packet[addresses]);
+                while let Some(at) = self.runs.between(addresses) {
+                    self.flush(at, sink);
+                }
+            }
+            self.write_scratch(length, sink);
             return;
         };
-        let joinable = self.supports(&transport) && joinable(packet, &transport);
-        let last = transport.protocol == ip::TCP
-            && packet[transport.start + 13] & (TCP_PSH | TCP_FIN) != 0;
+        let joinable = self.supports(&transport) && run::joinable(packet, &transport);
+        let last = run::is_last(packet, &transport);
+        let key = self.runs.key(packet, &transport);
 
-        if let Some(at) = self.find(packet, &transport) {
-            if joinable && self.append(at, scratch, length, &transport) {
-                if last || self.open[at].is_full() {
+        let found = self.runs.find(key, |at, run| {
+            run.is_of_flow(self.buffers.packet(at, run.large), packet, &transport)
+        });
+        if let Some(at) = found {
+            if joinable && self.append(at, length, &transport, sink) {
+                if last || self.runs.get_mut(at).is_full() {
                     self.flush(at, sink);
                 }
                 return;
             }
             self.flush(at, sink);
         }
-        if !joinable || last {
-            self.write(scratch, length, sink);
-            return;
-        }
-
-        let packet = &self.buffers[scratch][OFFSET..OFFSET + length];
-        let size = length - transport.payload;
-        self.open.push(Run {
-            buffer: scratch,
-            length,
-            next: sequence(packet, &transport).wrapping_add(size as u32),
-            transport,
-            size,
-            segments: 1,
-            verified: false,
-            short: false,
-        });
-        if self.free.is_empty() {
-            self.flush(0, sink);
-        }
-        if let Some(free) = self.free.pop() {
-            self.scratch = free;
+        if joinable && !last {
+            self.begin(length, transport, key, sink);
+        } else {
+            self.write_scratch(length, sink);
         }
     }
 
-    /// Writes every open run, oldest first.
+    /// Writes every open run, oldest first. From now on few may be open.
     pub(super) fn flush_all(&mut self, sink: &mut impl TunSink) {
-        while !self.open.is_empty() {
-            self.flush(0, sink);
+        while let Some((at, _)) = self.runs.oldest() {
+            self.flush(at, sink);
         }
-    }
-
-    /// Index of the open run of this packet's flow.
-    fn find(&self, packet: &[u8], transport: &Transport) -> Option<usize> {
-        self.open.iter().position(|run| {
-            let head = &self.buffers[run.buffer][OFFSET..];
-            let (addresses, start) = (transport.addresses(), transport.start);
-            run.transport.start == start
-                && run.transport.protocol == transport.protocol
-                && head[start..start + 4] == packet[start..start + 4]
-                && head[addresses.clone()] == packet[addresses]
-        })
+        self.limit = FEW;
     }
 
     fn supports(&self, transport: &Transport) -> bool {
@@ -247,73 +222,102 @@ impl Coalescer {
         }
     }
 
-    /// Joins the packet in buffer `scratch` to a run of its flow if it continues it.
-    fn append(&mut self, at: usize, scratch: usize, length: usize, transport: &Transport) -> bool {
-        let run = &mut self.open[at];
-        let Ok([target, source]) = self.buffers.get_disjoint_mut([run.buffer, scratch]) else {
+    /// Joins the packet that was decrypted last to a run of its flow if it continues it.
+    fn append(
+        &mut self,
+        at: usize,
+        length: usize,
+        transport: &Transport,
+        sink: &mut impl TunSink,
+    ) -> bool {
+        let run = self.runs.get_mut(at);
+        let Some((buffer, packet)) = self.buffers.both(at, run.large, length) else {
             return false;
         };
-        let target = &mut target[OFFSET..];
-        let packet = &source[OFFSET..OFFSET + length];
-        if !run.continues(target, packet, transport) {
+        if !run.accepts(buffer, packet, transport) {
             return false;
         }
-        run.verified = run.verified || run.transport.checksums_hold(&target[..run.length]);
-        if !run.verified || !transport.checksums_hold(packet) {
-            return false;
+        if run.length + packet.len() - transport.payload > buffer.len() {
+            self.enlarge(at, sink);
         }
-        let payload = &packet[transport.payload..];
-        target[run.length..run.length + payload.len()].copy_from_slice(payload);
-        if transport.protocol == ip::TCP {
-            let flags = transport.start + 13;
-            target[flags] |= packet[flags] & (TCP_PSH | TCP_FIN);
+        let run = self.runs.get_mut(at);
+        match self.buffers.both(at, run.large, length) {
+            Some((buffer, packet)) => run.join(buffer, packet, transport),
+            None => return false,
         }
-        run.length += payload.len();
-        run.segments += 1;
-        run.next = run.next.wrapping_add(payload.len() as u32);
-        run.short = payload.len() < run.size;
         true
     }
 
-    /// Writes the open runs between the addresses of a packet that may belong to any of them.
-    fn flush_between(&mut self, scratch: usize, sink: &mut impl TunSink) {
-        let mut at = 0;
-        while let Some(run) = self.open.get(at) {
-            let (head, packet) = (&self.buffers[run.buffer], &self.buffers[scratch]);
-            let addresses = run.transport.addresses();
-            let addresses = OFFSET + addresses.start..OFFSET + addresses.end;
-            if head[OFFSET] >> 4 == packet[OFFSET] >> 4
-                && head[addresses.clone()] == packet[addresses]
-            {
-                self.flush(at, sink);
-            } else {
-                at += 1;
+    /// Begins a run with the packet that was decrypted last.
+    fn begin(&mut self, length: usize, transport: Transport, key: Key, sink: &mut impl TunSink) {
+        while self.runs.len() >= self.limit
+            && let Some((oldest, _)) = self.runs.oldest()
+        {
+            self.flush(oldest, sink);
+        }
+        let run = Run::new(self.buffers.scratch(length), transport, key, self.now);
+        let at = self.runs.open(run);
+        if OFFSET + length > SMALL_BUFFER || (length >= BULK && !self.buffers.free.is_empty()) {
+            let large = self.buffers.scratch;
+            self.buffers.scratch = self.take_large(sink);
+            self.runs.get_mut(at).large = Some(large);
+            self.large.push(at);
+        } else if let Some((buffer, packet)) = self.buffers.both(at, None, length) {
+            buffer[..length].copy_from_slice(packet);
+        }
+    }
+
+    /// Moves a run from its small buffer to a large one.
+    fn enlarge(&mut self, at: usize, sink: &mut impl TunSink) {
+        let large = self.take_large(sink);
+        let run = self.runs.get_mut(at);
+        let from = at * SMALL_BUFFER + OFFSET;
+        self.buffers.large[large][OFFSET..OFFSET + run.length]
+            .copy_from_slice(&self.buffers.small[from..from + run.length]);
+        run.large = Some(large);
+        self.large.push(at);
+    }
+
+    /// A large buffer, from the run that has had one for longest if none is free.
+    fn take_large(&mut self, sink: &mut impl TunSink) -> usize {
+        loop {
+            if let Some(free) = self.buffers.free.pop() {
+                return free;
             }
+            self.flush(self.large[0], sink);
         }
     }
 
     fn flush(&mut self, at: usize, sink: &mut impl TunSink) {
-        let run = self.open.remove(at);
+        let run = self.runs.close(at);
+        let buffer = self.buffers.of(at, run.large);
         if run.segments > 1 {
-            let buffer = &mut self.buffers[run.buffer];
             let header = run.finish(&mut buffer[OFFSET..OFFSET + run.length]);
             buffer[OFFSET - vnet::LEN..OFFSET].copy_from_slice(&header);
             sink.write(&buffer[OFFSET - vnet::LEN..OFFSET + run.length]);
         } else {
-            self.write(run.buffer, run.length, sink);
+            write(buffer, run.length, self.offload.vnet, sink);
         }
-        self.free.push(run.buffer);
+        if let Some(large) = run.large {
+            self.large.retain(|place| *place != at);
+            self.buffers.free.push(large);
+        }
     }
 
-    /// Writes a packet as it is.
-    fn write(&mut self, buffer: usize, length: usize, sink: &mut impl TunSink) {
-        let buffer = &mut self.buffers[buffer];
-        if self.offload.vnet {
-            buffer[OFFSET - vnet::LEN..OFFSET].copy_from_slice(&Header::PLAIN.encode(0));
-            sink.write(&buffer[OFFSET - vnet::LEN..OFFSET + length]);
-        } else {
-            sink.write(&buffer[OFFSET..OFFSET + length]);
-        }
+    /// Writes the packet that was decrypted last.
+    fn write_scratch(&mut self, length: usize, sink: &mut impl TunSink) {
+        let buffer = &mut self.buffers.large[self.buffers.scratch];
+        write(buffer, length, self.offload.vnet, sink);
+    }
+}
+
+/// Writes a packet as it is.
+fn write(buffer: &mut [u8], length: usize, vnet: bool, sink: &mut impl TunSink) {
+    if vnet {
+        buffer[OFFSET - vnet::LEN..OFFSET].copy_from_slice(&Header::PLAIN.encode(0));
+        sink.write(&buffer[OFFSET - vnet::LEN..OFFSET + length]);
+    } else {
+        sink.write(&buffer[OFFSET..OFFSET + length]);
     }
 }
 

@@ -408,6 +408,13 @@ impl Forwarder {
         done
     }
 
+    /// Datagrams keep coming: until the next [`Forwarder::flush`] packets toward the TUN device may
+    /// wait for others of their flow, no longer than [`super::coalesce::HOLD`] and until the next
+    /// call. `now` never goes back.
+    pub(super) fn hold(&mut self, now: Duration, io: &mut impl Port) {
+        self.coalescer.hold(now, io);
+    }
+
     /// Hands over everything that is under way.
     pub(super) fn flush(&mut self, io: &mut impl Port) {
         self.coalescer.flush_all(io);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::batch::{Message, UdpSink};
-use super::coalesce::{Offload, TunSink};
+use super::coalesce::{HOLD, Offload, TunSink};
 use super::counters::Counters;
 use super::directory::{Change, Directory};
 use super::forward::{Content, Forwarder, Origin, Place, Port};
@@ -167,7 +167,8 @@ impl Bed {
         self.forwarder.flush(wire);
     }
 
-    /// Packets that the peer seals, whatever they are, and that arrive together.
+    /// Packets that the peer seals, whatever they are, and that arrive together: while more keep
+    /// coming, if there are several.
     pub fn sealed(&mut self, packets: &[Vec<u8>]) {
         self.now += STEP;
         let mut sealed = Sealed::default();
@@ -178,9 +179,12 @@ impl Bed {
             local: None,
             ecn: 0,
         };
-        for datagram in &sealed.all {
+        for (at, datagram) in sealed.all.iter().enumerate() {
             let (now, wire) = (self.now, &mut self.wire);
             let length = datagram.len();
+            if at % 4 == 1 {
+                self.forwarder.hold(now + HOLD / 4 * at as u32, wire);
+            }
             self.forwarder.receive(&origin, datagram, length, now, wire);
         }
         self.forwarder.flush(&mut self.wire);

@@ -13,6 +13,9 @@ pub(super) const UDP: u8 = 17;
 pub(super) const V4_HEADER: usize = 20;
 /// Length of an IPv6 header, in bytes.
 pub(super) const V6_HEADER: usize = 40;
+/// Where source and destination address stand in the two headers.
+const V4_ADDRESSES: std::ops::Range<usize> = 12..20;
+const V6_ADDRESSES: std::ops::Range<usize> = 8..40;
 
 fn v4(bytes: &[u8], at: usize) -> Option<IpAddr> {
     let octets: [u8; 4] = bytes.get(at..at + 4)?.try_into().ok()?;
@@ -31,6 +34,16 @@ pub(super) fn destination(packet: &[u8]) -> Option<IpAddr> {
         6 => v6(packet, 24),
         _ => None,
     }
+}
+
+/// Where source and destination address stand in an IP packet.
+pub(super) fn addresses(packet: &[u8]) -> Option<std::ops::Range<usize>> {
+    let addresses = match packet.first()? >> 4 {
+        4 => V4_ADDRESSES,
+        6 => V6_ADDRESSES,
+        _ => return None,
+    };
+    (addresses.end <= packet.len()).then_some(addresses)
 }
 
 /// Source of an IP packet whose header is whole and whose length field says exactly `packet.len()`.
@@ -170,7 +183,11 @@ impl Transport {
 
     /// Where source and destination address stand.
     pub(super) fn addresses(&self) -> std::ops::Range<usize> {
-        if self.is_v4() { 12..20 } else { 8..40 }
+        if self.is_v4() {
+            V4_ADDRESSES
+        } else {
+            V6_ADDRESSES
+        }
     }
 
     /// Offset of the checksum field from the transport header.

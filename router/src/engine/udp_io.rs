@@ -67,6 +67,14 @@ fn int(data: &[u8]) -> Option<libc::c_int> {
     Some(libc::c_int::from_ne_bytes(data.get(..4)?.try_into().ok()?))
 }
 
+/// What a receive call has filled.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Filled {
+    count: usize,
+    /// Every buffer: there may be more to receive.
+    pub(super) all: bool,
+}
+
 /// Receives batches of datagrams.
 pub(super) struct Receiver {
     buffers: Vec<Box<[u8]>>,
@@ -92,13 +100,8 @@ impl Receiver {
         }
     }
 
-    /// Receives what there is, as far as there are buffers, and gives each to `take` with the length
-    /// of the datagrams in it. True when there may be more.
-    pub(super) fn receive(
-        &mut self,
-        socket: &OwnedFd,
-        mut take: impl FnMut(&Origin, &[u8], usize),
-    ) -> io::Result<bool> {
+    /// Receives what there is, as far as there are buffers; gives how many it has filled.
+    pub(super) fn receive(&mut self, socket: &OwnedFd) -> io::Result<Filled> {
         for (at, buffer) in self.buffers.iter_mut().enumerate() {
             self.vectors[at] = libc::iovec {
                 iov_base: buffer.as_mut_ptr().cast(),
@@ -126,13 +129,23 @@ impl Receiver {
         if count < 0 {
             let error = io::Error::last_os_error();
             return match error.kind() {
-                io::ErrorKind::WouldBlock => Ok(false),
-                io::ErrorKind::Interrupted => Ok(true),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(Filled {
+                    count: 0,
+                    all: false,
+                }),
                 _ => Err(error),
             };
         }
         let count = count as usize;
-        for at in 0..count {
+        Ok(Filled {
+            count,
+            all: count == self.headers.len(),
+        })
+    }
+
+    /// Gives each buffer that was filled last to `take`, with the length of the datagrams in it.
+    pub(super) fn take(&self, filled: Filled, mut take: impl FnMut(&Origin, &[u8], usize)) {
+        for at in 0..filled.count.min(self.headers.len()) {
             let header = &self.headers[at];
             let buffer = &self.buffers[at];
             let length = (header.msg_len as usize).min(buffer.len());
@@ -181,7 +194,6 @@ impl Receiver {
             }
             take(&origin, &buffer[..length], stride);
         }
-        Ok(count == self.headers.len())
     }
 }
 

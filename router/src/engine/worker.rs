@@ -268,19 +268,24 @@ fn receive(
     now: Duration,
 ) {
     for _ in 0..calls {
-        let more = receiver.receive(socket, |origin, buffer, stride| {
+        let filled = match receiver.receive(socket) {
+            Ok(filled) => filled,
+            Err(error) => {
+                debug!(%error, "receive from the underlay");
+                break;
+            }
+        };
+        if filled.all {
+            forwarder.hold(uptime(), port);
+        }
+        receiver.take(filled, |origin, buffer, stride| {
             port.counters.add(Counter::UdpReceives, 1);
             #[cfg(feature = "bench-delay")]
             super::delay::packets(buffer.len().div_ceil(stride.max(1)));
             forwarder.receive(origin, buffer, stride, now, port);
         });
-        match more {
-            Ok(true) => {}
-            Ok(false) => break,
-            Err(error) => {
-                debug!(%error, "receive from the underlay");
-                break;
-            }
+        if !filled.all {
+            break;
         }
     }
     forwarder.flush(port);

@@ -1,9 +1,12 @@
 //! Property tests of coalescing: what comes out is what went in.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::collections::{HashMap, HashSet};
+
 use super::*;
 use crate::engine::packets::{Flow, rfc1071};
 use crate::engine::segment::{SLACK, Segments};
+use crate::engine::vnet::Gso;
 use crate::wireguard::Packets as _;
 use proptest::prelude::*;
 
@@ -66,12 +69,28 @@ fn check(header: Header, packet: &[u8]) {
     assert!(usize::from(header.gso_size) < packet.len() - start);
 }
 
+fn push(coalescer: &mut Coalescer, packet: &[u8], sink: &mut impl TunSink) {
+    coalescer.slot()[..packet.len()].copy_from_slice(packet);
+    coalescer.push(packet.len(), sink);
+}
+
 fn through(offload: Offload, packets: &[Vec<u8>]) -> Written {
     let mut coalescer = Coalescer::new(offload);
     let mut written = Written::default();
     for packet in packets {
-        coalescer.slot()[..packet.len()].copy_from_slice(packet);
-        coalescer.push(packet.len(), &mut written);
+        push(&mut coalescer, packet, &mut written);
+    }
+    coalescer.flush_all(&mut written);
+    written
+}
+
+/// The same while datagrams keep coming, and no time passes.
+fn through_held(packets: &[Vec<u8>]) -> Written {
+    let mut coalescer = Coalescer::new(ALL);
+    let mut written = Written::default();
+    coalescer.hold(Duration::ZERO, &mut written);
+    for packet in packets {
+        push(&mut coalescer, packet, &mut written);
     }
     coalescer.flush_all(&mut written);
     written
@@ -90,32 +109,47 @@ fn normal(packet: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// Protocol, addresses and ports: what order is kept within.
-fn flow_of(packet: &[u8]) -> Vec<u8> {
-    let (protocol, addresses, start) = if packet[0] >> 4 == 4 {
-        (9, 12..20, 20)
+/// Addresses, and protocol and ports unless the packet may be of any flow between these addresses.
+type FlowKey = (Vec<u8>, Option<Vec<u8>>);
+
+fn flow_of(packet: &[u8]) -> FlowKey {
+    let v4 = packet[0] >> 4 == 4;
+    let (protocol, addresses, start) = if v4 {
+        (packet[9], 12..20, 20)
     } else {
-        (6, 8..40, 40)
+        (packet[6], 8..40, 40)
     };
-    [
-        &packet[protocol..=protocol],
-        &packet[addresses],
-        &packet[start..start + 4],
-    ]
-    .concat()
+    let fragment = v4 && (packet[6] & 0x3f, packet[7]) != (0, 0);
+    let known = matches!(protocol, 6 | 17) && !fragment;
+    let flow = [&[protocol], &packet[start..start + 4]].concat();
+    (packet[addresses].to_vec(), known.then_some(flow))
+}
+
+/// What order is kept within: the packets of each flow, and of no flow, and such as may be of any
+/// flow between the same addresses.
+fn by_flow(packets: &[Vec<u8>]) -> HashMap<FlowKey, Vec<Vec<u8>>> {
+    let keys: Vec<_> = packets.iter().map(|packet| flow_of(packet)).collect();
+    let mut flows: HashMap<_, Vec<_>> = HashMap::new();
+    let mut between: HashMap<_, HashSet<_>> = HashMap::new();
+    for key in &keys {
+        between.entry(&key.0).or_default().insert(key);
+    }
+    for (key, packet) in keys.iter().zip(packets) {
+        for other in &between[&key.0] {
+            if key.1.is_none() || *other == key {
+                let kept = flows.entry((*other).clone()).or_default();
+                kept.push(normal(packet));
+            }
+        }
+    }
+    flows
 }
 
 fn assert_kept(sent: &[Vec<u8>], written: &Written) {
     assert_eq!(written.packets.len(), sent.len());
-    for packet in sent {
-        let flow = flow_of(packet);
-        let of = |all: &[Vec<u8>]| -> Vec<Vec<u8>> {
-            all.iter()
-                .filter(|p| flow_of(p) == flow)
-                .map(|p| normal(p))
-                .collect()
-        };
-        assert_eq!(of(&written.packets), of(sent));
+    let (expected, found) = (by_flow(sent), by_flow(&written.packets));
+    for (flow, packets) in &expected {
+        assert_eq!(found.get(flow), Some(packets), "{flow:02x?}");
     }
 }
 
@@ -224,7 +258,7 @@ proptest! {
         tcp: bool,
         udp: bool,
     ) {
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         let mut streams: Vec<_> = flows
             .into_iter()
             .filter(|(flow, ..)| seen.insert((flow.v6, flow.tcp, flow.source, flow.ports)))
@@ -239,6 +273,58 @@ proptest! {
             }
         }
         let written = through(Offload { vnet: true, tcp, udp }, &sent);
+        assert_kept(&sent, &written);
+    }
+
+    #[test]
+    fn hundreds_of_flows_stay_in_order(
+        flows in proptest::collection::vec((flow(), any::<u32>(), 1usize..400), 1..400),
+        steps in proptest::collection::vec((any::<prop::sample::Index>(), 1usize..4, twist()), 1..400),
+        loose in proptest::collection::vec((any::<prop::sample::Index>(), 0u8..3), 0..20),
+        every in 1usize..300,
+        pause in 0u64..1500,
+    ) {
+        let mut streams: Vec<_> = (0u16..)
+            .zip(flows)
+            .map(|(number, (flow, sequence, size))| {
+                let ports = (number, 443);
+                Stream { flow: Flow { ports, ..flow }, id: number, sequence, size }
+            })
+            .collect();
+        let mut sent = Vec::new();
+        for (which, burst, twist) in steps {
+            let at = which.index(streams.len());
+            sent.push(streams[at].next(&twist, 3));
+            for neighbour in 0..burst {
+                let at = (at + neighbour) % streams.len();
+                sent.push(streams[at].next(&Twist::None, 5));
+            }
+        }
+        for (at, kind) in loose {
+            let at = at.index(sent.len());
+            let mut packet = sent[at].clone();
+            match (packet[0] >> 4, kind) {
+                // ICMP, which no flow knows.
+                (4, 0) => packet[9] = 1,
+                // The rest of a fragmented packet.
+                (4, _) => packet[7] |= 0x10,
+                (_, 0) => packet[6] = 58,
+                // A fragment header.
+                _ => packet[6] = 44,
+            }
+            sent.insert(at, packet);
+        }
+        let mut coalescer = Coalescer::new(ALL);
+        let mut written = Written::default();
+        let mut now = Duration::ZERO;
+        for (at, packet) in sent.iter().enumerate() {
+            if at % every == 0 {
+                now += Duration::from_micros(pause);
+                coalescer.hold(now, &mut written);
+            }
+            push(&mut coalescer, packet, &mut written);
+        }
+        coalescer.flush_all(&mut written);
         assert_kept(&sent, &written);
     }
 
@@ -266,8 +352,7 @@ proptest! {
         let mut coalescer = Coalescer::new(ALL);
         let mut raw = Raw(Vec::new());
         for packet in &sent {
-            coalescer.slot()[..packet.len()].copy_from_slice(packet);
-            coalescer.push(packet.len(), &mut raw);
+            push(&mut coalescer, packet, &mut raw);
         }
         coalescer.flush_all(&mut raw);
         raw.0.sort();
@@ -301,26 +386,121 @@ fn bulk_needs_few_writes() {
     }
 }
 
-#[test]
-fn interleaved_flows_are_joined_each() {
-    let flow = |port| Flow {
+fn flow_from(port: u16, tcp: bool) -> Flow {
+    Flow {
         ports: (port, 443),
-        ..Flow::new(false, true)
-    };
-    let mut streams: Vec<_> = (1..=RUNS as u16)
-        .map(|port| bulk(flow(port), 10, 500))
+        ..Flow::new(false, tcp)
+    }
+}
+
+/// Packets of so many flows in turn.
+fn interleaved(flows: usize, tcp: bool, count: usize, size: usize) -> Vec<Vec<u8>> {
+    let mut streams: Vec<_> = (1..=flows as u16)
+        .map(|port| bulk(flow_from(port, tcp), count, size))
         .collect();
     let mut sent = Vec::new();
-    for at in 0..10 {
+    for at in 0..count {
         sent.extend(
             streams
                 .iter_mut()
                 .map(|packets| std::mem::take(&mut packets[at])),
         );
     }
+    sent
+}
+
+#[test]
+fn interleaved_flows_are_joined_each() {
+    let sent = interleaved(FEW, true, 10, 500);
     let written = through(ALL, &sent);
     assert_kept(&sent, &written);
-    assert_eq!(written.frames, RUNS);
+    assert_eq!(written.frames, FEW);
+}
+
+#[test]
+fn many_flows_are_joined_each_while_datagrams_keep_coming() {
+    for tcp in [false, true] {
+        let sent = interleaved(RUNS, tcp, 64, 64);
+        let written = through_held(&sent);
+        assert_kept(&sent, &written);
+        assert_eq!(written.frames, RUNS, "tcp {tcp}");
+    }
+}
+
+#[test]
+fn many_bulk_flows_share_the_large_buffers() {
+    // Each peer's packets come together.
+    let sent: Vec<_> = (1..=64)
+        .flat_map(|port| bulk(flow_from(port, true), 45, 1400))
+        .collect();
+    let written = through_held(&sent);
+    assert_kept(&sent, &written);
+    assert_eq!(written.frames, 64);
+
+    // Nothing comes together: more than a small buffer takes goes into each write.
+    let sent = interleaved(64, true, 45, 1400);
+    let written = through_held(&sent);
+    assert_kept(&sent, &written);
+    assert!(written.frames < sent.len() / 5, "{}", written.frames);
+}
+
+#[test]
+fn a_run_outgrows_its_small_buffer() {
+    let sent = bulk(flow_from(1, true), 600, 100);
+    let written = through_held(&sent);
+    assert_kept(&sent, &written);
+    assert_eq!(written.frames, 1);
+}
+
+#[test]
+fn packets_longer_than_small_buffers_take_large_ones() {
+    let sent = interleaved(3 * LARGE, true, 2, 20_000);
+    let written = through_held(&sent);
+    assert_kept(&sent, &written);
+}
+
+#[test]
+fn few_packets_wait_and_more_only_while_datagrams_keep_coming() {
+    for (held, most) in [(false, FEW), (true, RUNS)] {
+        let mut coalescer = Coalescer::new(ALL);
+        let mut written = Written::default();
+        // What held before the last flush no longer holds.
+        coalescer.hold(Duration::ZERO, &mut written);
+        coalescer.flush_all(&mut written);
+        if held {
+            coalescer.hold(Duration::ZERO, &mut written);
+        }
+        for (pushed, packet) in (1..).zip(interleaved(3 * RUNS, false, 1, 64)) {
+            push(&mut coalescer, &packet, &mut written);
+            assert_eq!(pushed - written.packets.len(), pushed.min(most));
+        }
+        coalescer.flush_all(&mut written);
+        assert_eq!(written.packets.len(), 3 * RUNS);
+    }
+}
+
+#[test]
+fn a_packet_waits_no_longer_than_it_may() {
+    let mut coalescer = Coalescer::new(ALL);
+    let mut written = Written::default();
+    let began = Duration::from_secs(5);
+    let late = Duration::from_nanos(1);
+    let [first, second, more] = [(1, 0), (2, 0), (1, 1)].map(|(port, id)| {
+        let flow = flow_from(port, false);
+        flow.packet(id, 0, 0, &[7; 64])
+    });
+    coalescer.hold(began, &mut written);
+    push(&mut coalescer, &first, &mut written);
+    coalescer.hold(began + HOLD - late, &mut written);
+    push(&mut coalescer, &second, &mut written);
+    // One that is joined does not make the others wait again.
+    push(&mut coalescer, &more, &mut written);
+    assert_eq!(written.packets.len(), 0);
+    coalescer.hold(began + HOLD, &mut written);
+    assert_eq!(written.packets.len(), 2);
+    coalescer.hold(began + HOLD - late + HOLD, &mut written);
+    assert_eq!(written.packets.len(), 3);
+    assert_eq!(written.frames, 2);
 }
 
 #[test]
@@ -330,8 +510,7 @@ fn push_is_not_held_back() {
     let flow = Flow::new(false, true);
     for (at, flags) in [0x10, 0x10, 0x18].into_iter().enumerate() {
         let packet = flow.packet(at as u16, at as u32 * 100, flags, &[7; 100]);
-        coalescer.slot()[..packet.len()].copy_from_slice(&packet);
-        coalescer.push(packet.len(), &mut written);
+        push(&mut coalescer, &packet, &mut written);
     }
     assert_eq!((written.frames, written.packets.len()), (1, 3));
 }

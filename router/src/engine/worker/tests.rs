@@ -1,20 +1,28 @@
 //! A worker's turns: whatever waits at one place, all others have their turn soon.
 
+use std::collections::HashMap;
 use std::net::UdpSocket;
 
 use super::super::coalesce::Offload;
+use super::super::directory::Directory;
 use super::super::exchange;
 use super::super::forward::Place;
+use super::super::packets::Flow;
+use super::super::peer::{Setup, Shared};
+use super::super::routes::Routes;
+use super::super::segment::{SLACK, Segments};
 use super::super::udp::{Bind, Underlay};
 use super::*;
-use crate::wireguard::LocalKey;
 use crate::wireguard::keys::PrivateKey;
+use crate::wireguard::message::INITIATION;
+use crate::wireguard::{Arena, LocalKey, Packets as _, Tunnel};
 
 const NOW: Duration = Duration::ZERO;
+const DEADLINE: Duration = Duration::from_secs(10);
 /// What comes beyond a turn.
 const MORE: usize = 5;
 
-/// A worker without peers, which drops whatever it takes. Its device is a socket.
+/// A worker without peers, which drops whatever it takes until it has one. Its device is a socket.
 struct Bench {
     forwarder: Forwarder,
     queue: Queue,
@@ -25,6 +33,7 @@ struct Bench {
     exchanges: Vec<Exchange>,
     waker: Arc<Waker>,
     counters: Arc<Counters>,
+    local: Arc<LocalKey>,
 }
 
 impl Bench {
@@ -32,9 +41,9 @@ impl Bench {
         let (worker, workers) = (0, 2);
         let local = Arc::new(LocalKey::new(&PrivateKey::from_bytes([1; 32])));
         let offload = Offload {
-            vnet: false,
-            tcp: false,
-            udp: false,
+            vnet: true,
+            tcp: true,
+            udp: true,
         };
         let counters = Arc::new(Counters::new());
         let mut underlay = Underlay::bind(Bind {
@@ -60,7 +69,8 @@ impl Bench {
             .map(|_| Arc::new(Waker::new().unwrap()))
             .collect();
         Self {
-            forwarder: Forwarder::new(place, 1420, local, offload, false, counters.clone()),
+            forwarder: Forwarder::new(place, 1420, local.clone(), offload, false, counters.clone()),
+            local,
             queue: Queue::from(queue),
             device,
             sockets: Arc::new(underlay.sockets.remove(0)),
@@ -82,6 +92,143 @@ impl Bench {
         work(&mut self.forwarder, &mut port);
         self.exchanges.insert(0, port.exchange);
         self.counters.get(counter)
+    }
+
+    /// A turn at the socket of sessions; gives how many packets have come out of them so far.
+    fn turn(&mut self, receiver: &mut Receiver) -> u64 {
+        let sockets = self.sockets.clone();
+        self.work(Counter::RxPackets, |forwarder, port| {
+            let socket = sockets.v4.as_ref().unwrap();
+            receive(forwarder, port, receiver, socket, RECEIVES, NOW);
+        })
+    }
+
+    /// A session: the peer's end of it.
+    fn session(&mut self) -> Tunnel {
+        const INDEX: u32 = 0x0012_3456;
+        let key = LocalKey::new(&PrivateKey::from_bytes([2; 32]));
+        let change = Change {
+            add: vec![Setup {
+                id: 0,
+                public_key: key.public(),
+                preshared_key: None,
+                index: INDEX,
+                endpoint: None,
+                keepalive: None,
+                shared: Arc::new(Shared::new(key.public())),
+            }],
+            directory: Some(Arc::new(Directory {
+                routes: Routes::new([("0.0.0.0/0".parse().unwrap(), 0)]),
+                keys: HashMap::from([(key.public(), 0)]),
+                owners: vec![0],
+            })),
+            ..Change::default()
+        };
+        let sockets = self.sockets.clone();
+        self.work(Counter::RxPackets, |forwarder, port| {
+            forwarder.apply(change, NOW, port);
+        });
+        let mut tunnel = Tunnel::new(&key, &self.local.public(), None, INDEX + 1);
+        let mut message = [0; INITIATION];
+        tunnel.initiate_again(&mut message);
+        self.client.send(&message).unwrap();
+        let mut strangers = Receiver::new(STRANGERS.0, STRANGERS.1);
+        self.work(Counter::RxPackets, |forwarder, port| {
+            let socket = sockets.strangers[0].as_ref().unwrap();
+            receive(forwarder, port, &mut strangers, socket, 1, NOW);
+        });
+        let mut response = [0; 256];
+        self.client.set_read_timeout(Some(DEADLINE)).unwrap();
+        let length = self.client.recv(&mut response).unwrap();
+        let done = tunnel.handshake(&response[..length], NOW, &mut message);
+        let (Some(length), true) = done.unwrap() else {
+            panic!("no session");
+        };
+        self.client.send(&message[..length]).unwrap();
+        tunnel
+    }
+
+    /// Packets that the worker has written to its device since the last look.
+    fn written(&self) -> Vec<Vec<u8>> {
+        let mut packets = Vec::new();
+        let mut buffer = vec![0; READ + SLACK];
+        loop {
+            // SAFETY: pointer and length are those of a live vector.
+            let length = unsafe {
+                let fd = self.device.as_raw_fd();
+                libc::recv(fd, buffer.as_mut_ptr().cast(), READ, libc::MSG_DONTWAIT)
+            };
+            let Ok(length) = usize::try_from(length) else {
+                return packets;
+            };
+            let (header, packet) = buffer.split_first_chunk_mut().unwrap();
+            let header = vnet::Header::decode(header).unwrap();
+            let mut segments = Segments::new(header, packet, length - vnet::LEN, 0).unwrap();
+            while let Some(segment) = segments.next() {
+                packets.push(segment.to_vec());
+            }
+        }
+    }
+}
+
+/// Sends what is sealed.
+struct Outbox<'a> {
+    client: &'a UdpSocket,
+    slot: Vec<u8>,
+}
+
+impl Arena for Outbox<'_> {
+    fn slot(&mut self, length: usize) -> &mut [u8] {
+        self.slot = vec![0; length];
+        &mut self.slot
+    }
+
+    fn filled(&mut self, length: usize) {
+        self.client.send(&self.slot[..length]).unwrap();
+    }
+}
+
+/// No packet is kept while the worker sleeps.
+#[test]
+fn what_a_turn_has_taken_is_with_the_device_when_it_ends() {
+    const FLOWS: usize = 12;
+    let mut bench = Bench::new();
+    let mut tunnel = bench.session();
+    let mut receiver = Receiver::new(BUFFERS.0, BUFFERS.1);
+    bench.turn(&mut receiver);
+    // The last call of a turn fills some buffers, or none.
+    let most = (RECEIVES - 1) * BUFFERS.0;
+    for count in [most + MORE, most] {
+        let mut sent: Vec<_> = (0..count)
+            .map(|number| {
+                let flow = Flow {
+                    ports: (1000 + (number % FLOWS) as u16, 443),
+                    ..Flow::new(false, false)
+                };
+                flow.packet(0, 0, 0, &[number as u8; 64])
+            })
+            .collect();
+        for packet in &sent {
+            let mut buffer = [&packet[..], &[0; SLACK]].concat();
+            let plain = vnet::Header::PLAIN;
+            let mut packets = Segments::new(plain, &mut buffer, packet.len(), 0).unwrap();
+            let mut outbox = Outbox {
+                client: &bench.client,
+                slot: Vec::new(),
+            };
+            tunnel.seal(&mut packets, NOW, &mut outbox);
+        }
+        let before = bench.counters.get(Counter::RxPackets);
+        assert_eq!(bench.turn(&mut receiver) - before, count as u64);
+        let mut written = bench.written();
+        for packets in [&mut sent, &mut written] {
+            // With DF the id in the IP header means nothing (RFC 6864).
+            for packet in packets.iter_mut() {
+                packet.drain(..20);
+            }
+            packets.sort();
+        }
+        assert!(written == sent, "{} of {count} packets", written.len());
     }
 }
 
