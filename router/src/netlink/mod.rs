@@ -5,7 +5,6 @@
 //! a blocking socket instead.
 
 mod changes;
-mod leftovers;
 mod neighbours;
 pub(crate) mod nft;
 mod routes;

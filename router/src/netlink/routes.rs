@@ -35,20 +35,17 @@ pub struct NextHop {
 
 impl Netlink {
     /// Makes `table` hold exactly these routes into the interface `index`, without touching those
-    /// that are right already, or routes of others.
+    /// that are right already, or routes of others. Behind them lie routes that drop in silence, as
+    /// few as hold the same addresses: when the interface is gone, packets for peers go nowhere
+    /// else.
     pub async fn sync_routes(&self, table: u32, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
-        let wanted: HashSet<IpNet> = wanted.iter().map(IpNet::trunc).collect();
-        self.in_bulk(move |socket| sync(socket, table, index, wanted))
+        let wanted = wanted.to_vec();
+        self.in_bulk(move |socket| sync(socket, table, index, &wanted))
             .await
     }
 
-    /// Puts behind each of our routes in `table` one that drops in silence: when the interface is
-    /// gone, packets for peers go nowhere else. The next [`Netlink::sync_routes`] removes them.
-    pub async fn hold_routes(&self, table: u32) -> Result<(), Error> {
-        self.in_bulk(move |socket| hold(socket, table)).await
-    }
-
-    /// Removes what [`Netlink::hold_routes`] has put into `table`.
+    /// Removes what [`Netlink::sync_routes`] has put into `table` and the kernel does not remove
+    /// with the interface.
     pub async fn release_routes(&self, table: u32) -> Result<(), Error> {
         let work = move |socket: &mut Socket| {
             let mut held = present(socket, table)?;
@@ -218,7 +215,7 @@ mod uapi {
 const LAST: u32 = u32::MAX;
 
 /// Where a route of ours leads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Target {
     /// Into the interface with this index.
     Device(u32),
@@ -317,38 +314,22 @@ fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, Target)>
     Some((net, target))
 }
 
-fn sync(
-    socket: &mut Socket,
-    table: u32,
-    index: u32,
-    mut missing: HashSet<IpNet>,
-) -> Result<(), Error> {
-    let (mut surplus, mut held) = (Vec::new(), Vec::new());
-    for (net, target) in present(socket, table)? {
-        match target {
-            Target::Nowhere => held.push((net, target)),
-            Target::Device(found) if found == index && missing.remove(&net) => {}
-            Target::Device(_) => surplus.push((net, target)),
-        }
-    }
-    remove(socket, table, &surplus)?;
-    let missing: Vec<IpNet> = missing.into_iter().collect();
-    add(socket, table, Target::Device(index), &missing)?;
-    // Last: nothing may leave by another way meanwhile.
-    remove(socket, table, &held)
-}
-
-fn hold(socket: &mut Socket, table: u32) -> Result<(), Error> {
-    let mut missing = HashSet::new();
-    let mut held = HashSet::new();
-    for (net, target) in present(socket, table)? {
-        match target {
-            Target::Device(_) => missing.insert(net),
-            Target::Nowhere => held.insert(net),
-        };
-    }
-    let missing: Vec<IpNet> = missing.difference(&held).copied().collect();
-    add(socket, table, Target::Nowhere, &missing)
+fn sync(socket: &mut Socket, table: u32, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
+    let into = |net: &IpNet| (net.trunc(), Target::Device(index));
+    let nowhere = IpNet::aggregate(&wanted.to_vec())
+        .into_iter()
+        .map(|net| (net, Target::Nowhere));
+    let mut missing: HashSet<_> = wanted.iter().map(into).chain(nowhere).collect();
+    let mut surplus = present(socket, table)?;
+    surplus.retain(|route| !missing.remove(route));
+    let is_last = |(_, target): &(IpNet, Target)| *target == Target::Nowhere;
+    let (last, first): (Vec<_>, Vec<_>) = surplus.into_iter().partition(is_last);
+    let (safety, then): (Vec<_>, Vec<_>) = missing.into_iter().partition(is_last);
+    // In this order, for nothing may leave by another way meanwhile.
+    add(socket, table, &safety)?;
+    remove(socket, table, &first)?;
+    add(socket, table, &then)?;
+    remove(socket, table, &last)
 }
 
 fn remove(socket: &mut Socket, table: u32, routes: &[(IpNet, Target)]) -> Result<(), Error> {
@@ -372,20 +353,20 @@ fn remove(socket: &mut Socket, table: u32, routes: &[(IpNet, Target)]) -> Result
     Ok(())
 }
 
-fn add(socket: &mut Socket, table: u32, target: Target, nets: &[IpNet]) -> Result<(), Error> {
+fn add(socket: &mut Socket, table: u32, routes: &[(IpNet, Target)]) -> Result<(), Error> {
     let flags = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
-    for chunk in nets.chunks(ROUTES_PER_DATAGRAM) {
+    for chunk in routes.chunks(ROUTES_PER_DATAGRAM) {
         let mut batch = socket.batch();
-        for net in chunk {
+        for (net, target) in chunk {
             batch.push(uapi::RTM_NEWROUTE, flags, |payload| {
-                write_route(payload, table, target, *net, true);
+                write_route(payload, table, *target, *net, true);
             });
         }
         let refused = socket
             .send(batch)
             .map_err(|refusal| Error::refused("add routes", refusal))?;
         if let Some((at, refusal)) = refused.into_iter().next() {
-            let net = chunk.get(at as usize).copied();
+            let net = chunk.get(at as usize).map(|(net, _)| *net);
             return Err(failed("add", table, net, refusal));
         }
     }

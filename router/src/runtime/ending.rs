@@ -17,15 +17,21 @@ impl Daemon {
     /// Ends, and leaves to the next daemon what keeps flows alive. Until that comes, packets for
     /// peers are dropped in silence: whoever was refused would give up.
     pub(super) async fn hand_over(mut self) {
+        if let Ok(config) = self.source.load()
+            && config.local.device != self.local.device
+        {
+            tracing::info!(
+                device = config.local.device,
+                "the file names another device, whose daemon takes nothing over"
+            );
+            return self.stop().await;
+        }
         let warn = |error: &dyn std::error::Error| tracing::warn!(%error, "flows may end here");
         let path = self.lock.whereabouts();
         if let Err(error) = whereabouts::leave(&path, &self.engine.peer_stats()) {
             tracing::warn!(%error, path = %path.display(), "clients have to come back by themselves");
         }
         self.guard.remove();
-        if let Err(error) = self.netlink.hold_routes(TABLE).await {
-            warn(&error);
-        }
         if let Err(error) = self.kernel.leave() {
             warn(&error);
         }

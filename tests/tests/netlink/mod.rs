@@ -2,7 +2,7 @@
 
 mod configuration;
 mod datapath;
-mod leftovers;
+mod sysctl;
 
 use std::io;
 use std::net::UdpSocket;

@@ -1,6 +1,9 @@
 //! Start, stop, crash, and what is left.
 
+use std::fs;
 use std::net::SocketAddr;
+
+use anyhow::ensure;
 
 use lab::site::{Arms, Client, Running, SERVER, Site, config};
 use lab::sluice::Sluice;
@@ -98,6 +101,26 @@ fn after_a_crash_another_datapath_can_follow() {
         works(&site, &client, &config)?;
         sluice.stop()?;
         assert_unchanged(&site.router, &before, "by either")
+    });
+}
+
+/// The next daemon would neither take over nor remove what is another device's.
+#[test]
+fn a_hand_over_to_another_device_leaves_nothing() {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        let before = site.router.footprint()?;
+        let client = Client::new("laptop", 2)?;
+        let config = config(&[&client], "ebpf", true)?;
+        let sluice = site.router.sluice(&config)?;
+        works(&site, &client, &config)?;
+        let file = sluice.config_file().to_owned();
+        let text = fs::read_to_string(&file)?;
+        let renamed = text.replacen("[wireguard]", "[wireguard]\ndevice = \"sluice7\"", 1);
+        ensure!(renamed != text, "{text}");
+        fs::write(&file, renamed)?;
+        sluice.stop_by(libc::SIGUSR1)?;
+        assert_unchanged(&site.router, &before, "by a hand-over to nobody")
     });
 }
 

@@ -33,6 +33,8 @@ struct Bed {
     client: lab::site::Client,
     tunnel: Wireguard,
     flows: Vec<Flows>,
+    /// Whether the server may call the laptop by its own address.
+    addressed: bool,
     /// What the server sees, and what leaves by the uplink.
     seen: Capture,
     uplink: Capture,
@@ -70,6 +72,7 @@ impl Bed {
             client: run.client,
             tunnel: run.tunnel,
             flows,
+            addressed: !path.snat(),
             seen,
             uplink,
         })
@@ -94,6 +97,12 @@ impl Bed {
         for flows in &mut self.flows {
             flows.far.write_all(b"x")?;
             flows.far_udp.send_to(b"meanwhile", flows.external)?;
+        }
+        if self.addressed {
+            for address in self.client.addresses {
+                let stranger = udp_to(&self.site.server, SocketAddr::new(address, PORT))?;
+                stranger.send(b"a new flow")?;
+            }
         }
         // Each byte is sent again and again as long as nobody answers, with growing pauses: whoever
         // would answer has had the time.
@@ -189,7 +198,9 @@ fn flows_outlive_a_restart(path: Path) {
 
 #[test]
 fn flows_outlive_a_crash() {
-    flows_outlive(Path::Translated, Sluice::kill);
+    for path in [Path::Fast, Path::Translated] {
+        flows_outlive(path, Sluice::kill);
+    }
 }
 
 /// After a stop for good the kernel speaks for itself again: so the tests above see what they look

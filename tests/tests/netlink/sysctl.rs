@@ -1,4 +1,4 @@
-//! Sysctls of a real kernel, and what a killed run leaves.
+//! Sysctls of a real kernel.
 
 use std::net::SocketAddrV6;
 use std::path::PathBuf;
@@ -6,12 +6,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use lab::{Host, Lab, wait_until};
-use router::datapath::kernel::Kernel;
-use router::datapath::{Datapath, Link, Spec};
-use router::netlink::RuleSpec;
+use router::datapath::Link;
 use router::netlink::sysctl::Sysctls;
-
-use super::connect;
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -116,51 +112,4 @@ fn advertised_default_routes_stay_when_forwarding_begins_and_ends() {
 fn has_default(host: &Host) -> bool {
     host.ip("-6 route show default")
         .is_ok_and(|text| text.contains("proto ra"))
-}
-
-#[test]
-fn what_a_killed_run_left_is_removed_and_nothing_else() {
-    lab::test(|lab| {
-        let (router, journal) = router(lab)?;
-        let rules = RuleSpec::new(51820);
-        let state = || -> anyhow::Result<String> {
-            Ok(router.ip("-4 rule")?
-                + &router.ip("-6 rule")?
-                + &router.run(["nft", "list", "ruleset"])?
-                + &value(&router, "ipv4/conf/eth0/forwarding")?)
-        };
-        router.run(["nft", "add", "table", "inet", "sluice_eth1"])?;
-        let before = state()?;
-        connect(&router, async |netlink, _| {
-            netlink.sync_rules(&rules).await?;
-            Sysctls::open(&journal).apply(&[link("eth0")], true, false)?;
-            router.run(["nft", "add", "table", "inet", "sluice_gone"])?;
-            router.run(["nft", "add", "table", "inet", "sluice_sluice0"])?;
-            Ok(())
-        })?;
-        // A living instance for another device.
-        let mut living = Kernel::new("sluice1");
-        router.enter(|| living.apply(&Spec::default()))??;
-        let mut removed = connect(&router, async |netlink, _| {
-            Ok(netlink.remove_leftovers("sluice0", &rules, &journal).await)
-        })?;
-        removed.sort();
-        assert_eq!(
-            removed,
-            [
-                "1 changed sysctls",
-                "6 routing rules",
-                "nf_tables table sluice_gone",
-                "nf_tables table sluice_sluice0",
-            ]
-        );
-        assert!(state()?.contains("sluice_sluice1"), "{}", state()?);
-        router.enter(|| living.remove())??;
-        assert_eq!(state()?, before);
-        let removed = connect(&router, async |netlink, _| {
-            Ok(netlink.remove_leftovers("sluice0", &rules, &journal).await)
-        })?;
-        assert_eq!(removed, [""; 0]);
-        Ok(())
-    });
 }
