@@ -25,7 +25,7 @@ pub use denied::*;
 pub use flows::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 7;
+pub const ABI_VERSION: u32 = 8;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";
@@ -224,12 +224,17 @@ impl Settings {
     pub const REJECT: u32 = 1 << 1;
 }
 
-/// Value of [`OVERLAY`]. Only the key matters yet.
+/// Value of [`OVERLAY`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Overlay {
-    /// Zero.
-    pub reserved: u32,
+    /// [`Overlay::OWN`].
+    pub flags: u32,
+}
+
+impl Overlay {
+    /// Flag: the router's own address, in the middle of a peer's allowed IPs.
+    pub const OWN: u32 = 1 << 0;
 }
 
 /// Value of [`ROUTES`].
@@ -282,7 +287,7 @@ layout! {
         abi_version: 0, flags: 4, tun: 8, mtu: 12, generation: 16, bank: 20, flows_per_source: 24,
         kept_ports: 28, ports: 32, reserved: 36
     }
-    Overlay: 4, align 4 { reserved: 0 }
+    Overlay: 4, align 4 { flags: 0 }
     Route: 4, align 4 { flags: 0 }
     Link: 168, align 4 { mtu: 0, v4_count: 4, v6_count: 5, reserved: 6, v4: 8, v6: 40 }
     Counter: 16, align 8 { packets: 0, bytes: 8 }

@@ -32,7 +32,7 @@ pub trait Tables {
     /// Any number.
     fn random(&self) -> u32;
 
-    /// Whether `address` is one of a peer's allowed IPs.
+    /// Whether `address` is one of a peer's allowed IPs and not the router's own.
     fn in_overlay(&self, address: &Prefix) -> bool;
 
     /// The advertised route with the longest prefix that contains `address`.

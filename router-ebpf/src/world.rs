@@ -30,6 +30,8 @@ pub struct World {
     pub ingress: [u32; 2],
     /// The peers' allowed IPs.
     pub overlay: Vec<Prefix>,
+    /// The router's own addresses.
+    pub own: Vec<Address>,
     /// The advertised routes.
     pub routes: Vec<(Prefix, Route)>,
     /// The subnet-side NICs.
@@ -61,6 +63,7 @@ impl World {
             settings,
             ingress: [0; 2],
             overlay: Vec::new(),
+            own: Vec::new(),
             routes: Vec::new(),
             links: BTreeMap::new(),
             rules: Box::new(|_| None),
@@ -192,6 +195,7 @@ impl Tables for View<'_> {
     fn in_overlay(&self, address: &Prefix) -> bool {
         let overlay = &self.world.overlay;
         overlay.iter().any(|cidr| contains(cidr, address))
+            && !self.world.own.contains(&address.address)
     }
 
     fn route(&self, address: &Prefix) -> Option<Route> {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use lab::Host;
-use router::control::{Policy, Route, RouteMode};
+use router::control::{Route, RouteMode};
 use router::datapath::ebpf::Ebpf;
 use router::datapath::kernel::Kernel;
 use router::datapath::{Datapath as _, Link, Spec};
@@ -93,10 +93,8 @@ impl Kind {
                 snat: self.translates(),
                 mode: RouteMode::Fast,
             }],
-            policy: Policy::default(),
             external,
-            chosen: Default::default(),
-            guarded_port: None,
+            ..Spec::default()
         })
     }
 

@@ -221,7 +221,9 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn in_overlay(&self, address: &Prefix) -> bool {
-        OVERLAY.get(key(address)).is_some()
+        OVERLAY
+            .get(key(address))
+            .is_some_and(|found| found.flags & Overlay::OWN == 0)
     }
 
     #[inline(always)]

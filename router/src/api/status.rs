@@ -146,7 +146,7 @@ pub struct PeerStatus {
 pub struct FlowStatus {
     /// The flow table of each address family: `ipv4`, `ipv6`.
     pub tables: BTreeMap<&'static str, FlowTableStatus>,
-    /// Flows ended by sweeps since the start, by reason: `expired`, `early`, `denied`, `stray`.
+    /// Flows ended by sweeps since the start, by reason: `expired`, `early`, `denied`, `address`, `stray`.
     pub ended: BTreeMap<&'static str, u64>,
     /// How long the last sweep took.
     pub sweep_seconds: f64,

@@ -76,7 +76,7 @@ pub enum Action {
         addresses: Vec<IpNet>,
     },
     /// Make the datapath serve this.
-    Datapath(Spec),
+    Datapath(Box<Spec>),
     /// Let the kernel forward between these interfaces.
     Forwarding {
         /// From and to these.

@@ -94,7 +94,7 @@ impl Plan {
                 mtu: self.mtu,
                 addresses: self.addresses.clone(),
             },
-            Part::Datapath => Action::Datapath(self.datapath.clone()),
+            Part::Datapath => Action::Datapath(Box::new(self.datapath.clone())),
             Part::Forwarding => Action::Forwarding {
                 links: self.forwarding.clone(),
                 // What the overlay has no address of cannot be forwarded.
@@ -169,6 +169,11 @@ pub fn plan(
             .collect()
     };
     let (external, chosen) = external(local, facts, &subnet);
+    let addresses = subnet
+        .iter()
+        .filter_map(|link| facts.links.get(&link.index))
+        .flat_map(|link| link.addresses.iter().map(IpNet::addr))
+        .collect();
     let own: BTreeSet<IpAddr> = local.addresses.iter().map(IpNet::addr).collect();
     let connected: BTreeSet<IpNet> = local.addresses.iter().map(IpNet::trunc).collect();
     let host_route = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
@@ -195,10 +200,12 @@ pub fn plan(
             mtu: local.mtu,
             subnet: subnet.into_iter().collect(),
             overlay: overlay.into_iter().collect(),
+            own,
             routes: snapshot.routes.clone(),
             policy: snapshot.policy.clone(),
             external,
             chosen,
+            addresses,
             guarded_port: local.uplink_guard.then_some(local.listen_port),
         },
         peers: snapshot

@@ -9,7 +9,7 @@ pub mod kernel;
 pub mod limits;
 pub mod policy;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
@@ -85,6 +85,8 @@ pub struct Spec {
     pub subnet: Vec<Link>,
     /// The peers' allowed IPs: who may appear as a source from the TUN and as a destination into it.
     pub overlay: Vec<IpNet>,
+    /// The router's own overlay addresses, of which none is a peer's, whatever allowed IPs contain.
+    pub own: BTreeSet<IpAddr>,
     /// Advertised routes.
     pub routes: Vec<Route>,
     /// What peers may reach.
@@ -96,6 +98,9 @@ pub struct Spec {
     /// Those of the external addresses that were chosen by hand, by interface index: the kernel
     /// translates to them as well. Toward other interfaces it takes their first address.
     pub chosen: BTreeMap<u32, Vec<IpAddr>>,
+    /// All addresses of the subnet-side NICs. A flow that is translated to none of them, nor to an
+    /// external one, has lost its address: no reply can come.
+    pub addresses: BTreeSet<IpAddr>,
     /// The listen port if the uplink's guard may stand in front of it: what comes back for a flow
     /// that was translated to it would be taken for junk. (The eBPF programs take no port that a
     /// socket has.)

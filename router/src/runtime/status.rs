@@ -140,6 +140,7 @@ impl Daemon {
                 ("expired", ended.expired),
                 ("early", ended.early),
                 ("denied", ended.denied),
+                ("address", ended.addressless),
                 ("stray", ended.strays),
             ]),
             sweep_seconds: report.took.as_secs_f64(),

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use lab::{Host, Lab, http, wait_until};
-use router::control::{Policy, Route, RouteMode};
+use router::control::{Route, RouteMode};
 use router::datapath::ebpf::{AttachMode, Ebpf, Options};
 use router::datapath::{Datapath, Spec};
 use router_ebpf::abi::Side;
@@ -115,10 +115,7 @@ fn spec() -> anyhow::Result<Spec> {
         subnet: vec![link("eth0")?],
         overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
         routes: vec![fast("10.20.0.0/24")?, fast("2001:db8:20::/64")?],
-        policy: Policy::default(),
-        external: Default::default(),
-        chosen: Default::default(),
-        guarded_port: None,
+        ..Spec::default()
     })
 }
 

@@ -103,5 +103,5 @@ fn a_change_of_the_contract_changes_its_version() {
         size_of::<abi::Prefix>(),
         size_of::<abi::Flow>(),
     );
-    assert_eq!((abi::ABI_VERSION, layout), (7, (29, 40, 24, 56)));
+    assert_eq!((abi::ABI_VERSION, layout), (8, (29, 40, 24, 56)));
 }

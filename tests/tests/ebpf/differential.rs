@@ -129,6 +129,7 @@ fn world(fixture: &Fixture, settings: Settings) -> World {
     let mut world = World::new(settings);
     world.ingress = [tun, nic];
     world.overlay = spec.overlay.iter().map(prefix).collect();
+    world.own = spec.own.iter().map(|own| address(*own)).collect();
     let routes = spec.routes.iter().map(|route| {
         let snat = if route.snat { Route::SNAT } else { 0 };
         let stack = if route.mode == RouteMode::Stack {

@@ -7,7 +7,7 @@ use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
 use aya::programs::{TestRun, TestRunOptions};
 use aya::util::{KernelVersion, nr_cpus};
 use lab::{Host, Lab};
-use router::control::{Policy, Route, RouteMode};
+use router::control::{Route, RouteMode};
 use router::datapath::ebpf::{AttachMode, Ebpf, Options};
 use router::datapath::{Datapath, Link, Spec};
 use router_ebpf::abi::{BUDGETS, Budget, Side};
@@ -231,10 +231,9 @@ impl Fixture {
             external: [(nic.index, external.to_vec())].into(),
             subnet: vec![nic],
             overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
+            own: FAMILIES.map(|family| family.overlay(1)).into(),
             routes,
-            policy: Policy::default(),
-            chosen: Default::default(),
-            guarded_port: None,
+            ..Spec::default()
         };
         let mut ebpf = Ebpf::load_with(options)?;
         ebpf.apply(&spec)?;

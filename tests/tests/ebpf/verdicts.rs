@@ -80,6 +80,12 @@ fn cases(family: Family) -> Vec<Case> {
             DropSpoofed,
         ),
         case(
+            "spoofed from the router",
+            Side::Overlay,
+            Ip::udp(family.overlay(1), near, 10),
+            DropSpoofed,
+        ),
+        case(
             "spoofed from the subnet",
             Side::Overlay,
             Ip::udp(near, near, 10),
@@ -219,7 +225,7 @@ fn cases(family: Family) -> Vec<Case> {
             "to the tunnel address",
             Side::Subnet,
             Ip::udp(near, family.overlay(1), 10),
-            SlowToRouter,
+            PassUnrelated,
         ),
         case(
             "last hop",

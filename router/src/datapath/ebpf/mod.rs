@@ -42,7 +42,7 @@ use super::limits::Limits;
 use super::{Counter, Datapath, Error, Link, Spec};
 use attach::{Attachment, Owner};
 use flows::Table;
-use sweeper::Sweeper;
+use sweeper::{Law, Sweeper};
 use tables::Tables;
 
 /// The oldest kernel that the programs are written for.
@@ -266,8 +266,13 @@ impl Ebpf {
     fn install(&mut self, spec: &Spec) -> Result<(), Error> {
         // Maps first: a program must not judge by another network's tables.
         let changed = self.tables.install(spec)?;
-        if let (Some(policy), Some(sweeper)) = (changed, &self.sweeper) {
-            sweeper.judge(policy);
+        if let Some(sweeper) = &self.sweeper {
+            if let Some(policy) = changed {
+                sweeper.judge(Law::Policy(policy));
+            }
+            let external = spec.external.values().flatten();
+            let addresses = spec.addresses.iter().chain(external).copied();
+            sweeper.judge(Law::Addresses(addresses.map(tables::address).collect()));
         }
         let wanted = wanted(spec);
         for (key @ (_, program), link) in &wanted {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use router_ebpf::abi::{Address, Flow, Prefix, Side, Tuple};
@@ -21,6 +22,10 @@ const RELIEF: u64 = 70;
 /// allows a NAT that has room: the alternative is to refuse new flows.
 const HALF_OPEN: Duration = Duration::from_secs(30);
 
+/// How long translated flows keep an external address that is gone: a NIC that is down for a moment
+/// loses its IPv6 addresses.
+const ADDRESS_AWAY: Duration = Duration::from_secs(30);
+
 /// A next hop counts as used when a packet has gone to it not longer ago.
 const IN_USE: Duration = Duration::from_secs(30);
 
@@ -38,6 +43,8 @@ pub(super) struct Tally {
     pub(super) early: u64,
     /// Flows that the policy no longer allows.
     pub(super) denied: u64,
+    /// Flows whose external address is gone.
+    pub(super) addressless: u64,
     /// Entries without a partner.
     pub(super) strays: u64,
     /// Flows of each overlay address.
@@ -54,6 +61,10 @@ pub(super) struct Sweep<K> {
     capacity: u64,
     pressure: bool,
     passes: u32,
+    /// What translated flows may have as their external address; `None`: not known yet.
+    addresses: Option<Arc<HashSet<Address>>>,
+    /// External addresses that are gone, and when that was noticed.
+    away: HashMap<Address, u64>,
     /// Entries whose partner was missing: a flow that begins looks so for a moment.
     suspects: HashSet<K>,
 }
@@ -65,6 +76,8 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
             capacity: capacity.into(),
             pressure: false,
             passes: 0,
+            addresses: None,
+            away: HashMap::new(),
             suspects: HashSet::new(),
         }
     }
@@ -72,6 +85,12 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
     /// Whether flows that are hardly in use end early.
     pub(super) fn pressure(&self) -> bool {
         self.pressure
+    }
+
+    /// From now on translated flows may have these external addresses.
+    pub(super) fn know(&mut self, addresses: Arc<HashSet<Address>>) {
+        self.away.retain(|address, _| !addresses.contains(address));
+        self.addresses = Some(addresses);
     }
 
     /// Goes over the whole table at `now` (ns of `CLOCK_MONOTONIC`) and ends what is due; with
@@ -106,6 +125,9 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
             }
         }
         self.suspects = missing;
+        // Who had them is gone by now.
+        self.away
+            .retain(|_, since| idle(now, *since) <= ADDRESS_AWAY);
         self.passes = self.passes.wrapping_add(1);
         let share = 100 * tally.flows / self.capacity.max(1);
         self.pressure = share >= PRESSURE || (self.pressure && share >= RELIEF);
@@ -114,7 +136,7 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
 
     /// Ends the flow of an entry of the overlay side, or counts it.
     fn judge(
-        &self,
+        &mut self,
         store: &mut impl Store<K, Flow>,
         now: u64,
         policy: Option<&Compiled>,
@@ -124,6 +146,10 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
         let tuple = key.tuple();
         if policy.is_some_and(|policy| policy.rule(&opening(&tuple, flow)).is_none()) {
             tally.denied += 1;
+            return end(store, key, flow);
+        }
+        if self.has_lost_address(&tuple, flow, now) {
+            tally.addressless += 1;
             return end(store, key, flow);
         }
         // Reading the partner is a system call: only where this direction alone does not tell.
@@ -150,6 +176,21 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
             tally.next_hops.insert((flow.link, [a, b, c, d, e, f]));
         }
         Ok(())
+    }
+
+    /// Whether the external address of a flow is gone for good, by its entry of the overlay side.
+    fn has_lost_address(&mut self, tuple: &Tuple, flow: &Flow, now: u64) -> bool {
+        let Some(addresses) = &self.addresses else {
+            return false;
+        };
+        let address = Address {
+            family: tuple.source.family,
+            octets: flow.address,
+        };
+        if flow.flags & Flow::SNAT == 0 || addresses.contains(&address) {
+            return false;
+        }
+        idle(now, *self.away.entry(address).or_insert(now)) > ADDRESS_AWAY
     }
 
     /// Whether this pass compares each entry with its partner.
@@ -404,6 +445,39 @@ mod tests {
                 .0
                 .contains_key(&Key4::new(Side::Overlay, &tuple(UDP, 2, 7)))
         );
+        assert_eq!(flows.0.len(), 2);
+    }
+
+    #[test]
+    fn flows_whose_external_address_is_gone_end() {
+        let mut flows = Memory::new(BTreeMap::new());
+        add(&mut flows, &tuple(UDP, 2, 7), [0, 0], [0, 0]);
+        add(&mut flows, &tuple(UDP, 2, 8), [0, 0], [0, 0]);
+        let untranslated = Key4::new(Side::Overlay, &tuple(UDP, 2, 8));
+        flows.0.get_mut(&untranslated).unwrap().flags = 0;
+
+        let mut sweep = sweep(100);
+        let mut pass = |after: u64, addresses: Option<&[u8]>| {
+            if let Some(hosts) = addresses {
+                let own = hosts.iter().map(|host| Address::v4([10, 0, 0, *host]));
+                sweep.know(Arc::new(own.collect()));
+            }
+            let now = NOW + after * SECOND;
+            let tally = sweep.pass(&mut flows, now, None).unwrap();
+            (tally.flows, tally.addressless)
+        };
+        // Before anybody has told, and while it is there.
+        assert_eq!(pass(0, None), (2, 0));
+        assert_eq!(pass(100, Some(&[8, 9])), (2, 0));
+        // Away for a moment.
+        assert_eq!(pass(101, Some(&[8])), (2, 0));
+        assert_eq!(pass(131, None), (2, 0));
+        assert_eq!(pass(132, Some(&[9])), (2, 0));
+        // Away for good.
+        assert_eq!(pass(133, Some(&[8])), (2, 0));
+        assert_eq!(pass(163, None), (2, 0));
+        assert_eq!(pass(164, None), (1, 1));
+        assert_eq!(pass(165, None), (1, 0));
         assert_eq!(flows.0.len(), 2);
     }
 

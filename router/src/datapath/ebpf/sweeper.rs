@@ -54,6 +54,8 @@ pub struct Ended {
     pub early: u64,
     /// No longer allowed by the policy.
     pub denied: u64,
+    /// Translated to an address that the router has no more.
+    pub addressless: u64,
     /// Half a flow, left over from one that was ended while it was made.
     pub strays: u64,
 }
@@ -63,6 +65,7 @@ impl Ended {
         self.expired += tally.expired;
         self.early += tally.early;
         self.denied += tally.denied;
+        self.addressless += tally.addressless;
         self.strays += tally.strays;
     }
 }
@@ -74,10 +77,18 @@ pub(super) struct Maps {
     pub(super) sources: Table<Address, u32>,
 }
 
+/// By what flows are judged from now on.
+pub(super) enum Law {
+    /// The policy; all flows at once.
+    Policy(Arc<Compiled>),
+    /// What translated flows may have as their external address.
+    Addresses(HashSet<Address>),
+}
+
 /// The running thread; it ends with this handle.
 pub(super) struct Sweeper {
     /// `None` only while it is dropped.
-    policies: Option<Sender<Arc<Compiled>>>,
+    laws: Option<Sender<Law>>,
     report: Arc<Mutex<FlowReport>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -98,17 +109,17 @@ impl Sweeper {
             .name("sluice-sweep".to_owned())
             .spawn(move || work.run(&receiver))?;
         Ok(Self {
-            policies: Some(sender),
+            laws: Some(sender),
             report,
             thread: Some(thread),
         })
     }
 
-    /// Has all flows judged by `policy` at once.
-    pub(super) fn judge(&self, policy: Arc<Compiled>) {
-        if let Some(policies) = &self.policies {
+    /// Tells by what flows are judged from now on, and begins a pass.
+    pub(super) fn judge(&self, law: Law) {
+        if let Some(laws) = &self.laws {
             // The thread ends only after this handle, or by a panic, which has told its reason.
-            let _ = policies.send(policy);
+            let _ = laws.send(law);
         }
     }
 
@@ -121,7 +132,7 @@ impl Sweeper {
 
 impl Drop for Sweeper {
     fn drop(&mut self) {
-        self.policies = None;
+        self.laws = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -137,23 +148,33 @@ struct Work {
 }
 
 impl Work {
-    fn run(&mut self, policies: &Receiver<Arc<Compiled>>) {
+    fn run(&mut self, laws: &Receiver<Law>) {
         let mut policy = None;
         loop {
             let started = Instant::now();
-            let outcome = self.pass(policy.as_deref());
+            let outcome = self.pass(policy.take().as_deref());
             self.publish(outcome, started.elapsed());
             let pause = if self.v4.pressure() || self.v6.pressure() {
                 SHORT_PAUSE
             } else {
                 PAUSE
             };
-            policy = match policies.recv_timeout(pause) {
-                // Only the newest counts.
-                Ok(first) => Some(policies.try_iter().last().unwrap_or(first)),
+            let first = match laws.recv_timeout(pause) {
+                Ok(law) => Some(law),
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return,
             };
+            // Only the newest counts.
+            for law in first.into_iter().chain(laws.try_iter()) {
+                match law {
+                    Law::Policy(newer) => policy = Some(newer),
+                    Law::Addresses(addresses) => {
+                        let addresses = Arc::new(addresses);
+                        self.v4.know(Arc::clone(&addresses));
+                        self.v6.know(addresses);
+                    }
+                }
+            }
         }
     }
 
@@ -187,6 +208,13 @@ impl Work {
                     tracing::info!(
                         flows = ended,
                         "flows ended that the policy no longer allows"
+                    );
+                }
+                let ended = v4.addressless + v6.addressless;
+                if ended > 0 {
+                    tracing::info!(
+                        flows = ended,
+                        "flows ended whose external address the router has no more"
                     );
                 }
             }

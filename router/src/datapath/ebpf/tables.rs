@@ -65,6 +65,11 @@ impl Tables {
             .overlay
             .iter()
             .map(|cidr| (prefix(cidr), abi::Overlay::default()))
+            // Later ones replace those before.
+            .chain(spec.own.iter().map(|own| {
+                let flags = abi::Overlay::OWN;
+                (Prefix::host(address(*own)), abi::Overlay { flags })
+            }))
             .collect();
         let routes = spec
             .routes

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::Context;
 use ipnet::IpNet;
 use lab::{Host, Lab, wait_until};
-use router::control::{Destination, Policy, Route, RouteMode, Rule};
+use router::control::{Destination, Route, RouteMode, Rule};
 use router::datapath::kernel::Kernel;
 use router::datapath::{Datapath, Link, Spec};
 
@@ -97,10 +97,7 @@ impl Net {
             subnet: vec![link(&router, "eth0")?],
             overlay: nets(&["100.64.0.0/24", "fd7a::/64"]),
             routes: vec![route("10.0.0.0/24", true), route("fd00::/64", true)],
-            policy: Policy::default(),
-            external: Default::default(),
-            chosen: Default::default(),
-            guarded_port: None,
+            ..Spec::default()
         };
         Ok(Self {
             peer,

@@ -4,16 +4,20 @@ use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use lab::packet::Packet;
 use lab::site::{self, Arms, CORE, Client, Running, SERVER, Site, VPC};
 use lab::sluice::Config;
-use lab::{Host, Lab, wait_until};
+use lab::{Host, Lab, poll, wait_until};
 
 use super::super::policy::to_vpc;
 use super::super::{Path, SOON, carried_fast, handled, on_every_path, warm_up};
 use super::{BRIEFLY, PORT, carries, receive, tcp_pair, udp_at, udp_to};
+
+/// Longer than flows keep an external address that is gone.
+const GONE_FOR_GOOD: Duration = Duration::from_secs(90);
 
 on_every_path!(
     an_idle_connection_survives_what_changes_around_it,
@@ -383,6 +387,48 @@ fn external_addresses(datapath: &'static str, chosen: &[&str]) -> BTreeSet<(IpAd
         Ok(())
     });
     found
+}
+
+/// An address is taken from the NIC, and stays away: what was translated to it begins anew. (For a
+/// moment's absence see the sweep's own tests.)
+#[test]
+fn a_flow_does_not_outlive_its_external_address() {
+    const LOST: [&str; 2] = ["10.30.0.11", "2001:db8:30::11"];
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        for address in LOST {
+            site.router
+                .ip(&format!("address add {address} dev lan nodad"))?;
+        }
+        let client = Client::new("laptop", 2)?;
+        let mut config = site::config(&[&client], "ebpf", true)?;
+        config.external_addresses = LOST.map(str::to_owned).into();
+        let _sluice = site.router.sluice(&config)?;
+        let _tunnel = client.connect(&site.laptop, &config.key)?;
+        let mut flows = Vec::new();
+        for (server, lost) in SERVER.into_iter().zip(LOST) {
+            warm_up(&site.laptop, server)?;
+            let far = udp_at(&site.server, SocketAddr::new(server, PORT))?;
+            let near = udp_to(&site.laptop, far.local_addr()?)?;
+            near.send(b"up")?;
+            let (_, from) = receive(&far)?;
+            assert_eq!(from.ip(), lost.parse::<IpAddr>()?);
+            flows.push((near, far, from));
+        }
+        for address in LOST {
+            site.router.ip(&format!("address del {address} dev lan"))?;
+        }
+        for (near, far, before) in flows {
+            let from = poll(GONE_FOR_GOOD, "another external address", || {
+                near.send(b"up").ok()?;
+                let (_, from) = receive(&far).ok()?;
+                (from.ip() != before.ip()).then_some(from)
+            })?;
+            far.send_to(b"down", from)?;
+            assert_eq!(receive(&near)?.0, b"down", "{before}, then {from}");
+        }
+        Ok(())
+    });
 }
 
 /// The VPC is reached by another NIC all at once. Translated flows are not looked at: they are bound
