@@ -282,7 +282,7 @@ proptest! {
         steps in proptest::collection::vec((any::<prop::sample::Index>(), 1usize..4, twist()), 1..400),
         loose in proptest::collection::vec((any::<prop::sample::Index>(), 0u8..3), 0..20),
         every in 1usize..300,
-        pause in 0u64..1500,
+        pause in 0u64..3000,
     ) {
         let mut streams: Vec<_> = (0u16..)
             .zip(flows)
