@@ -222,6 +222,25 @@ mod tests {
         }
     }
 
+    /// Routes of ours that drop in silence outlive a crash, and hold what all allowed IPs do.
+    #[test]
+    fn allowed_ips_that_hold_everything_together_are_refused() {
+        for (halves, says) in [
+            (
+                ["0.0.0.0/1", "128.0.0.0/1"],
+                "\"0.0.0.0/1\" would take 10.0.1.0/24",
+            ),
+            (["::/1", "8000::/1"], "\"8000::/1\" would take fe80::/64"),
+        ] {
+            let halves = halves.map(|cidr| cidr.parse().unwrap());
+            let found = problems(|config| config.snapshot.peers[0].allowed_ips = halves.into());
+            assert!(
+                found.iter().any(|problem| problem.contains(says)),
+                "{halves:?}: {found:?}"
+            );
+        }
+    }
+
     #[test]
     fn tunnel_addresses_must_not_capture_the_machines_networks() {
         let found = problems(|config| config.local.addresses[0] = "10.0.1.77/24".parse().unwrap());
