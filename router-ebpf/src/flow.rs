@@ -65,6 +65,18 @@ pub struct Draft {
     subnet: Flow,
 }
 
+/// Makes all of an entry zero. Of a value of zeros LLVM makes a call for BPF, which goes byte by byte.
+#[inline(always)]
+fn clear(entry: &mut Flow) {
+    let words = core::ptr::from_mut(entry).cast::<u64>();
+    let mut word = 0;
+    while word < size_of::<Flow>() / size_of::<u64>() {
+        // SAFETY: the entry is aligned and as long, as `abi` asserts, and any bytes are valid in it.
+        unsafe { words.add(word).write_volatile(0) };
+        word += 1;
+    }
+}
+
 /// Opens the flow that `packet` is the first of.
 #[inline(always)]
 pub fn open<T: Tables>(
@@ -92,23 +104,17 @@ pub fn open<T: Tables>(
     let hop = tables.next_hop(packet, packet.header_len, settings)?;
     let now = tables.now();
     let Draft { overlay, subnet } = draft;
-    *overlay = Flow {
-        last_used: now,
-        clause,
-        address: tuple.source.octets,
-        port: tuple.ports[0],
-        ..Flow::default()
-    };
-    *subnet = Flow {
-        last_used: now,
-        clause,
-        generation: settings.generation,
-        ..Flow::default()
-    };
+    for entry in [&mut *overlay, &mut *subnet] {
+        clear(entry);
+        entry.last_used = now;
+        entry.clause = clause;
+    }
+    subnet.generation = settings.generation;
     match side {
         Side::Overlay => {
             let link = tables.link(hop.link).ok_or(Verdict::SlowOtherLink)?;
             overlay.link = hop.link;
+            overlay.port = tuple.ports[0];
             overlay.mtu = path_mtu(hop.mtu, link, settings);
             // Without it the flow is opened all the same: the answer to what the kernel carries then
             // comes by this table.
@@ -121,7 +127,9 @@ pub fn open<T: Tables>(
             if snat {
                 overlay.flags = Flow::SNAT;
                 subnet.flags = Flow::SNAT;
-                overlay.address = external::choose(link, &tuple.source).ok_or(Verdict::SlowSnat)?;
+                external::choose(link, &tuple.source, &mut overlay.address)?;
+            } else {
+                overlay.address = tuple.source.octets;
             }
             counted(&tuple.source, tables, settings, || {
                 add(tuple, overlay, subnet, tables, settings)
@@ -249,12 +257,15 @@ fn claim<T: Tables>(
     let [first, last] = settings.ports;
     let keep = own >= kept_first && own <= kept_last;
     let span = u32::from(last.wrapping_sub(first)) + 1;
-    let mut place = tables.random() % span;
-    // Odd, hence no port comes twice in a range of a power of two, and seldom in others.
-    let step = (tables.random() % span) | 1;
+    let (mut place, mut step) = (0, 0);
     let mut probe = 0;
     while probe < PROBES {
         if probe > 0 || !keep {
+            if step == 0 {
+                place = tables.random() % span;
+                // Odd, hence no port comes twice in a range of a power of two, and seldom in others.
+                step = (tables.random() % span) | 1;
+            }
             reply.ports[1] = (first.wrapping_add(place as u16)).to_be_bytes();
             place += step;
             if place >= span {

@@ -1,7 +1,7 @@
 //! The maps, and the kernel's routing, as [`Tables`].
 
 use core::cell::UnsafeCell;
-use core::mem::size_of;
+use core::mem::{MaybeUninit, size_of};
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
@@ -168,12 +168,15 @@ impl Maps<'_> {
     /// describes them in BTF as unions that kernels refuse.
     #[inline(never)]
     fn ask_fib(&self, packet: &Packet, len: u32, answer: &mut Answer) -> i64 {
-        let mut query = query(packet, len, self.ingress());
+        let mut place = Place::<bpf_fib_lookup>::new();
+        // SAFETY: the type holds integers only.
+        let query = unsafe { place.zero() };
+        ask(query, packet, len, self.ingress());
         // SAFETY: the query is a whole `bpf_fib_lookup` of the size given.
         let code = unsafe {
             helpers::bpf_fib_lookup(
                 self.ctx.as_ptr(),
-                &raw mut query,
+                query,
                 size_of::<bpf_fib_lookup>() as i32,
                 0,
             )
@@ -321,8 +324,9 @@ impl Tables for Maps<'_> {
     #[inline(never)]
     fn is_socket(&self, tuple: &Tuple) -> bool {
         let [source_port, destination_port] = tuple.ports.map(u16::from_ne_bytes);
-        // SAFETY: the type holds integers only, for which zero is valid.
-        let mut query: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+        let mut place = Place::<bpf_sock_tuple>::new();
+        // SAFETY: the type holds integers only.
+        let query = unsafe { place.zero() };
         let size = if tuple.source.is_v4() {
             query.__bindgen_anon_1.ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
                 saddr: u32::from_ne_bytes(tuple.source.v4_octets()),
@@ -344,8 +348,7 @@ impl Tables for Maps<'_> {
         match tuple.protocol {
             // SAFETY: the tuple has the size given, and what is found is released.
             TCP => unsafe {
-                let socket =
-                    helpers::bpf_skc_lookup_tcp(ctx, &raw mut query, size as u32, THIS_NETNS, 0);
+                let socket = helpers::bpf_skc_lookup_tcp(ctx, query, size as u32, THIS_NETNS, 0);
                 if socket.is_null() {
                     return false;
                 }
@@ -356,8 +359,7 @@ impl Tables for Maps<'_> {
             },
             // SAFETY: as above.
             UDP => unsafe {
-                let socket =
-                    helpers::bpf_sk_lookup_udp(ctx, &raw mut query, size as u32, THIS_NETNS, 0);
+                let socket = helpers::bpf_sk_lookup_udp(ctx, query, size as u32, THIS_NETNS, 0);
                 if socket.is_null() {
                     return false;
                 }
@@ -470,11 +472,39 @@ fn key(prefix: &Prefix) -> &Key<Address> {
     unsafe { &*core::ptr::from_ref(prefix).cast() }
 }
 
-/// A segment has at most 65,535 bytes.
+/// The place of a question to the kernel, aligned so that it is whole words.
+#[repr(C, align(8))]
+struct Place<T>(MaybeUninit<T>);
+
+impl<T> Place<T> {
+    #[inline(always)]
+    fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    /// Makes all of it zero, word by word: of a value of zeros LLVM makes a call for BPF, which goes
+    /// byte by byte.
+    ///
+    /// # Safety
+    ///
+    /// A `T` of zeros is valid.
+    #[inline(always)]
+    unsafe fn zero(&mut self) -> &mut T {
+        let words = core::ptr::from_mut(self).cast::<u64>();
+        let mut word = 0;
+        while word < size_of::<Self>() / size_of::<u64>() {
+            // SAFETY: the word is within the place.
+            unsafe { words.add(word).write_volatile(0) };
+            word += 1;
+        }
+        // SAFETY: by the caller's promise.
+        unsafe { self.0.assume_init_mut() }
+    }
+}
+
+/// Fills a question to the kernel's routing, which is all zero. A segment has at most 65,535 bytes.
 #[inline(always)]
-fn query(packet: &Packet, len: u32, ingress: u32) -> bpf_fib_lookup {
-    // SAFETY: the type holds integers only, for which zero is valid.
-    let mut query: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+fn ask(query: &mut bpf_fib_lookup, packet: &Packet, len: u32, ingress: u32) {
     let [source_port, destination_port] = packet.tuple.ports;
     query.l4_protocol = packet.tuple.protocol;
     query.sport = u16::from_ne_bytes(source_port);
@@ -493,7 +523,6 @@ fn query(packet: &Packet, len: u32, ingress: u32) -> bpf_fib_lookup {
         query.__bindgen_anon_3.ipv6_src = words(&packet.tuple.source);
         query.__bindgen_anon_4.ipv6_dst = words(&packet.tuple.destination);
     }
-    query
 }
 
 #[inline(always)]

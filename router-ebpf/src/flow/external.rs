@@ -1,28 +1,28 @@
 //! Which external address stands for an overlay address.
 
 use crate::abi::{Address, Link};
+use crate::verdict::Verdict;
 
-/// The external address of `link` for an overlay address, always the same for one
-/// (RFC 4787, REQ-2); `None` if it has none of the family.
+/// Writes the external address of `link` for an overlay address, always the same for one (RFC 4787,
+/// REQ-2), to `chosen`, which is all zero. It may have none of the family.
 #[inline(always)]
-pub(super) fn choose(link: &Link, source: &Address) -> Option<[u8; 16]> {
+pub(super) fn choose(link: &Link, source: &Address, chosen: &mut [u8; 16]) -> Result<(), Verdict> {
     let count = if source.is_v4() {
         link.v4_count
     } else {
         link.v6_count
     };
     if count == 0 {
-        return None;
+        return Err(Verdict::SlowSnat);
     }
     // The mask is for the verifier.
     let slot = slot(source, count.into()) as usize & (link.v4.len() - 1);
-    let mut address = [0; 16];
     if source.is_v4() {
-        address[..4].copy_from_slice(&link.v4[slot]);
+        chosen[..4].copy_from_slice(&link.v4[slot]);
     } else {
-        address = link.v6[slot];
+        *chosen = link.v6[slot];
     }
-    Some(address)
+    Ok(())
 }
 
 /// Which of `count` external addresses it is: what the `hash` expression of nf_tables computes of
