@@ -31,8 +31,8 @@ use self::denied::DeniedLog;
 use self::ending::Ending;
 use self::fastpath::{choose_datapath, discard_pins};
 use self::guard::UplinkGuard;
-use self::lock::DeviceLock;
 pub use self::lock::LockError;
+use self::lock::RouterLock;
 use self::reload::check;
 use crate::api;
 use crate::config::{self, Config, DatapathMode, Local};
@@ -69,7 +69,7 @@ pub enum Error {
     /// The rights are missing.
     #[error("CAP_NET_ADMIN is missing; run the daemon as root or grant it that capability")]
     Rights,
-    /// The device is taken.
+    /// The network namespace is taken.
     #[error(transparent)]
     Lock(#[from] LockError),
     /// netlink failed at start.
@@ -167,8 +167,8 @@ struct Daemon {
     _wireguard_socket: Option<Server>,
     started: Instant,
     ready: bool,
-    /// Dropped last: nobody may take the device before everything else is gone.
-    lock: DeviceLock,
+    /// Dropped last: nobody may take its place before everything else is gone.
+    lock: RouterLock,
 }
 
 impl Daemon {
@@ -180,7 +180,7 @@ impl Daemon {
             return Err(Error::Rights);
         }
         let local = &config.local;
-        let lock = DeviceLock::take(&local.device)?;
+        let lock = RouterLock::take(&local.device)?;
         let (netlink, mut changes) = Netlink::connect()?;
         changes.know_neighbours(&netlink).await?;
         let sysctls = Sysctls::open(&lock.journal());

@@ -73,7 +73,7 @@ impl RuleSpec {
         ]
     }
 
-    /// Whether a rule with our protocol number belongs to this table's router; several may run.
+    /// Whether a rule with our protocol number belongs to this table: others may use the number, too.
     fn owns(&self, message: &RuleMessage) -> bool {
         let (mut table, mut priority) = (u32::from(message.header.table), 0);
         let mut ours = false;

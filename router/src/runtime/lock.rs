@@ -1,4 +1,4 @@
-//! One daemon for one device: the lock and the files that go with it.
+//! One daemon for one network namespace: the lock, and the files that go with a device.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 /// Where the daemon keeps what must survive `kill -9` but not a reboot.
 pub(super) const RUN_DIR: &str = "/run/sluice";
 
-/// The device is taken, or the lock could not be made.
+/// The network namespace is taken, or the lock could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Another daemon serves the device.
+    /// Another daemon routes here.
     #[error(
-        "device {device} is served by another sluice (process {pid}); stop that one, or set another `wireguard.device`"
+        "another sluice (process {pid}) routes in this network namespace, and device {device} would share its routing table; stop that one, or add peers and routes to its file"
     )]
     Taken {
-        /// Name of the device.
+        /// Name of this daemon's device.
         device: String,
         /// Process ID of the other daemon, as it wrote it down.
         pid: String,
@@ -31,14 +31,17 @@ pub enum LockError {
     },
 }
 
-/// The lock on a device name in this network namespace, held until dropped or the process ends.
+/// The lock on this network namespace, held until dropped or the process ends: routing table and rules
+/// are one daemon's.
 #[derive(Debug)]
-pub(super) struct DeviceLock {
+pub(super) struct RouterLock {
     file: File,
+    path: PathBuf,
+    /// Of the files that go with the device.
     stem: PathBuf,
 }
 
-impl DeviceLock {
+impl RouterLock {
     pub(super) fn take(device: &str) -> Result<Self, LockError> {
         Self::take_in(Path::new(RUN_DIR), device)
     }
@@ -49,13 +52,13 @@ impl DeviceLock {
             source,
         };
         fs::create_dir_all(dir).map_err(|source| io(dir, source))?;
-        // Device names are unique only within a network namespace, and /run is often shared.
+        // /run is often shared between network namespaces.
         let netns = Path::new("/proc/thread-self/ns/net");
         let inode = fs::metadata(netns)
             .map_err(|source| io(netns, source))?
             .ino();
         let stem = dir.join(format!("{device}.{inode}"));
-        let path = stem.with_added_extension("lock");
+        let path = dir.join(format!("{inode}.lock"));
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -87,7 +90,7 @@ impl DeviceLock {
             write!(file, "{}", std::process::id())
         };
         write(&mut file).map_err(|source| io(&path, source))?;
-        Ok(Self { file, stem })
+        Ok(Self { file, path, stem })
     }
 
     /// Where the original values of changed sysctls are kept.
@@ -101,14 +104,14 @@ impl DeviceLock {
     }
 }
 
-impl Drop for DeviceLock {
+impl Drop for RouterLock {
     fn drop(&mut self) {
         // The file is removed while locked: a daemon that opened it meanwhile locks a file without
         // a name, and one that starts later makes its own. Only a stop and a start at the same
         // instant could both go on, and then the device's name is taken.
-        let _ = fs::remove_file(self.stem.with_added_extension("lock"));
+        let _ = fs::remove_file(&self.path);
         let _ = self.file.unlock();
-        if let Some(dir) = self.stem.parent() {
+        if let Some(dir) = self.path.parent() {
             // Succeeds only for the last one.
             let _ = fs::remove_dir(dir);
         }
@@ -120,21 +123,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_is_taken_once_and_free_again() {
+    fn a_namespace_is_taken_once_and_free_again() {
         let dir = tempfile::tempdir().unwrap();
         let run = dir.path().join("run");
-        let first = DeviceLock::take_in(&run, "sluice0").unwrap();
-        let error = DeviceLock::take_in(&run, "sluice0")
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains(&format!("process {}", std::process::id())),
-            "{error}"
-        );
-        let other = DeviceLock::take_in(&run, "sluice1").unwrap();
-        drop(other);
+        let first = RouterLock::take_in(&run, "sluice0").unwrap();
+        for device in ["sluice0", "sluice1"] {
+            let error = RouterLock::take_in(&run, device).unwrap_err().to_string();
+            let id = format!("process {}", std::process::id());
+            assert!(error.contains(&id) && error.contains(device), "{error}");
+        }
         drop(first);
         assert!(!run.exists());
-        DeviceLock::take_in(&run, "sluice0").unwrap();
+        RouterLock::take_in(&run, "sluice1").unwrap();
     }
 }

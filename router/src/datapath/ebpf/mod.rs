@@ -18,7 +18,7 @@ mod sweep;
 mod sweeper;
 mod tables;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::error::Error as StdError;
 use std::io;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ use aya::maps::{MapError, MapType, PerCpuArray};
 use aya::programs::{ProgramError, ProgramType, SchedClassifier};
 use aya::sys::SyscallError;
 use aya::util::KernelVersion;
-use router_ebpf::abi::{self, Side};
+use router_ebpf::abi::{self, Address, Side};
 use router_ebpf::verdict::Verdict;
 
 pub use attach::AttachMode;
@@ -270,9 +270,9 @@ impl Ebpf {
             if let Some(policy) = changed {
                 sweeper.judge(Law::Policy(policy));
             }
-            let external = spec.external.values().flatten();
-            let addresses = spec.addresses.iter().chain(external).copied();
-            sweeper.judge(Law::Addresses(addresses.map(tables::address).collect()));
+            if self.spec.as_ref().map(external_addresses) != Some(external_addresses(spec)) {
+                sweeper.judge(Law::Addresses(external_addresses(spec)));
+            }
         }
         let wanted = wanted(spec);
         for (key @ (_, program), link) in &wanted {
@@ -321,6 +321,13 @@ impl Ebpf {
         let attachment = self.attached.remove(&key);
         attachment.map_or(Ok(()), Attachment::detach)
     }
+}
+
+/// What a translated flow may have as its external address.
+fn external_addresses(spec: &Spec) -> HashSet<Address> {
+    let external = spec.external.values().flatten();
+    let addresses = spec.addresses.iter().chain(external);
+    addresses.map(|address| tables::address(*address)).collect()
 }
 
 /// Which program belongs on which interface.
