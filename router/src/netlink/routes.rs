@@ -40,7 +40,7 @@ impl Netlink {
     /// else.
     pub async fn sync_routes(&self, table: u32, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
         let wanted = wanted.to_vec();
-        self.in_bulk(move |socket| sync(socket, table, index, &wanted))
+        self.in_bulk(move |socket| sync(socket, table, index, wanted))
             .await
     }
 
@@ -314,12 +314,12 @@ fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, Target)>
     Some((net, target))
 }
 
-fn sync(socket: &mut Socket, table: u32, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
-    let into = |net: &IpNet| (net.trunc(), Target::Device(index));
-    let nowhere = IpNet::aggregate(&wanted.to_vec())
+fn sync(socket: &mut Socket, table: u32, index: u32, wanted: Vec<IpNet>) -> Result<(), Error> {
+    let into = |net: IpNet| (net.trunc(), Target::Device(index));
+    let nowhere = IpNet::aggregate(&wanted)
         .into_iter()
         .map(|net| (net, Target::Nowhere));
-    let mut missing: HashSet<_> = wanted.iter().map(into).chain(nowhere).collect();
+    let mut missing: HashSet<_> = wanted.into_iter().map(into).chain(nowhere).collect();
     let mut surplus = present(socket, table)?;
     surplus.retain(|route| !missing.remove(route));
     let is_last = |(_, target): &(IpNet, Target)| *target == Target::Nowhere;
