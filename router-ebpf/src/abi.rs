@@ -20,12 +20,14 @@ macro_rules! layout {
 
 mod denied;
 mod flows;
+mod settled;
 
 pub use denied::*;
 pub use flows::*;
+pub use settled::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 8;
+pub const ABI_VERSION: u32 = 9;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";
@@ -316,6 +318,8 @@ mod pod {
         Key4,
         Key6,
         Flow,
+        Slot4,
+        Slot6,
         FragmentKey,
         Fragment
     );

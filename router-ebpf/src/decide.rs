@@ -265,7 +265,7 @@ pub fn decide<F: Frame, T: Tables>(
         Side::Subnet => settings.mtu,
     };
     forward.mss = u16::MAX;
-    forward.nat.address = entry.address();
+    forward.nat.address = entry.address(packet.is_v4());
     forward.nat.port = entry.port();
     forward.is_translated = translated;
 

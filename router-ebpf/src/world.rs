@@ -221,10 +221,10 @@ impl Tables for View<'_> {
 
     fn flow(&self, side: Side, tuple: &Tuple) -> Option<Entry<'_>> {
         let flows = self.world.flows.borrow();
-        let flow: *const UnsafeCell<Flow> = &raw const **flows.get(&(side, *tuple))?;
+        let flow = flows.get(&(side, *tuple))?.get();
         // SAFETY: a box does not move, and one that is taken out goes to `removed`, which only a
         // method with exclusive access empties.
-        Some(Entry::new(unsafe { &*flow }))
+        Some(unsafe { Entry::new(flow) })
     }
 
     fn add_flow(&self, side: Side, tuple: &Tuple, flow: &Flow) -> Result<(), Refused> {

@@ -2,18 +2,16 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use anyhow::{Context as _, ensure};
-use aya::Pod;
-use aya::maps::{HashMap as KernelMap, Map, MapData};
 use ipnet::IpNet;
 use lab::{Host, Lab};
 use router::control::{Destination, Policy, Route, RouteMode, Rule};
 use router::datapath::ebpf::{Ebpf, Options};
 use router::datapath::limits::Limits;
 use router::datapath::{Counter, Datapath as _, Link, Spec};
-use router_ebpf::abi::{DEFAULT_FLOWS, Flow, Key4, Key6, Side};
+use router_ebpf::abi::{DEFAULT_FLOWS, Side};
 
 use super::test_run;
 use super::traffic::{Ends, Family, Kind, SERVICE, What};
@@ -189,7 +187,7 @@ impl Bed {
 
     /// Opens the flows of `kind` from the overlay's side, and returns frames of as many as are to
     /// be visited. Each of these was carried once, and had become what it must.
-    fn open(&self, kind: Kind) -> Result<Vec<Vec<u8>>, Failure> {
+    fn open(&mut self, kind: Kind) -> Result<Vec<Vec<u8>>, Failure> {
         let (opening, flows) = (kind.opening(), self.tables.flows);
         let frame = |n| opening.frame(self.tables.ends(kind, n));
         self.router.enter(|| -> Result<(), Failure> {
@@ -203,6 +201,8 @@ impl Bed {
             }
             Ok(())
         })??;
+        // As the sweeper does within seconds with flows that are in use.
+        self.ebpf.settle_flows().map_err(anyhow::Error::from)?;
         (0..flows.min(VISITED))
             .map(|n| {
                 let mut ends = self.tables.ends(kind, spread(n, flows));
@@ -261,10 +261,7 @@ impl Bed {
     /// Empties the flow table.
     fn end_all_flows(&mut self) -> anyhow::Result<()> {
         self.opened.clear();
-        let tables = self.ebpf.flows();
-        let [v4, v6, _] = tables.maps();
-        empty::<Key4>(v4)?;
-        empty::<Key6>(v6)
+        Ok(self.ebpf.end_flows()?)
     }
 
     fn counters(&self) -> anyhow::Result<Vec<Counter>> {
@@ -289,15 +286,6 @@ impl Bed {
         }
         Ok(())
     }
-}
-
-fn empty<K: Pod>(flows: BorrowedFd<'_>) -> anyhow::Result<()> {
-    let data = MapData::from_fd(flows.try_clone_to_owned()?)?;
-    let mut flows: KernelMap<_, K, Flow> = KernelMap::try_from(Map::from_map_data(data)?)?;
-    for key in flows.keys().collect::<Result<Vec<_>, _>>()? {
-        flows.remove(&key)?;
-    }
-    Ok(())
 }
 
 fn spec(tables: Tables, tun: u32, nic: u32) -> anyhow::Result<Spec> {

@@ -78,6 +78,26 @@ impl Tuple {
             protocol: self.protocol,
         }
     }
+
+    /// The tuple of the other direction's packets, if this is that of packets in the program of `side`,
+    /// and the overlay's end is `address` and `port` on the other side.
+    #[inline(always)]
+    pub const fn other(&self, side: Side, address: Address, port: [u8; 2]) -> Self {
+        match side {
+            Side::Overlay => Self {
+                source: self.destination,
+                destination: address,
+                ports: [self.ports[1], port],
+                protocol: self.protocol,
+            },
+            Side::Subnet => Self {
+                source: address,
+                destination: self.source,
+                ports: [port, self.ports[0]],
+                protocol: self.protocol,
+            },
+        }
+    }
 }
 
 /// A key of [`FLOWS4`].
@@ -168,8 +188,7 @@ impl Key6 {
     }
 }
 
-/// An entry of the flow table. With key and the kernel's own fields an IPv4 entry fills two cache
-/// lines.
+/// An entry of the flow table. Of an IPv4 flow the first [`Flow::V4_LEN`] bytes are all that is in use.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
@@ -189,15 +208,15 @@ pub struct Flow {
     pub clause: u16,
     /// Destination, then source hardware address of the next hop; only from the overlay.
     pub hardware: [u8; 12],
-    /// Source address that packets from the overlay get, destination address that packets from the
-    /// subnet get; as in [`Address::octets`].
-    pub address: [u8; 16],
     /// The port (or ICMP identifier) that goes with `address`, big-endian.
     pub port: [u8; 2],
     /// What of TCP was seen in this direction: [`Flow::SYN`] and the like.
     pub tcp: u8,
     /// [`Flow::SNAT`] and [`Flow::FROM_SUBNET`].
     pub flags: u8,
+    /// Source address that packets from the overlay get, destination address that packets from the
+    /// subnet get; as in [`Address::octets`].
+    pub address: [u8; 16],
 }
 
 impl Flow {
@@ -218,8 +237,27 @@ impl Flow {
     /// `clause` when there are no rules.
     pub const NO_CLAUSE: u16 = u16::MAX;
 
+    /// Bytes of an entry that are in use for IPv4, in whole words; those behind are zero.
+    pub const V4_LEN: usize = 48;
+
     /// How old `last_used` may be of a flow that is in use, in ns: it is not written more often.
     pub const COARSE: u64 = 1_000_000_000;
+
+    /// The entry as words.
+    pub fn words(&self) -> [u64; size_of::<Self>() / 8] {
+        // SAFETY: as long and as aligned as the words, and made of integers.
+        unsafe { *core::ptr::from_ref(self).cast() }
+    }
+
+    /// The entry of which these are the first words; what is missing is zero.
+    pub fn from_words(words: &[u64]) -> Self {
+        let mut all = [0; size_of::<Self>() / 8];
+        for (word, value) in all.iter_mut().zip(words) {
+            *word = *value;
+        }
+        // SAFETY: as long and as aligned as the entry, and any bytes are valid in it.
+        unsafe { core::mem::transmute(all) }
+    }
 
     /// The tuple of the other direction's packets, as the other side's program sees them; `tuple`
     /// and `side` are those of this entry's key.
@@ -229,26 +267,7 @@ impl Flow {
             family: tuple.source.family,
             octets: self.address,
         };
-        match side {
-            Side::Overlay => {
-                let reply = Tuple {
-                    source: tuple.destination,
-                    destination: address,
-                    ports: [tuple.ports[1], self.port],
-                    protocol: tuple.protocol,
-                };
-                (Side::Subnet, reply)
-            }
-            Side::Subnet => {
-                let reply = Tuple {
-                    source: address,
-                    destination: tuple.source,
-                    ports: [self.port, tuple.ports[0]],
-                    protocol: tuple.protocol,
-                };
-                (Side::Overlay, reply)
-            }
-        }
+        (side.other(), tuple.other(side, address, self.port))
     }
 }
 
@@ -295,7 +314,7 @@ layout! {
     Key6: 40, align 8 { source: 0, destination: 16, ports: 32, protocol: 36, side: 37, reserved: 38 }
     Flow: 56, align 8 {
         last_used: 0, generation: 8, link: 12, acknowledged: 16, mtu: 20, clause: 22, hardware: 24,
-        address: 36, port: 52, tcp: 54, flags: 55
+        port: 36, tcp: 38, flags: 39, address: 40
     }
     FragmentKey: 40, align 8 { source: 0, destination: 16, id: 32, protocol: 36, side: 37, family: 38, reserved: 39 }
     Fragment: 8, align 4 { ports: 0, flags: 4 }

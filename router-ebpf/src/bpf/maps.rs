@@ -1,6 +1,5 @@
 //! The maps, and the kernel's routing, as [`Tables`].
 
-use core::cell::UnsafeCell;
 use core::mem::{MaybeUninit, size_of};
 
 use aya_ebpf::EbpfContext as _;
@@ -14,9 +13,9 @@ use aya_ebpf::helpers;
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{
-    Address, Budget, Counter, DEFAULT_ENTRIES, DENIED_SIZE, Denied, Flow, Fragment, FragmentKey,
-    Key4, Key6, Link, MAX_COUNTERS, MAX_FRAGMENTS, MAX_LINKS, MAX_OVERLAY, MAX_ROUTES, MAX_SOURCES,
-    Overlay, Prefix, Route, Settings, Side, Tuple,
+    Address, Budget, Counter, DENIED_SIZE, Denied, Flow, Fragment, FragmentKey, Link, MAX_COUNTERS,
+    MAX_FRAGMENTS, MAX_LINKS, MAX_OVERLAY, MAX_ROUTES, MAX_SOURCES, Overlay, Prefix, Route,
+    Settings, Side, Tuple,
 };
 use router_ebpf::decide::{Hop, Refused, Tables, fib_failure};
 use router_ebpf::flow::Entry;
@@ -24,15 +23,13 @@ use router_ebpf::packet::{Frame, Packet, TCP, UDP};
 use router_ebpf::policy::{self, MAX_HITS, MAX_PREFIXES, MAX_SETS, Rules, Set};
 use router_ebpf::verdict::Verdict;
 
-use super::steps;
+use super::{flows, steps};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const FIB_SUCCESS: i64 = 0;
 const FIB_NO_NEIGHBOUR: i64 = 7;
 
-/// `EEXIST` as the kernel returns it.
-const EEXIST: i32 = -17;
 /// `BPF_TCP_LISTEN` of linux/bpf.h.
 const BPF_TCP_LISTEN: u32 = 10;
 /// `BPF_F_CURRENT_NETNS` of linux/bpf.h.
@@ -61,14 +58,8 @@ static POLICY_SETS: HashMap<u32, Set, MAX_SETS, { BPF_F_NO_PREALLOC as usize }> 
 #[btf_map]
 static POLICY_HITS: PerCpuArray<u64, MAX_HITS> = PerCpuArray::new();
 
-/// Memory for flows is taken when they come.
-const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 #[btf_map]
-static FLOWS4: HashMap<Key4, Flow, DEFAULT_ENTRIES, ON_DEMAND> = HashMap::new();
-#[btf_map]
-static FLOWS6: HashMap<Key6, Flow, DEFAULT_ENTRIES, ON_DEMAND> = HashMap::new();
-#[btf_map]
-static SOURCES: HashMap<Address, u32, MAX_SOURCES, ON_DEMAND> = HashMap::new();
+static SOURCES: HashMap<Address, u32, MAX_SOURCES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 #[btf_map]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment, MAX_FRAGMENTS> = LruHashMap::new();
 #[btf_map]
@@ -95,19 +86,6 @@ pub(crate) fn count_hit(bank: u32, clause: u32) {
         // SAFETY: as in `count`.
         unsafe { *hits += 1 };
     }
-}
-
-// A function for each: of two calls of one helper LLVM makes one, and the kernel calls what it does
-// not know the map of indirectly.
-
-#[inline(never)]
-fn flow4(side: Side, tuple: &Tuple) -> Option<*mut Flow> {
-    FLOWS4.get_ptr_mut(Key4::new(side, tuple))
-}
-
-#[inline(never)]
-fn flow6(side: Side, tuple: &Tuple) -> Option<*mut Flow> {
-    FLOWS6.get_ptr_mut(Key6::new(side, tuple))
 }
 
 /// Whether this CPU may send one more, of which there may be some at once, and one each interval; and
@@ -259,40 +237,20 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn flow(&self, side: Side, tuple: &Tuple) -> Option<Entry<'_>> {
-        let entry = if tuple.source.is_v4() {
-            flow4(side, tuple)
-        } else {
-            flow6(side, tuple)
-        }?;
+        let entry = flows::find(side, tuple)?;
         // SAFETY: the kernel keeps the entry's memory until the program ends, also when the entry
-        // is deleted; `UnsafeCell` has the layout of what it holds.
-        Some(Entry::new(unsafe { &*entry.cast::<UnsafeCell<Flow>>() }))
+        // is deleted, and a slot has of a `Flow` what its family needs.
+        Some(unsafe { Entry::new(entry) })
     }
 
     #[inline(never)]
     fn add_flow(&self, side: Side, tuple: &Tuple, flow: &Flow) -> Result<(), Refused> {
-        let added = if tuple.source.is_v4() {
-            FLOWS4.insert(Key4::new(side, tuple), flow, BPF_NOEXIST.into())
-        } else {
-            FLOWS6.insert(Key6::new(side, tuple), flow, BPF_NOEXIST.into())
-        };
-        added.map_err(|errno| {
-            if errno == EEXIST {
-                Refused::Exists
-            } else {
-                Refused::Full
-            }
-        })
+        flows::insert(side, tuple, flow)
     }
 
     #[inline(never)]
     fn remove_flow(&self, side: Side, tuple: &Tuple) {
-        // That it is gone already is as good.
-        let _ = if tuple.source.is_v4() {
-            FLOWS4.remove(Key4::new(side, tuple))
-        } else {
-            FLOWS6.remove(Key6::new(side, tuple))
-        };
+        flows::remove(side, tuple);
     }
 
     #[inline(never)]

@@ -1,6 +1,7 @@
 //! The programs: the outermost functions, which alone count a verdict and turn it into a return
 //! code.
 
+mod flows;
 mod maps;
 mod skb;
 mod steps;

@@ -161,6 +161,8 @@ pub struct FlowTableStatus {
     pub capacity: u64,
     /// Whether it is so full that idle flows end early.
     pub pressure: bool,
+    /// Directions of flows, two of each, that have settled: the programs find them fastest.
+    pub settled: u64,
 }
 
 impl FlowTableStatus {

@@ -121,6 +121,7 @@ impl Daemon {
         let [v4, v6] = report.families.map(|family| FlowTableStatus {
             flows: family.flows,
             capacity: family.capacity,
+            settled: family.settled,
             pressure: family.pressure,
         });
         let tables = BTreeMap::from([("ipv4", v4), ("ipv6", v6)]);

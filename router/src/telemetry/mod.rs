@@ -40,6 +40,8 @@ pub const PEER_HANDSHAKE: &str = "sluice_peer_last_handshake_timestamp_seconds";
 pub const FLOWS: &str = "sluice_flows";
 /// Most flows there.
 pub const FLOWS_LIMIT: &str = "sluice_flows_limit";
+/// Directions of flows that have settled.
+pub const FLOWS_SETTLED: &str = "sluice_flow_directions_settled";
 /// Flows that sweeps have ended.
 pub const FLOWS_ENDED: &str = "sluice_flows_ended_total";
 /// Duration of a sweep.
@@ -134,6 +136,12 @@ const DESCRIPTIONS: &[(Kind, &str, Unit, &str)] = &[
         "Most flows that the fast path's table holds, by address family",
     ),
     (
+        Kind::Gauge,
+        FLOWS_SETTLED,
+        Unit::Count,
+        "Directions of flows, two of each, that the fast path finds in one access to memory, by address family",
+    ),
+    (
         Kind::Counter,
         FLOWS_ENDED,
         Unit::Count,
@@ -221,7 +229,8 @@ impl Metrics {
             for (family, table) in &flows.tables {
                 let labels = vec![Label::new("family", *family)];
                 self.gauge(FLOWS, labels.clone(), table.flows as f64);
-                self.gauge(FLOWS_LIMIT, labels, table.capacity as f64);
+                self.gauge(FLOWS_LIMIT, labels.clone(), table.capacity as f64);
+                self.gauge(FLOWS_SETTLED, labels, table.settled as f64);
             }
             for (reason, count) in &flows.ended {
                 self.counter(FLOWS_ENDED, vec![Label::new("reason", *reason)], *count);
@@ -324,6 +333,7 @@ mod tests {
                         flows: 12,
                         capacity: 100,
                         pressure: false,
+                        settled: 20,
                     },
                 )]),
                 ended: BTreeMap::from([("expired", 4)]),
@@ -362,6 +372,7 @@ mod tests {
             "sluice_uplink_guard_attached 1",
             "sluice_flows{family=\"ipv4\"} 12",
             "sluice_flows_limit{family=\"ipv4\"} 100",
+            "sluice_flow_directions_settled{family=\"ipv4\"} 20",
             "sluice_flows_ended_total{reason=\"expired\"} 4",
             "sluice_flow_sweep_seconds 0.25",
             "sluice_policy_rule_hits_total{rule=\"2\"} 8",

@@ -39,9 +39,12 @@ fn the_object_keeps_its_contract() {
         .collect();
     let trie = bpf_map_type::BPF_MAP_TYPE_LPM_TRIE as u32;
     let hash = bpf_map_type::BPF_MAP_TYPE_HASH as u32;
+    let arrays = bpf_map_type::BPF_MAP_TYPE_ARRAY_OF_MAPS as u32;
     let wanted = BTreeMap::from([
         (abi::FLOWS4, (hash, 16, 56, 1 << 19)),
         (abi::FLOWS6, (hash, 40, 56, 1 << 19)),
+        (abi::SETTLED4, (arrays, 4, 4, 1)),
+        (abi::SETTLED6, (arrays, 4, 4, 1)),
         (abi::SOURCES, (hash, 20, 4, 1 << 16)),
         (
             abi::FRAGMENTS,
@@ -102,6 +105,8 @@ fn a_change_of_the_contract_changes_its_version() {
         size_of::<abi::Settings>(),
         size_of::<abi::Prefix>(),
         size_of::<abi::Flow>(),
+        size_of::<abi::Slot4>(),
+        size_of::<abi::Slot6>(),
     );
-    assert_eq!((abi::ABI_VERSION, layout), (8, (29, 40, 24, 56)));
+    assert_eq!((abi::ABI_VERSION, layout), (9, (29, 40, 24, 56, 64, 96)));
 }

@@ -13,5 +13,6 @@ mod guard;
 mod policy;
 mod reject;
 mod restart;
+mod settled;
 mod sweep;
 mod verdicts;

@@ -88,7 +88,9 @@ impl Banks {
     /// policy if it is another now, and has rules.
     pub(super) fn commit(&mut self) -> Option<Arc<Compiled>> {
         self.current = self.staged.take()?;
-        wait_for_programs();
+        // Else a new flow may be judged by tables that are just being cleared, and its first packet be
+        // lost: they hold fewer clauses then, never others.
+        let _ = wait_for_programs();
         self.tidy();
         let compiled = &self.current.compiled;
         (compiled.bank() != 0).then(|| Arc::clone(compiled))
@@ -159,14 +161,14 @@ impl Banks {
     }
 }
 
-/// Waits until no program still runs that has read the settings of before: the kernel's membarrier
-/// is one grace period of RCU, under which programs run. Without it (kernels built so, or with
-/// `nohz_full`) a new flow may be judged by tables that are just being cleared, and its first
-/// packet be lost: they hold fewer clauses then, never others.
-fn wait_for_programs() {
+/// Waits until no program still runs that has read the maps of before: the kernel's membarrier
+/// is one grace period of RCU, under which programs run. `false` without it (kernels built so, or with
+/// `nohz_full`).
+pub(super) fn wait_for_programs() -> bool {
     // SAFETY: the call takes plain numbers.
     let code = unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) };
     if code < 0 {
         tracing::debug!(error = %std::io::Error::last_os_error(), "no membarrier");
     }
+    code >= 0
 }

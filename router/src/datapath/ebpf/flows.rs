@@ -1,25 +1,21 @@
 //! User space's way to the flow table.
 
 use std::io;
-use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use router_ebpf::abi::{Flow, Key4, Key6, Side, Tuple};
 
-use super::failed;
+use super::{failed, sys};
 use crate::datapath::Error;
 
 /// Entries that one system call reads. More than any bucket of the hash holds, and few enough that
 /// the kernel is soon back from it.
 const BATCH: usize = 1024;
 
-/// `BPF_MAP_LOOKUP_BATCH` of linux/bpf.h (Linux 5.6).
-const LOOKUP_BATCH: libc::c_long = 24;
-
 /// A key of the flow table of one family.
-pub(super) trait Key: Pod + Ord + Send {
+pub(super) trait Key: Pod + Ord + Send + std::hash::Hash {
     /// The key of packets with `tuple` in the program of `side`.
     fn of(side: Side, tuple: &Tuple) -> Self;
 
@@ -61,8 +57,8 @@ pub(super) fn partner<K: Key>(key: &K, flow: &Flow) -> K {
     K::of(side, &tuple)
 }
 
-/// A hash that is read from end to end while others change it.
-pub(super) trait Store<K, V> {
+/// A hash that is read while others change it.
+pub(super) trait Read<K, V> {
     /// Replaces `into` with further entries, from `cursor` on, and moves the cursor; `None` where
     /// the reading begins, and again when it is at its end. An entry that stays meanwhile is read
     /// once.
@@ -70,7 +66,10 @@ pub(super) trait Store<K, V> {
 
     /// The value of `key`.
     fn get(&self, key: &K) -> io::Result<Option<V>>;
+}
 
+/// One that is changed, too.
+pub(super) trait Store<K, V>: Read<K, V> {
     /// Removes `key` if it is there.
     fn remove(&mut self, key: &K) -> io::Result<()>;
 
@@ -117,26 +116,13 @@ impl<K: Pod, V: Pod> Table<K, V> {
     }
 }
 
-/// The batch part of `union bpf_attr` (linux/bpf.h).
-#[repr(C)]
-struct Batch {
-    in_batch: u64,
-    out_batch: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map_fd: u32,
-    elem_flags: u64,
-    flags: u64,
-}
-
-impl<K: Pod, V: Pod> Store<K, V> for Table<K, V> {
+impl<K: Pod, V: Pod> Read<K, V> for Table<K, V> {
     fn read(&self, cursor: &mut Option<u32>, into: &mut Vec<(K, V)>) -> io::Result<()> {
         into.clear();
         let mut keys: Vec<K> = Vec::with_capacity(BATCH);
         let mut values: Vec<V> = Vec::with_capacity(BATCH);
         let mut next = 0u32;
-        let mut batch = Batch {
+        let mut batch = sys::Batch {
             in_batch: cursor
                 .as_ref()
                 .map_or(0, |at| std::ptr::from_ref(at) as u64),
@@ -145,25 +131,16 @@ impl<K: Pod, V: Pod> Store<K, V> for Table<K, V> {
             values: values.as_mut_ptr() as u64,
             count: BATCH as u32,
             map_fd: self.fd.as_raw_fd() as u32,
-            elem_flags: 0,
-            flags: 0,
+            ..sys::Batch::default()
         };
-        // SAFETY: the kernel reads `batch` and what `in_batch` points to, and writes no more than
-        // `count` keys and values of the map's sizes, which aya has compared with those of the
-        // types, and one `u32` to `out_batch`.
-        let code = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                LOOKUP_BATCH,
-                &raw mut batch,
-                size_of::<Batch>(),
-            )
-        };
-        let error = (code < 0).then(io::Error::last_os_error);
-        let end = match error {
-            None => false,
-            Some(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
-            Some(error) => return Err(error),
+        // SAFETY: the kernel reads what `in_batch` points to, and writes no more than `count` keys and
+        // values of the map's sizes, which aya has compared with those of the types, and one `u32` to
+        // `out_batch`.
+        let outcome = unsafe { batch.call(sys::LOOKUP_BATCH) };
+        let end = match outcome {
+            Ok(()) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
         };
         let count = (batch.count as usize).min(BATCH);
         // SAFETY: the kernel has written `count` of each, for which there is room, and any bytes
@@ -184,7 +161,9 @@ impl<K: Pod, V: Pod> Store<K, V> for Table<K, V> {
             Err(error) => Err(io_error(error)),
         }
     }
+}
 
+impl<K: Pod, V: Pod> Store<K, V> for Table<K, V> {
     fn remove(&mut self, key: &K) -> io::Result<()> {
         match self.map.remove(key) {
             Ok(()) => Ok(()),
@@ -200,7 +179,7 @@ impl<K: Pod, V: Pod> Store<K, V> for Table<K, V> {
     }
 }
 
-fn io_error(error: MapError) -> io::Error {
+pub(super) fn io_error(error: MapError) -> io::Error {
     match error {
         MapError::SyscallError(error) => error.io_error,
         MapError::IoError(error) => error,
@@ -218,28 +197,35 @@ pub(super) mod memory {
     use std::collections::BTreeMap;
     use std::ops::Bound;
 
+    use super::super::settled::Settle;
     use super::*;
 
     /// The entries, and the last one that was read.
-    pub(in super::super) struct Memory<K, V>(
-        pub(in super::super) BTreeMap<K, V>,
-        RefCell<Option<K>>,
-    );
+    pub(in super::super) struct Memory<K, V> {
+        pub(in super::super) entries: BTreeMap<K, V>,
+        /// Entries that are settled, as they are now.
+        pub(in super::super) settled: BTreeMap<K, V>,
+        last: RefCell<Option<K>>,
+    }
 
     impl<K: Ord, V> Memory<K, V> {
         pub(in super::super) fn new(entries: BTreeMap<K, V>) -> Self {
-            Self(entries, RefCell::new(None))
+            Self {
+                entries,
+                settled: BTreeMap::new(),
+                last: RefCell::new(None),
+            }
         }
     }
 
-    impl<K: Ord + Copy, V: Copy> Store<K, V> for Memory<K, V> {
+    impl<K: Ord + Copy, V: Copy> Read<K, V> for Memory<K, V> {
         fn read(&self, cursor: &mut Option<u32>, into: &mut Vec<(K, V)>) -> io::Result<()> {
-            let mut last = self.1.borrow_mut();
+            let mut last = self.last.borrow_mut();
             let behind = match (*cursor, *last) {
                 (Some(_), Some(last)) => Bound::Excluded(last),
                 _ => Bound::Unbounded,
             };
-            let further = self.0.range((behind, Bound::Unbounded));
+            let further = self.entries.range((behind, Bound::Unbounded));
             into.clear();
             into.extend(further.take(7).map(|(k, v)| (*k, *v)));
             *last = into.last().map(|(key, _)| *key);
@@ -248,17 +234,43 @@ pub(super) mod memory {
         }
 
         fn get(&self, key: &K) -> io::Result<Option<V>> {
-            Ok(self.0.get(key).copied())
+            Ok(self.settled.get(key).or(self.entries.get(key)).copied())
         }
+    }
 
+    impl<K: Ord + Copy, V: Copy> Store<K, V> for Memory<K, V> {
         fn remove(&mut self, key: &K) -> io::Result<()> {
-            self.0.remove(key);
+            self.settled.remove(key);
+            self.entries.remove(key);
             Ok(())
         }
 
         fn put(&mut self, key: &K, value: &V) -> io::Result<()> {
-            self.0.insert(*key, *value);
+            self.entries.insert(*key, *value);
             Ok(())
+        }
+    }
+
+    impl<K: Ord + Copy> Settle<K> for Memory<K, Flow> {
+        fn has_settled(&self, key: &K) -> bool {
+            self.settled.contains_key(key)
+        }
+
+        fn refresh(&mut self, key: &K) -> io::Result<Option<Flow>> {
+            let present = self.get(key)?;
+            if let Some(present) = present {
+                self.entries.insert(*key, present);
+            }
+            Ok(present)
+        }
+
+        fn settle(&mut self, entries: &[(K, Flow)]) -> io::Result<()> {
+            self.settled.extend(entries.iter().copied());
+            Ok(())
+        }
+
+        fn settled(&self) -> u64 {
+            self.settled.len() as u64
         }
     }
 }

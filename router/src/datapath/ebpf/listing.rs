@@ -6,10 +6,11 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use router_ebpf::abi::{Address, Flow, Key4, Key6, Side};
+use router_ebpf::abi::{Address, Flow, Key4, Key6, Side, Tuple};
 use router_ebpf::packet::{ICMP, ICMPV6, TCP};
 
-use super::flows::{Key, Store, Table, partner};
+use super::flows::{Key, Read, Table, partner};
+use super::settled::Flows;
 use super::sweep::is_established;
 use super::sweeper::monotonic;
 
@@ -61,8 +62,8 @@ impl FlowFilter {
 
 /// Reads the flow table, beside the programs and the sweeps.
 pub struct FlowTables {
-    pub(super) v4: Table<Key4, Flow>,
-    pub(super) v6: Table<Key6, Flow>,
+    pub(super) v4: Flows<Key4>,
+    pub(super) v6: Flows<Key6>,
     pub(super) sources: Table<Address, u32>,
 }
 
@@ -75,7 +76,15 @@ impl std::fmt::Debug for FlowTables {
 impl FlowTables {
     /// The maps themselves, for tests and measurements: IPv4 flows, IPv6 flows, sources.
     pub fn maps(&self) -> [BorrowedFd<'_>; 3] {
-        [self.v4.fd(), self.v6.fd(), self.sources.fd()]
+        [self.v4.table.fd(), self.v6.table.fd(), self.sources.fd()]
+    }
+
+    /// All entries as they are now, for tests: by side and tuple.
+    pub fn entries(&self) -> io::Result<Vec<(Side, Tuple, Flow)>> {
+        let mut all = Vec::new();
+        entries(&self.v4, &mut all)?;
+        entries(&self.v6, &mut all)?;
+        Ok(all)
     }
 
     /// The flows that `filter` lets through, and whether there are more than `most`.
@@ -87,8 +96,25 @@ impl FlowTables {
     }
 }
 
+fn entries<K: Key>(
+    store: &impl Read<K, Flow>,
+    all: &mut Vec<(Side, Tuple, Flow)>,
+) -> io::Result<()> {
+    let (mut cursor, mut entries) = (None, Vec::new());
+    loop {
+        store.read(&mut cursor, &mut entries)?;
+        for (key, _) in &entries {
+            let flow = store.get(key)?;
+            all.extend(flow.map(|flow| (key.side(), key.tuple(), flow)));
+        }
+        if cursor.is_none() {
+            return Ok(());
+        }
+    }
+}
+
 fn list<K: Key>(
-    store: &impl Store<K, Flow>,
+    store: &impl Read<K, Flow>,
     filter: &FlowFilter,
     most: usize,
     found: &mut Vec<FlowView>,
@@ -105,7 +131,9 @@ fn list<K: Key>(
             if found.len() == most {
                 return Ok(true);
             }
-            let other = store.get(&partner(key, flow))?.unwrap_or(*flow);
+            // Read here, for what the table tells of a settled entry is old.
+            let flow = store.get(key)?.unwrap_or(*flow);
+            let other = store.get(&partner(key, &flow))?.unwrap_or(flow);
             let last_used = flow.last_used.max(other.last_used);
             view.idle = Duration::from_nanos(now.saturating_sub(last_used));
             view.established = (view.protocol == TCP).then(|| is_established(flow.tcp, other.tcp));
@@ -150,8 +178,6 @@ pub(super) fn end(address: &Address, port: [u8; 2]) -> SocketAddr {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use std::collections::BTreeMap;
-
-    use router_ebpf::abi::Tuple;
 
     use super::super::flows::memory::Memory;
     use super::*;

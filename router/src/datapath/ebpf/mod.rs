@@ -14,8 +14,10 @@ mod log;
 mod object;
 mod pins;
 pub mod policy;
+mod settled;
 mod sweep;
 mod sweeper;
+mod sys;
 mod tables;
 
 use std::collections::{BTreeMap, HashSet};
@@ -24,7 +26,7 @@ use std::io;
 use std::sync::Arc;
 
 use aya::EbpfLoader;
-use aya::maps::{MapError, MapType, PerCpuArray};
+use aya::maps::{MapType, PerCpuArray};
 use aya::programs::{ProgramError, ProgramType, SchedClassifier};
 use aya::sys::SyscallError;
 use aya::util::KernelVersion;
@@ -42,6 +44,7 @@ use super::limits::Limits;
 use super::{Counter, Datapath, Error, Link, Spec};
 use attach::{Attachment, Owner};
 use flows::Table;
+use settled::Flows;
 use sweeper::{Law, Sweeper};
 use tables::Tables;
 
@@ -78,6 +81,8 @@ pub struct Ebpf {
     tables: Tables,
     flows: Arc<FlowTables>,
     sweeper: Option<Sweeper>,
+    /// What a sweeper would have, where nobody sweeps.
+    unswept: Option<sweeper::Maps>,
     counters: PerCpuArray<aya::maps::MapData, abi::Counter>,
     /// Until somebody takes it.
     denied: Option<DeniedPackets>,
@@ -125,6 +130,8 @@ impl Ebpf {
         let left = options
             .pins
             .and_then(|pins| Ok((pins.inspect(entries).map_err(unkept)?, pins)));
+        let [blocks4, blocks6] =
+            settled::blocks(entries, settled::memory(), settled::descriptors());
         let log_level = log::level();
         let mut loader = EbpfLoader::new();
         // Without relocations against kernel types the kernel's own BTF need not be read.
@@ -132,6 +139,10 @@ impl Ebpf {
             .btf(None)
             .map_max_entries(abi::FLOWS4, entries)
             .map_max_entries(abi::FLOWS6, entries)
+            .map_max_entries(abi::SETTLED4, blocks4)
+            .map_max_entries(abi::SETTLED6, blocks6)
+            .override_global(abi::BLOCKS4, &blocks4, true)
+            .override_global(abi::BLOCKS6, &blocks6, true)
             .override_global(log::LEVEL, &log_level, true);
         if log_level == 0 {
             loader.map_max_entries(log::RECORDS, log::LEAST_ROOM);
@@ -162,13 +173,18 @@ impl Ebpf {
         });
         let tables = Tables::take(&mut programs, options.limits.flows_per_source)?;
         let flows = FlowTables {
-            v4: Table::take(&mut programs, abi::FLOWS4)?,
-            v6: Table::take(&mut programs, abi::FLOWS6)?,
+            v4: Flows::take(&mut programs, abi::FLOWS4)?,
+            v6: Flows::take(&mut programs, abi::FLOWS6)?,
             sources: Table::take(&mut programs, abi::SOURCES)?,
         };
-        let sweeper = match options.sweep {
-            true => Some(start_sweeper(&flows, &options.limits)?),
-            false => None,
+        let maps = sweeper::Maps::of(&flows)
+            .map_err(|error| failed("open the eBPF maps of the flow table", error))?;
+        let (sweeper, unswept) = if options.sweep {
+            let sweeper = Sweeper::start(maps, &options.limits);
+            let sweeper = sweeper.map_err(|error| failed("sweep the flow table", error))?;
+            (Some(sweeper), None)
+        } else {
+            (None, Some(maps))
         };
         let counters = take_map(&mut programs, abi::COUNTERS)?;
         let denied = DeniedPackets::take(&mut programs)?;
@@ -177,6 +193,7 @@ impl Ebpf {
             tables,
             flows: Arc::new(flows),
             sweeper,
+            unswept,
             counters,
             denied: Some(denied),
             mode: options.attach,
@@ -241,6 +258,27 @@ impl Ebpf {
     /// The flow table, for reading.
     pub fn flows(&self) -> Arc<FlowTables> {
         Arc::clone(&self.flows)
+    }
+
+    /// Settles all flows for which there is room: for tests and measurements, where nobody sweeps.
+    pub fn settle_flows(&mut self) -> Result<(), Error> {
+        self.by_hand("settle the flows", sweeper::Maps::settle)
+    }
+
+    /// Ends all flows: for tests and measurements, where nobody sweeps.
+    pub fn end_flows(&mut self) -> Result<(), Error> {
+        self.by_hand("end the flows", sweeper::Maps::clear)
+    }
+
+    fn by_hand(
+        &mut self,
+        context: &str,
+        work: impl FnOnce(&mut sweeper::Maps) -> io::Result<()>,
+    ) -> Result<(), Error> {
+        let Some(maps) = &mut self.unswept else {
+            return Err(failed(context, "the sweeper does"));
+        };
+        work(maps).map_err(|error| failed(context, error))
     }
 
     /// The packets that the programs do not let through; once.
@@ -379,19 +417,6 @@ impl Datapath for Ebpf {
         }
         outcome
     }
-}
-
-fn start_sweeper(flows: &FlowTables, limits: &Limits) -> Result<Sweeper, Error> {
-    let maps = || -> Result<_, MapError> {
-        Ok(sweeper::Maps {
-            v4: flows.v4.try_clone()?,
-            v6: flows.v6.try_clone()?,
-            sources: flows.sources.try_clone()?,
-        })
-    };
-    let context = "sweep the flow table";
-    let maps = maps().map_err(|error| failed(context, error))?;
-    Sweeper::start(maps, limits).map_err(|error| failed(context, error))
 }
 
 fn load_program<'a>(programs: &'a mut aya::Ebpf, name: &str) -> Result<&'a SchedClassifier, Error> {

@@ -11,6 +11,7 @@ use router_ebpf::policy::NewFlow;
 
 use super::flows::{Key, Store, partner};
 use super::policy::Compiled;
+use super::settled::Settle;
 use crate::datapath::limits::Timeouts;
 
 /// Above this share of the table, in percent, flows that are hardly in use end early...
@@ -28,6 +29,15 @@ const ADDRESS_AWAY: Duration = Duration::from_secs(30);
 
 /// A next hop counts as used when a packet has gone to it not longer ago.
 const IN_USE: Duration = Duration::from_secs(30);
+
+/// A settled entry is read anew when what is known of it is older.
+const STALE: Duration = Duration::from_secs(20);
+
+/// Entries settle that had a packet not longer ago, as most have that are in use ([`Flow::COARSE`]).
+const LIVELY: Duration = Duration::from_secs(2);
+
+/// Entries that settle at a time, for one grace period of the kernel.
+pub(super) const SETTLING: usize = 8192;
 
 /// Every so many passes each entry is compared with its partner.
 const THOROUGH: u32 = 12;
@@ -47,6 +57,8 @@ pub(super) struct Tally {
     pub(super) addressless: u64,
     /// Entries without a partner.
     pub(super) strays: u64,
+    /// Entries that are settled, of each flow up to two.
+    pub(super) settled: u64,
     /// Flows of each overlay address.
     pub(super) sources: HashMap<Address, u32>,
     /// Interface and hardware address of the next hops in use.
@@ -97,7 +109,7 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
     /// `policy`, also what it does not allow.
     pub(super) fn pass(
         &mut self,
-        store: &mut impl Store<K, Flow>,
+        store: &mut impl Settle<K>,
         now: u64,
         policy: Option<&Compiled>,
     ) -> io::Result<Tally> {
@@ -105,12 +117,22 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
         let mut missing = HashSet::new();
         let thorough = self.is_thorough();
         let (mut cursor, mut entries) = (None, Vec::new());
+        let mut settling = Vec::new();
         loop {
             store.read(&mut cursor, &mut entries)?;
-            for (key, flow) in &entries {
+            for (key, flow) in &mut entries {
+                let settled = store.has_settled(key);
+                if settled && idle(now, flow.last_used) > STALE {
+                    let Some(present) = store.refresh(key)? else {
+                        continue;
+                    };
+                    *flow = present;
+                }
                 let suspect = self.suspects.contains(key);
                 if key.side() == Side::Overlay {
-                    self.judge(store, now, policy, (key, flow), &mut tally)?;
+                    if !self.judge(store, now, policy, (key, flow), &mut tally)? {
+                        continue;
+                    }
                 } else if (thorough || suspect) && store.get(&partner(key, flow))?.is_none() {
                     if suspect {
                         store.remove(key)?;
@@ -118,12 +140,21 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
                     } else {
                         missing.insert(*key);
                     }
+                    continue;
                 }
+                if !settled && settles(key.tuple().protocol, flow, now) {
+                    settling.push((*key, *flow));
+                }
+            }
+            if settling.len() >= SETTLING || cursor.is_none() {
+                store.settle(&settling)?;
+                settling.clear();
             }
             if cursor.is_none() {
                 break;
             }
         }
+        tally.settled = store.settled();
         self.suspects = missing;
         // Who had them is gone by now.
         self.away
@@ -134,39 +165,39 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
         Ok(tally)
     }
 
-    /// Ends the flow of an entry of the overlay side, or counts it.
+    /// Ends the flow of an entry of the overlay side, or counts it; whether it remains.
     fn judge(
         &mut self,
-        store: &mut impl Store<K, Flow>,
+        store: &mut impl Settle<K>,
         now: u64,
         policy: Option<&Compiled>,
         (key, flow): (&K, &Flow),
         tally: &mut Tally,
-    ) -> io::Result<()> {
+    ) -> io::Result<bool> {
         let tuple = key.tuple();
         if policy.is_some_and(|policy| policy.rule(&opening(&tuple, flow)).is_none()) {
             tally.denied += 1;
-            return end(store, key, flow);
+            return end(store, key, flow).map(|()| false);
         }
         if self.has_lost_address(&tuple, flow, now) {
             tally.addressless += 1;
-            return end(store, key, flow);
+            return end(store, key, flow).map(|()| false);
         }
         // Reading the partner is a system call: only where this direction alone does not tell.
         if self.is_thorough() || idle(now, flow.last_used) > self.shortest() {
             let Some(other) = store.get(&partner(key, flow))? else {
                 // It is made first and goes last.
                 tally.strays += 1;
-                return store.remove(key);
+                return store.remove(key).map(|()| false);
             };
             let idle = idle(now, flow.last_used.max(other.last_used));
             if idle > self.timeout(tuple.protocol, flow, &other, false) {
                 tally.expired += 1;
-                return end(store, key, flow);
+                return end(store, key, flow).map(|()| false);
             }
             if self.pressure && idle > self.timeout(tuple.protocol, flow, &other, true) {
                 tally.early += 1;
-                return end(store, key, flow);
+                return end(store, key, flow).map(|()| false);
             }
         }
         tally.flows += 1;
@@ -175,7 +206,7 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
             let [a, b, c, d, e, f, ..] = flow.hardware;
             tally.next_hops.insert((flow.link, [a, b, c, d, e, f]));
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Whether the external address of a flow is gone for good, by its entry of the overlay side.
@@ -230,6 +261,12 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
             _ => self.timeouts.udp,
         }
     }
+}
+
+/// Whether an entry is worth a slot: it is in use now and, of TCP, neither about to begin nor to end.
+fn settles(protocol: u8, flow: &Flow, now: u64) -> bool {
+    let steady = flow.tcp & (Flow::ACK | Flow::FIN | Flow::RST) == Flow::ACK;
+    (protocol != TCP || steady) && idle(now, flow.last_used) <= LIVELY
 }
 
 /// What the policy was asked when the flow of an entry of the overlay side began.

@@ -41,11 +41,11 @@ fn add(flows: &mut Flows, tuple: &Tuple, idle: [u64; 2], tcp: [u8; 2]) {
     let port = [high | tuple.source.octets[3] << 4, low];
     let overlay = flow(0, Address::v4([10, 0, 0, 9]), port);
     let key = Key4::new(Side::Overlay, tuple);
-    flows.0.insert(
+    flows.entries.insert(
         partner(&key, &overlay),
         flow(1, tuple.source, tuple.ports[0]),
     );
-    flows.0.insert(key, overlay);
+    flows.entries.insert(key, overlay);
 }
 
 fn sweep(capacity: u32) -> Sweep<Key4> {
@@ -58,7 +58,11 @@ fn remains(protocol: u8, idle: [u64; 2], tcp: [u8; 2], pressure: bool) -> bool {
     let mut sweep = sweep(100);
     sweep.pressure = pressure;
     let tally = sweep.pass(&mut flows, NOW, None).unwrap();
-    assert_eq!(flows.0.len() as u64, 2 * tally.flows, "half a flow is left");
+    assert_eq!(
+        flows.entries.len() as u64,
+        2 * tally.flows,
+        "half a flow is left"
+    );
     assert_eq!(tally.flows + tally.expired + tally.early, 1);
     tally.flows == 1
 }
@@ -100,7 +104,7 @@ fn pressure_comes_with_a_full_table_and_goes_with_an_empty_one() {
     let mut flows = Memory::new(BTreeMap::new());
     let mut sweep = sweep(10);
     let mut pressure_at = |flows: &mut Flows, count: u16| {
-        flows.0.clear();
+        flows.entries.clear();
         for port in 0..count {
             add(flows, &tuple(UDP, 2, port), [1, 1], [0, 0]);
         }
@@ -132,16 +136,16 @@ fn what_a_new_policy_does_not_allow_ends() {
     let inward = tuple(UDP, 2, 8);
     add(&mut flows, &inward, [0, 0], [0, 0]);
     let key = Key4::new(Side::Overlay, &inward);
-    flows.0.get_mut(&key).unwrap().flags = Flow::FROM_SUBNET;
+    flows.entries.get_mut(&key).unwrap().flags = Flow::FROM_SUBNET;
 
     let tally = sweep(100).pass(&mut flows, NOW, Some(&policy)).unwrap();
     assert_eq!((tally.flows, tally.denied), (1, 2));
     assert!(
         flows
-            .0
+            .entries
             .contains_key(&Key4::new(Side::Overlay, &tuple(UDP, 2, 7)))
     );
-    assert_eq!(flows.0.len(), 2);
+    assert_eq!(flows.entries.len(), 2);
 }
 
 #[test]
@@ -150,7 +154,7 @@ fn flows_whose_external_address_is_gone_end() {
     add(&mut flows, &tuple(UDP, 2, 7), [0, 0], [0, 0]);
     add(&mut flows, &tuple(UDP, 2, 8), [0, 0], [0, 0]);
     let untranslated = Key4::new(Side::Overlay, &tuple(UDP, 2, 8));
-    flows.0.get_mut(&untranslated).unwrap().flags = 0;
+    flows.entries.get_mut(&untranslated).unwrap().flags = 0;
 
     let mut sweep = sweep(100);
     let mut pass = |after: u64, addresses: Option<&[u8]>| {
@@ -174,7 +178,7 @@ fn flows_whose_external_address_is_gone_end() {
     assert_eq!(pass(163, None), (2, 0));
     assert_eq!(pass(164, None), (1, 1));
     assert_eq!(pass(165, None), (1, 0));
-    assert_eq!(flows.0.len(), 2);
+    assert_eq!(flows.entries.len(), 2);
 }
 
 #[test]
@@ -183,21 +187,21 @@ fn an_entry_without_its_partner_goes_but_not_one_that_is_being_made() {
     add(&mut flows, &tuple(UDP, 2, 7), [0, 0], [0, 0]);
     add(&mut flows, &tuple(UDP, 2, 8), [0, 0], [0, 0]);
     let made = Key4::new(Side::Overlay, &tuple(UDP, 2, 8));
-    let entry = flows.0.remove(&made).unwrap();
+    let entry = flows.entries.remove(&made).unwrap();
     let mut sweep = sweep(100);
     let tally = sweep.pass(&mut flows, NOW, None).unwrap();
-    assert_eq!((tally.flows, tally.strays, flows.0.len()), (1, 0, 3));
+    assert_eq!((tally.flows, tally.strays, flows.entries.len()), (1, 0, 3));
     // It is made now.
-    flows.0.insert(made, entry);
+    flows.entries.insert(made, entry);
     let tally = sweep.pass(&mut flows, NOW, None).unwrap();
-    assert_eq!((tally.flows, tally.strays, flows.0.len()), (2, 0, 4));
+    assert_eq!((tally.flows, tally.strays, flows.entries.len()), (2, 0, 4));
 
     let overlay = Key4::new(Side::Overlay, &tuple(UDP, 2, 7));
-    flows.0.remove(&overlay).unwrap();
-    flows.0.remove(&partner(&made, &entry)).unwrap();
+    flows.remove(&overlay).unwrap();
+    flows.remove(&partner(&made, &entry)).unwrap();
     let passes = (0..2 * THOROUGH).map(|_| sweep.pass(&mut flows, NOW, None).unwrap());
     assert_eq!(passes.map(|tally| tally.strays).sum::<u64>(), 2);
-    assert!(flows.0.is_empty());
+    assert!(flows.entries.is_empty());
 }
 
 #[test]
@@ -208,6 +212,54 @@ fn next_hops_in_use_are_told() {
     assert_eq!(tally.next_hops, HashSet::from([(3, [1; 6])]));
     let tally = sweep(100).pass(&mut flows, NOW + 2 * SECOND, None).unwrap();
     assert!(tally.next_hops.is_empty());
+}
+
+#[test]
+fn flows_settle_when_they_are_in_use_and_steady() {
+    const OPEN: u8 = Flow::SYN | Flow::ACK;
+    for (protocol, idle, tcp, settles) in [
+        (UDP, [0, 0], [0, 0], 2),
+        (UDP, [2, 3], [0, 0], 1),
+        (UDP, [3, 3], [0, 0], 0),
+        (ICMP, [1, 1], [0, 0], 2),
+        (TCP, [0, 0], [Flow::SYN, 0], 0),
+        (TCP, [0, 0], [Flow::SYN, Flow::SYN], 0),
+        (TCP, [0, 0], [OPEN, Flow::SYN], 1),
+        (TCP, [0, 0], [OPEN, OPEN], 2),
+        (TCP, [0, 0], [OPEN | Flow::FIN, OPEN | Flow::RST], 0),
+    ] {
+        let mut flows = Memory::new(BTreeMap::new());
+        add(&mut flows, &tuple(protocol, 2, 1), idle, tcp);
+        let tally = sweep(100).pass(&mut flows, NOW, None).unwrap();
+        assert_eq!(tally.settled, settles, "{protocol} {idle:?} {tcp:?}");
+        assert_eq!(flows.settled.len() as u64, settles);
+    }
+}
+
+#[test]
+fn a_settled_flow_lives_by_what_its_slots_say() {
+    let mut flows = Memory::new(BTreeMap::new());
+    add(&mut flows, &tuple(UDP, 2, 1), [0, 0], [0, 0]);
+    let mut sweep = sweep(100);
+    let mut pass = |flows: &mut Flows, after: u64| {
+        let tally = sweep.pass(flows, NOW + after * SECOND, None).unwrap();
+        (tally.flows, tally.next_hops.len(), tally.settled)
+    };
+    assert_eq!(pass(&mut flows, 0), (1, 1, 2));
+    // What the table tells is old by now, but in use it is, and told to be.
+    let keys: Vec<Key4> = flows.settled.keys().copied().collect();
+    for key in &keys {
+        flows.settled.get_mut(key).unwrap().last_used = NOW + 999 * SECOND;
+    }
+    assert_eq!(pass(&mut flows, 1000), (1, 1, 2));
+    for key in &keys {
+        assert_eq!(flows.entries[key].last_used, NOW + 999 * SECOND);
+    }
+    // One direction keeps it.
+    flows.settled.get_mut(&keys[1]).unwrap().last_used = NOW + 1200 * SECOND;
+    assert_eq!(pass(&mut flows, 1400), (1, 0, 2));
+    assert_eq!(pass(&mut flows, 1501), (0, 0, 0));
+    assert!(flows.entries.is_empty() && flows.settled.is_empty());
 }
 
 proptest! {
@@ -225,7 +277,7 @@ proptest! {
         for ((protocol, host, port), (idle, tcp)) in &all {
             add(&mut flows, &tuple(*protocol, *host, *port), *idle, *tcp);
         }
-        prop_assert_eq!(flows.0.len(), 2 * all.len());
+        prop_assert_eq!(flows.entries.len(), 2 * all.len());
         let tally = sweep(1000).pass(&mut flows, NOW, None).unwrap();
         prop_assert_eq!(tally.strays, 0);
         prop_assert_eq!(tally.flows + tally.expired, all.len() as u64);
@@ -238,13 +290,13 @@ proptest! {
                 _ => 240,
             };
             let live = idle[0].min(idle[1]) <= timeout;
-            prop_assert_eq!(flows.0.contains_key(&key), live);
+            prop_assert_eq!(flows.entries.contains_key(&key), live);
         }
         // The counts become right, whatever they were.
         let address = |host: u8| Address::v4([100, 64, 0, host]);
         let mut sources = Memory::new(counted.iter().map(|(h, c)| (address(*h), *c)).collect());
         recount(&mut sources, &tally.sources).unwrap();
-        for (source, count) in &sources.0 {
+        for (source, count) in &sources.entries {
             prop_assert_eq!(tally.sources.get(source), Some(count));
         }
         let total: u32 = tally.sources.values().sum();
