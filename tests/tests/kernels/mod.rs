@@ -28,6 +28,7 @@ const INSIDE: &[&str] = &[
     "ebpf::guard::it_is_native",
     "ebpf::policy::the_kernel_finds",
     "ebpf::restart",
+    "ebpf::settled::a_settled",
     "ebpf::verdicts",
 ];
 
