@@ -32,10 +32,8 @@ impl Daemon {
             tracing::warn!(%error, path = %path.display(), "clients have to come back by themselves");
         }
         self.guard.remove();
-        if let Err(error) = self.kernel.leave() {
-            warn(&error);
-        }
-        // The programs go after the device, lest a packet of a flow of theirs reach the kernel.
+        // The programs go after the device, lest a packet of a flow of theirs reach the kernel; and the
+        // kernel's ruleset goes with `self`, after all of it.
         self.engine.shutdown();
         if let Some(ebpf) = self.ebpf
             && let Err(error) = ebpf.leave()

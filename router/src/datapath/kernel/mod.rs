@@ -1,10 +1,11 @@
 //! The kernel datapath: forwarding, masquerade, MSS clamp and policy in an nf_tables table of our
-//! own. No other table is touched.
+//! own, and beside it one that outlives the daemon ([`kept`]). No other table is touched.
 //!
 //! An accept in our table does not overrule a drop in another one, where Docker or a host firewall
 //! may refuse to forward: see [`other_firewalls`].
 
 mod denied;
+mod kept;
 mod policy;
 mod ruleset;
 mod span;
@@ -25,8 +26,10 @@ use tables::Tables;
 #[derive(Debug)]
 pub struct Kernel {
     table: String,
-    /// The way to nf_tables, once something is installed. The table may belong to this socket, so
-    /// it stays open as long as the table is to stay.
+    /// The table that outlives the daemon.
+    kept: String,
+    /// The way to nf_tables, once something is installed. The first table may belong to this socket,
+    /// so it stays open as long as that is to stay.
     nft: Option<Mutex<Nft>>,
     /// What is installed.
     installed: Option<(Spec, Tables)>,
@@ -35,24 +38,13 @@ pub struct Kernel {
 impl Kernel {
     /// The datapath of the TUN device `device`; nothing is installed yet.
     pub fn new(device: &str) -> Self {
+        let table = format!("{TABLE_PREFIX}{device}");
         Self {
-            table: format!("{TABLE_PREFIX}{device}"),
+            kept: kept::name(&table),
+            table,
             nft: None,
             installed: None,
         }
-    }
-
-    /// Leaves the ruleset to the next daemon: connection tracking goes on with the flows that it
-    /// knows.
-    pub fn leave(mut self) -> Result<(), Error> {
-        let (Some((spec, tables)), Some(nft)) = (&self.installed, &mut self.nft) else {
-            return Ok(());
-        };
-        let nft = nft.get_mut().unwrap_or_else(PoisonError::into_inner);
-        nft.replace(&self.table, false, |transaction| {
-            ruleset::write(transaction, spec, tables, |_| Count::default());
-        })
-        .map_err(error)
     }
 
     fn counts(&self) -> Result<BTreeMap<String, Count>, netlink::Error> {
@@ -91,6 +83,9 @@ impl Datapath for Kernel {
         if outcome.is_ok() {
             let before = self.installed.as_ref().map(|(_, tables)| tables);
             end_flows(&mut nft, before, &tables);
+            if let Err(error) = kept::write(&mut nft, &self.kept) {
+                tracing::warn!("{error}; flows that the kernel translates end with the daemon");
+            }
             self.installed = Some((spec.clone(), tables));
         }
         self.nft = Some(Mutex::new(nft));
@@ -114,7 +109,9 @@ impl Datapath for Kernel {
     fn remove(&mut self) -> Result<(), Error> {
         self.installed = None;
         if let Some(nft) = self.nft.take() {
-            lock(&nft).remove(&self.table).map_err(error)?;
+            let mut nft = lock(&nft);
+            nft.remove(&self.table).map_err(error)?;
+            nft.remove(&self.kept).map_err(error)?;
         }
         Ok(())
     }

@@ -386,7 +386,7 @@ fn handed_over<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
         .cmp(Cmp::Eq, REG, &HANDED_OVER.to_ne_bytes())
 }
 
-fn known<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
+pub(super) fn known<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
     rule.ct(Ct::State, REG)
         .any_bit(REG, &CT_ESTABLISHED_RELATED.to_ne_bytes())
 }

@@ -13,7 +13,7 @@ use super::super::policy::to_vpc;
 use super::super::{Path, SOON, on_every_path, warm_up};
 use super::{BRIEFLY, PORT, carries, receive, tcp_pair, udp_at, udp_to};
 
-on_every_path!(flows_outlive_a_restart);
+on_every_path!(flows_outlive_a_restart, flows_outlive_a_crash);
 
 /// A TCP connection and a UDP flow of one family, both ends.
 struct Flows {
@@ -196,11 +196,8 @@ fn flows_outlive_a_restart(path: Path) {
     flows_outlive(path, |sluice| sluice.stop_by(libc::SIGUSR1));
 }
 
-#[test]
-fn flows_outlive_a_crash() {
-    for path in [Path::Fast, Path::Translated] {
-        flows_outlive(path, Sluice::kill);
-    }
+fn flows_outlive_a_crash(path: Path) {
+    flows_outlive(path, Sluice::kill);
 }
 
 /// After a stop for good the kernel speaks for itself again: so the tests above see what they look
