@@ -1,12 +1,18 @@
-//! What outlives the daemon, however it ends: a table of its own, which nobody owns.
+//! What outlives the daemon, however it ends but by a stop: a table of its own, which nobody owns.
 //!
 //! The ruleset goes with the daemon. With the last chain that translates and the last rule that asks
 //! connection tracking the kernel would stop looking at packets of the flows that it knows: a server's
 //! would be for the router itself, and refused (RST, "port unreachable"). One chain and one rule are
 //! enough to have it go on, and they let nothing through: the TUN device is gone, and behind its routes
 //! lie others that drop in silence.
+//!
+//! Its sets tell the next daemon which of these flows passed the tunnel, so that it ends those that
+//! it does not carry.
 
 use super::ruleset::known;
+use super::span::{Family, Span, holds, number};
+use super::tables::{FamilyTables, Tables};
+use crate::datapath::policy::NewFlow;
 use crate::netlink::Error;
 use crate::netlink::nft::{Hook, Nft, Verdict};
 
@@ -15,15 +21,108 @@ pub(super) fn name(table: &str) -> String {
     format!("{table}_kept")
 }
 
-/// Makes the table, unless it is there.
-pub(super) fn write(nft: &mut Nft, table: &str) -> Result<(), Error> {
-    if nft.tables()?.iter().any(|name| name == table) {
-        return Ok(());
+/// What has been carried, by this daemon or the one before.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Carried {
+    v4: Ends,
+    v6: Ends,
+}
+
+/// Between whom, in one family.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Ends {
+    /// Addresses of peers.
+    overlay: Vec<Span>,
+    /// Routed addresses.
+    routes: Vec<Span>,
+}
+
+impl Ends {
+    fn of(tables: &FamilyTables) -> Self {
+        Self {
+            overlay: tables.overlay.clone(),
+            routes: tables.routes.clone(),
+        }
     }
-    nft.replace(table, false, |tx| {
-        tx.base_chain("translated", Hook::SourceNat);
-        tx.rule("translated", |r| {
-            known(r).verdict(Verdict::Accept);
-        });
-    })
+}
+
+/// The names of the sets.
+fn names(family: Family) -> [&'static str; 2] {
+    match family {
+        Family::V4 => ["overlay4", "routes4"],
+        Family::V6 => ["overlay6", "routes6"],
+    }
+}
+
+impl Carried {
+    /// What is carried by `tables`.
+    pub(super) fn by(tables: &Tables) -> Self {
+        let [v4, v6] = tables.families();
+        Self {
+            v4: Ends::of(v4),
+            v6: Ends::of(v6),
+        }
+    }
+
+    /// What the table says; nothing, when it is not there.
+    pub(super) fn read(nft: &mut Nft, table: &str) -> Result<Self, Error> {
+        if !nft.has(table)? {
+            return Ok(Self::default());
+        }
+        let mut ends = |family| -> Result<Ends, Error> {
+            let [overlay, routes] = names(family);
+            Ok(Ends {
+                overlay: nft.address_set(table, overlay, family)?,
+                routes: nft.address_set(table, routes, family)?,
+            })
+        };
+        Ok(Self {
+            v4: ends(Family::V4)?,
+            v6: ends(Family::V6)?,
+        })
+    }
+
+    /// Makes the table say this, which says `before` unless somebody has removed it.
+    pub(super) fn keep(&self, nft: &mut Nft, table: &str, before: &Self) -> Result<(), Error> {
+        if self == before && nft.has(table)? {
+            return Ok(());
+        }
+        nft.replace(table, false, |tx| {
+            tx.base_chain("translated", Hook::SourceNat);
+            tx.rule("translated", |r| {
+                known(r).verdict(Verdict::Accept);
+            });
+            for (family, ends) in [(Family::V4, &self.v4), (Family::V6, &self.v6)] {
+                let [overlay, routes] = names(family);
+                tx.address_set(overlay, family, &ends.overlay);
+                tx.address_set(routes, family, &ends.routes);
+            }
+        })
+    }
+
+    /// Whether nothing has been carried.
+    pub(super) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether the destination of `flow` was routed.
+    pub(super) fn routed(&self, flow: &NewFlow) -> bool {
+        holds(&self.of(flow).routes, number(flow.destination))
+    }
+
+    /// Whether `flow` passed the tunnel.
+    pub(super) fn passed(&self, flow: &NewFlow) -> bool {
+        let ends = self.of(flow);
+        let (source, destination) = (number(flow.source), number(flow.destination));
+        holds(&ends.overlay, source)
+            || (holds(&ends.overlay, destination) && holds(&ends.routes, source))
+    }
+
+    fn of(&self, flow: &NewFlow) -> &Ends {
+        if flow.source.is_ipv4() {
+            &self.v4
+        } else {
+            &self.v6
+        }
+    }
 }

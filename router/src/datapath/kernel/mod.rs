@@ -18,6 +18,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::{Counter, Datapath, Error, Spec};
 use crate::netlink;
 use crate::netlink::nft::{Count, Nft, TABLE_PREFIX};
+use kept::Carried;
 use ruleset::COUNTERS;
 use tables::Tables;
 
@@ -32,7 +33,9 @@ pub struct Kernel {
     /// so it stays open as long as that is to stay.
     nft: Option<Mutex<Nft>>,
     /// What is installed.
-    installed: Option<(Spec, Tables)>,
+    installed: Option<Tables>,
+    /// What the kept table tells of flows.
+    carried: Carried,
 }
 
 impl Kernel {
@@ -44,6 +47,40 @@ impl Kernel {
             table,
             nft: None,
             installed: None,
+            carried: Carried::default(),
+        }
+    }
+
+    /// Ends the known flows that `tables`, which are in force now, do not permit: the ruleset asks only
+    /// about new ones. And tells the next daemon what is carried.
+    fn settle(&mut self, nft: &mut Nft, tables: Tables) {
+        if self.installed.is_none() {
+            match Carried::read(nft, &self.kept) {
+                Ok(carried) => self.carried = carried,
+                Err(error) => tracing::warn!(
+                    "{error}; flows of the daemon before that are no longer permitted go on until \
+                     they end by themselves"
+                ),
+            }
+        }
+        let carried = Carried::by(&tables);
+        let may_forbid = match &self.installed {
+            Some(before) => *before != tables || self.carried != carried,
+            None => tables.restricted || !self.carried.is_empty(),
+        };
+        let outcome = if may_forbid {
+            end_flows(nft, &tables, &self.carried)
+        } else {
+            Ok(())
+        };
+        self.installed = Some(tables);
+        match outcome.and_then(|()| carried.keep(nft, &self.kept, &self.carried)) {
+            Ok(()) => self.carried = carried,
+            // What has been carried is still told, and looked at with the next change.
+            Err(error) => tracing::warn!(
+                "{error}; flows that are no longer permitted go on until they end by themselves, and \
+                 others may end with the daemon"
+            ),
         }
     }
 
@@ -81,12 +118,7 @@ impl Datapath for Kernel {
             });
         });
         if outcome.is_ok() {
-            let before = self.installed.as_ref().map(|(_, tables)| tables);
-            end_flows(&mut nft, before, &tables);
-            if let Err(error) = kept::write(&mut nft, &self.kept) {
-                tracing::warn!("{error}; flows that the kernel translates end with the daemon");
-            }
-            self.installed = Some((spec.clone(), tables));
+            self.settle(&mut nft, tables);
         }
         self.nft = Some(Mutex::new(nft));
         outcome.map_err(error)
@@ -108,6 +140,7 @@ impl Datapath for Kernel {
 
     fn remove(&mut self) -> Result<(), Error> {
         self.installed = None;
+        self.carried = Carried::default();
         if let Some(nft) = self.nft.take() {
             let mut nft = lock(&nft);
             nft.remove(&self.table).map_err(error)?;
@@ -117,22 +150,12 @@ impl Datapath for Kernel {
     }
 }
 
-/// Ends the known flows that are no longer permitted: the ruleset asks only about new ones.
-fn end_flows(nft: &mut Nft, before: Option<&Tables>, now: &Tables) {
-    let may_forbid = match before {
-        Some(before) => before != now,
-        None => now.restricted,
-    };
-    if !may_forbid {
-        return;
+fn end_flows(nft: &mut Nft, tables: &Tables, before: &Carried) -> Result<(), netlink::Error> {
+    let flows = nft.end_flows(|flow| tables.ends(before, flow))?;
+    if flows > 0 {
+        tracing::info!(flows, "ended flows that are no longer permitted");
     }
-    match nft.end_flows(|flow| now.ends(before, flow)) {
-        Ok(0) => {}
-        Ok(flows) => tracing::info!(flows, "ended flows that are no longer permitted"),
-        Err(error) => tracing::warn!(
-            "{error}; flows that are no longer permitted go on until they end by themselves"
-        ),
-    }
+    Ok(())
 }
 
 /// Other firewalls of this machine that drop forwarded packets which no rule of theirs accepts, as

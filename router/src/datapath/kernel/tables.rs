@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use super::kept::Carried;
 use super::policy::{Compiled, compile};
 use super::span::{Family, Span, holds, merge, number, partition, span, union};
 use crate::datapath::Spec;
@@ -48,14 +49,12 @@ impl Tables {
         [&self.v4, &self.v6]
     }
 
-    /// Whether a flow that was let through under `before` (`None`: by an earlier run) must end.
-    pub(super) fn ends(&self, before: Option<&Self>, flow: &NewFlow) -> bool {
+    /// Whether a flow that was let through while `before` was carried must end.
+    pub(super) fn ends(&self, before: &Carried, flow: &NewFlow) -> bool {
         match self.permits(flow) {
-            Some(true) => before.is_some_and(|before| {
-                before.routed(flow.destination) && !self.routed(flow.destination)
-            }),
+            Some(true) => before.routed(flow) && !self.routed(flow.destination),
             Some(false) => true,
-            None => before.is_some_and(|before| before.permits(flow).is_some()),
+            None => before.passed(flow),
         }
     }
 
@@ -212,7 +211,7 @@ mod tests {
             // What never passed the tunnel.
             (false, Some(&all), &one, router, vpc),
             (false, Some(&all), &one, router, peer),
-            // Left by an earlier run.
+            // Left by an earlier run that has not told what it carried.
             (true, None, &one, peer, vpc),
             (false, None, &open, peer, vpc),
             (false, None, &one, router, vpc),
@@ -223,8 +222,9 @@ mod tests {
                 protocol: TCP,
                 port: 80,
             };
-            let before = before.map(Tables::new);
-            let got = Tables::new(now).ends(before.as_ref(), &flow);
+            let before = before.map(|before| Carried::by(&Tables::new(before)));
+            let before = before.unwrap_or_default();
+            let got = Tables::new(now).ends(&before, &flow);
             assert_eq!(got, ends, "{flow:?} {before:?}");
         }
     }

@@ -4,6 +4,7 @@
 //! nothing does. Where the kernel can (5.12), the table belongs to our socket: `nft flush ruleset`
 //! by others does not touch it, and it goes when the process dies.
 
+mod elements;
 mod expression;
 mod flows;
 mod transaction;
@@ -35,6 +36,7 @@ const GETCHAIN: u16 = 4;
 const NEWRULE: u16 = 6;
 const NEWSET: u16 = 9;
 const NEWSETELEM: u16 = 12;
+const GETSETELEM: u16 = 13;
 const NEWOBJ: u16 = 18;
 const GETOBJ: u16 = 19;
 /// In every message, the first attribute names the table.
@@ -86,7 +88,7 @@ impl Nft {
         owned: bool,
         write: impl Fn(&mut Transaction<'_>),
     ) -> Result<(), Error> {
-        let exists = self.tables()?.iter().any(|name| name == table);
+        let exists = self.has(table)?;
         let attempt = |nft: &mut Self, flags| {
             let mut transaction = Transaction::begin(&nft.0, table);
             if exists {
@@ -112,7 +114,7 @@ impl Nft {
 
     /// Removes the table; whether there was one.
     pub(crate) fn remove(&mut self, table: &str) -> Result<bool, Error> {
-        if !self.tables()?.iter().any(|name| name == table) {
+        if !self.has(table)? {
             return Ok(false);
         }
         let mut transaction = Transaction::begin(&self.0, table);
@@ -127,8 +129,13 @@ impl Nft {
         }
     }
 
+    /// Whether there is such a table.
+    pub(crate) fn has(&mut self, table: &str) -> Result<bool, Error> {
+        Ok(self.tables()?.iter().any(|name| name == table))
+    }
+
     /// Names of all tables of the family `inet`.
-    pub(crate) fn tables(&mut self) -> Result<Vec<String>, Error> {
+    fn tables(&mut self) -> Result<Vec<String>, Error> {
         let answer = self
             .dump(GETTABLE, INET, |_| {})
             .map_err(|refusal| Error::refused("list nf_tables tables", refusal))?;

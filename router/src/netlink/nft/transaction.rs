@@ -1,5 +1,6 @@
 //! A transaction: the contents of one table, message by message.
 
+use super::elements::INTERVAL_END;
 use super::expression::{Rule, Verdict, write_verdict};
 use super::{
     BATCH_BEGIN, BATCH_END, COUNTER, Count, DELTABLE, INET, NEWCHAIN, NEWOBJ, NEWRULE, NEWSET,
@@ -334,7 +335,6 @@ struct Element<'e> {
 
 impl Element<'_> {
     fn write(&self, list: &mut Payload<'_>) {
-        const INTERVAL_END: u32 = 1;
         list.nested(1, |element| {
             element.nested(1, |key| key.attribute(1, &self.key));
             if let Some(chain) = self.chain {
@@ -370,13 +370,13 @@ fn boundaries<'e>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::netlink::nft::{Ct, REG};
     use crate::netlink::wire::{Message, attribute, attributes, messages};
 
-    fn transaction() -> Transaction<'static> {
+    pub(in super::super) fn transaction() -> Transaction<'static> {
         Transaction {
             batch: Batch::new(1),
             table: "t",
@@ -385,7 +385,7 @@ mod tests {
         }
     }
 
-    fn of_kind<'a>(tx: &'a Transaction<'_>, kind: u16) -> Vec<Message<'a>> {
+    pub(in super::super) fn of_kind<'a>(tx: &'a Transaction<'_>, kind: u16) -> Vec<Message<'a>> {
         messages(tx.batch.bytes())
             .filter(|message| message.kind == NFTABLES << 8 | kind)
             .collect()

@@ -3,9 +3,9 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use lab::packet::{ICMP, ICMPV6, Packet, TCP};
-use lab::site::{Arms, Running, SERVER};
+use lab::site::{Arms, Running, SERVER, VPC};
 use lab::sluice::{Config, Sluice};
 use lab::{Capture, Lab, Wireguard, wait_until};
 
@@ -13,7 +13,12 @@ use super::super::policy::to_vpc;
 use super::super::{Path, SOON, on_every_path, warm_up};
 use super::{BRIEFLY, PORT, carries, receive, tcp_pair, udp_at, udp_to};
 
-on_every_path!(flows_outlive_a_restart, flows_outlive_a_crash);
+on_every_path!(
+    flows_outlive_a_restart,
+    flows_outlive_a_crash,
+    flows_to_what_is_no_longer_routed_end,
+    flows_to_what_the_next_daemon_does_not_route_end,
+);
 
 /// A TCP connection and a UDP flow of one family, both ends.
 struct Flows {
@@ -143,25 +148,10 @@ impl Bed {
     /// The same connections carry data, by the same external port.
     fn assert_alive(&mut self) -> anyhow::Result<()> {
         for flows in &mut self.flows {
-            let what = flows.external.to_string();
-            // The laptop sends first, and so makes a session.
-            let reached = || flows.near_udp.send(b"after").is_ok();
-            flows.far_udp.set_read_timeout(Some(BRIEFLY))?;
-            let mut external = None;
-            wait_until(SOON, "the tunnel", || {
-                external = reached()
-                    .then(|| receive(&flows.far_udp).ok())
-                    .flatten()
-                    .map(|(_, from)| from);
-                external.is_some()
-            })?;
-            ensure!(external == Some(flows.external), "{what}: {external:?}");
+            flows.reach()?;
             let meanwhile = flows.near.read_exact(&mut [0]);
-            meanwhile.with_context(|| format!("{what}: what was sent meanwhile"))?;
-            carries(&flows.near, &flows.far, &format!("{what} up"))?;
-            carries(&flows.far, &flows.near, &format!("{what} down"))?;
-            flows.far_udp.send_to(b"after", flows.external)?;
-            receive(&flows.near_udp).with_context(|| format!("{what}: UDP down"))?;
+            meanwhile.with_context(|| format!("{}: what was sent meanwhile", flows.external))?;
+            flows.carry()?;
         }
         Ok(())
     }
@@ -169,6 +159,56 @@ impl Bed {
     /// Whether anything is pinned.
     fn pinned(&self) -> anyhow::Result<bool> {
         Ok(self.site.router.bpffs()?.join("sluice").exists())
+    }
+}
+
+impl Flows {
+    /// The laptop's datagrams arrive, by the same external port. It sends first, and so makes a
+    /// session.
+    fn reach(&self) -> anyhow::Result<()> {
+        self.far_udp.set_read_timeout(Some(BRIEFLY))?;
+        let mut external = None;
+        wait_until(SOON, "the tunnel", || {
+            let reached = self.near_udp.send(b"after").is_ok();
+            external = reached
+                .then(|| receive(&self.far_udp).ok())
+                .flatten()
+                .map(|(_, from)| from);
+            external.is_some()
+        })?;
+        ensure!(
+            external == Some(self.external),
+            "{}: {external:?}",
+            self.external
+        );
+        Ok(())
+    }
+
+    /// All of it, once the tunnel is there.
+    fn carry(&self) -> anyhow::Result<()> {
+        let what = self.external.to_string();
+        carries(&self.near, &self.far, &format!("{what} up"))?;
+        carries(&self.far, &self.near, &format!("{what} down"))?;
+        self.far_udp.send_to(b"after", self.external)?;
+        receive(&self.near_udp).with_context(|| format!("{what}: UDP down"))?;
+        Ok(())
+    }
+
+    /// Nothing of it passes, either way.
+    fn assert_ended(&self) -> anyhow::Result<()> {
+        for socket in [&self.near_udp, &self.far_udp] {
+            socket.set_read_timeout(Some(BRIEFLY))?;
+        }
+        for stream in [&self.near, &self.far] {
+            stream.set_read_timeout(Some(BRIEFLY))?;
+        }
+        self.near_udp.send(b"up")?;
+        ensure!(receive(&self.far_udp).is_err(), "UDP up");
+        self.far_udp.send_to(b"down", self.external)?;
+        ensure!(receive(&self.near_udp).is_err(), "UDP down");
+        ensure!(carries(&self.near, &self.far, "up").is_err(), "TCP up");
+        ensure!(carries(&self.far, &self.near, "down").is_err(), "TCP down");
+        Ok(())
     }
 }
 
@@ -253,24 +293,48 @@ fn a_new_policy_rules_over_kept_flows() {
             carries(&near, &far, "the new rule")?;
         }
         for flows in &bed.flows {
-            for socket in [&flows.near_udp, &flows.far_udp] {
-                socket.set_read_timeout(Some(BRIEFLY))?;
-            }
-            for stream in [&flows.near, &flows.far] {
-                stream.set_read_timeout(Some(BRIEFLY))?;
-            }
-            flows.near_udp.send(b"up")?;
-            ensure!(receive(&flows.far_udp).is_err(), "UDP up");
-            flows.far_udp.send_to(b"down", flows.external)?;
-            ensure!(receive(&flows.near_udp).is_err(), "UDP down");
-            ensure!(carries(&flows.near, &flows.far, "up").is_err(), "TCP up");
-            ensure!(
-                carries(&flows.far, &flows.near, "down").is_err(),
-                "TCP down"
-            );
+            flows.assert_ended()?;
         }
         Ok(())
     });
+}
+
+/// The IPv4 route is taken away by `change`: its flows end, and those of IPv6 go on.
+fn unrouted_flows_end(path: Path, change: impl FnOnce(&mut Bed) -> anyhow::Result<()>) {
+    lab::test(|lab| {
+        let mut bed = Bed::new(lab, path)?;
+        bed.config.routes.retain(|route| route.cidr != VPC[0]);
+        change(&mut bed)?;
+        let [v4, v6] = &bed.flows[..] else {
+            bail!("of two families");
+        };
+        v6.reach()?;
+        v6.carry()?;
+        v4.assert_ended()
+    });
+}
+
+fn flows_to_what_is_no_longer_routed_end(path: Path) {
+    unrouted_flows_end(path, |bed| {
+        let sluice = bed.run.as_mut().context("it runs")?;
+        sluice.reload(&bed.config)?;
+        wait_until(SOON, "the change", || {
+            let status = sluice.status().unwrap_or_default();
+            status["routes"]
+                .as_array()
+                .is_some_and(|all| all.len() == 1)
+        })
+    });
+}
+
+fn flows_to_what_the_next_daemon_does_not_route_end(path: Path) {
+    let ends: [fn(Sluice) -> _; 2] = [|sluice| sluice.stop_by(libc::SIGUSR1), Sluice::kill];
+    for end in ends {
+        unrouted_flows_end(path, |bed| {
+            bed.end(end)?;
+            bed.start().map(drop)
+        });
+    }
 }
 
 /// Another size of the table, or another form of it: the flows end, and the log says why.
