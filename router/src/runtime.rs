@@ -354,6 +354,9 @@ impl Daemon {
                 }
             }
         }
+        if self.kernel.due().is_some_and(|due| due <= now) {
+            self.kernel.end_addressless(now);
+        }
         if self.neighbours_due <= now {
             self.neighbours_due = now + NEIGHBOURS;
             self.look_after_neighbours().await;
@@ -395,6 +398,7 @@ impl Daemon {
             self.names.poll_timeout(),
             self.facts_due,
             self.ebpf.as_ref().map(|_| self.neighbours_due),
+            self.kernel.due(),
         ]
         .into_iter()
         .flatten()

@@ -7,10 +7,15 @@
 //! lie others that drop in silence.
 //!
 //! Its sets tell the next daemon which of these flows passed the tunnel, so that it ends those that
-//! it does not carry.
+//! it does not carry, and whose external address is gone.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 use super::ruleset::known;
-use super::span::{Family, Span, holds, number};
+use super::span::{Family, Span, address, holds, number, union};
 use super::tables::{FamilyTables, Tables};
 use crate::datapath::policy::NewFlow;
 use crate::netlink::Error;
@@ -21,11 +26,16 @@ pub(super) fn name(table: &str) -> String {
     format!("{table}_kept")
 }
 
+/// More addresses than this in a row are not ours: a router has a few.
+const MOST_IN_A_ROW: usize = 1024;
+
 /// What has been carried, by this daemon or the one before.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Carried {
     v4: Ends,
     v6: Ends,
+    /// What sources may have been translated to.
+    external: BTreeSet<IpAddr>,
 }
 
 /// Between whom, in one family.
@@ -47,20 +57,29 @@ impl Ends {
 }
 
 /// The names of the sets.
-fn names(family: Family) -> [&'static str; 2] {
+fn names(family: Family) -> [&'static str; 3] {
     match family {
-        Family::V4 => ["overlay4", "routes4"],
-        Family::V6 => ["overlay6", "routes6"],
+        Family::V4 => ["overlay4", "routes4", "external4"],
+        Family::V6 => ["overlay6", "routes6", "external6"],
     }
 }
 
 impl Carried {
-    /// What is carried by `tables`.
-    pub(super) fn by(tables: &Tables) -> Self {
+    /// What is carried by `tables`, with these external addresses.
+    pub(super) fn by(tables: &Tables, external: BTreeSet<IpAddr>) -> Self {
         let [v4, v6] = tables.families();
         Self {
             v4: Ends::of(v4),
             v6: Ends::of(v6),
+            external,
+        }
+    }
+
+    /// The same with other external addresses.
+    pub(super) fn with(&self, external: BTreeSet<IpAddr>) -> Self {
+        Self {
+            external,
+            ..self.clone()
         }
     }
 
@@ -69,8 +88,13 @@ impl Carried {
         if !nft.has(table)? {
             return Ok(Self::default());
         }
+        let mut external = BTreeSet::new();
         let mut ends = |family| -> Result<Ends, Error> {
-            let [overlay, routes] = names(family);
+            let [overlay, routes, addresses] = names(family);
+            for (first, last) in nft.address_set(table, addresses, family)? {
+                let numbers = (first..=last).take(MOST_IN_A_ROW);
+                external.extend(numbers.map(|number| address(number, family)));
+            }
             Ok(Ends {
                 overlay: nft.address_set(table, overlay, family)?,
                 routes: nft.address_set(table, routes, family)?,
@@ -79,6 +103,7 @@ impl Carried {
         Ok(Self {
             v4: ends(Family::V4)?,
             v6: ends(Family::V6)?,
+            external,
         })
     }
 
@@ -92,12 +117,24 @@ impl Carried {
             tx.rule("translated", |r| {
                 known(r).verdict(Verdict::Accept);
             });
+            let external: Vec<IpNet> = self.external.iter().map(|a| IpNet::from(*a)).collect();
             for (family, ends) in [(Family::V4, &self.v4), (Family::V6, &self.v6)] {
-                let [overlay, routes] = names(family);
+                let [overlay, routes, addresses] = names(family);
+                tx.address_set(addresses, family, &union(&external, family));
                 tx.address_set(overlay, family, &ends.overlay);
                 tx.address_set(routes, family, &ends.routes);
             }
         })
+    }
+
+    /// What sources may have been translated to.
+    pub(super) fn external(&self) -> &BTreeSet<IpAddr> {
+        &self.external
+    }
+
+    /// Whether the flows of both are between the same ends.
+    pub(super) fn like(&self, other: &Self) -> bool {
+        self.v4 == other.v4 && self.v6 == other.v6
     }
 
     /// Whether nothing has been carried.
@@ -110,12 +147,16 @@ impl Carried {
         holds(&self.of(flow).routes, number(flow.destination))
     }
 
+    /// Whether a peer began `flow`, so that its source may have been translated.
+    pub(super) fn is_peers(&self, flow: &NewFlow) -> bool {
+        holds(&self.of(flow).overlay, number(flow.source))
+    }
+
     /// Whether `flow` passed the tunnel.
     pub(super) fn passed(&self, flow: &NewFlow) -> bool {
         let ends = self.of(flow);
         let (source, destination) = (number(flow.source), number(flow.destination));
-        holds(&ends.overlay, source)
-            || (holds(&ends.overlay, destination) && holds(&ends.routes, source))
+        self.is_peers(flow) || (holds(&ends.overlay, destination) && holds(&ends.routes, source))
     }
 
     fn of(&self, flow: &NewFlow) -> &Ends {

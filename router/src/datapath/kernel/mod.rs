@@ -4,6 +4,7 @@
 //! An accept in our table does not overrule a drop in another one, where Docker or a host firewall
 //! may refuse to forward: see [`other_firewalls`].
 
+mod away;
 mod denied;
 mod kept;
 mod policy;
@@ -12,12 +13,15 @@ mod span;
 mod tables;
 mod translate;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use super::{Counter, Datapath, Error, Spec};
 use crate::netlink;
 use crate::netlink::nft::{Count, Nft, TABLE_PREFIX};
+use away::Away;
 use kept::Carried;
 use ruleset::COUNTERS;
 use tables::Tables;
@@ -36,6 +40,8 @@ pub struct Kernel {
     installed: Option<Tables>,
     /// What the kept table tells of flows.
     carried: Carried,
+    /// Which of the external addresses are gone.
+    away: Away,
 }
 
 impl Kernel {
@@ -48,12 +54,53 @@ impl Kernel {
             nft: None,
             installed: None,
             carried: Carried::default(),
+            away: Away::default(),
+        }
+    }
+
+    /// When [`Kernel::end_addressless`] has something to do.
+    pub fn due(&self) -> Option<Instant> {
+        self.away.due()
+    }
+
+    /// Ends the flows that are translated to an address which the router has not had for half a
+    /// minute: the kernel ends by itself only those that it masquerades.
+    pub fn end_addressless(&mut self, now: Instant) {
+        let gone = self.away.for_good(now);
+        let Some(nft) = &mut self.nft else {
+            return;
+        };
+        let nft = nft.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let carried = self.carried.with(self.carried.external() - &gone);
+        let ended = nft.end_flows(|flow| {
+            gone.contains(&flow.external)
+                && flow.external != flow.first.source
+                && carried.is_peers(&flow.first)
+        });
+        match ended.and_then(|flows| {
+            carried.keep(nft, &self.kept, &self.carried)?;
+            Ok(flows)
+        }) {
+            Ok(flows) => {
+                if flows > 0 {
+                    tracing::info!(
+                        flows,
+                        "ended flows whose external address the router has no more"
+                    );
+                }
+                self.carried = carried;
+                self.away.forget(&gone);
+            }
+            Err(error) => {
+                tracing::warn!("{error}; flows whose external address is gone stay for now");
+                self.away.postpone(now);
+            }
         }
     }
 
     /// Ends the known flows that `tables`, which are in force now, do not permit: the ruleset asks only
     /// about new ones. And tells the next daemon what is carried.
-    fn settle(&mut self, nft: &mut Nft, tables: Tables) {
+    fn settle(&mut self, nft: &mut Nft, tables: Tables, addresses: &BTreeSet<IpAddr>) {
         if self.installed.is_none() {
             match Carried::read(nft, &self.kept) {
                 Ok(carried) => self.carried = carried,
@@ -63,9 +110,12 @@ impl Kernel {
                 ),
             }
         }
-        let carried = Carried::by(&tables);
+        self.away
+            .look(self.carried.external(), addresses, Instant::now());
+        let external = addresses.iter().copied().chain(self.away.addresses());
+        let carried = Carried::by(&tables, external.collect());
         let may_forbid = match &self.installed {
-            Some(before) => *before != tables || self.carried != carried,
+            Some(before) => *before != tables || !self.carried.like(&carried),
             None => tables.restricted || !self.carried.is_empty(),
         };
         let outcome = if may_forbid {
@@ -118,7 +168,7 @@ impl Datapath for Kernel {
             });
         });
         if outcome.is_ok() {
-            self.settle(&mut nft, tables);
+            self.settle(&mut nft, tables, &spec.addresses);
         }
         self.nft = Some(Mutex::new(nft));
         outcome.map_err(error)
@@ -141,6 +191,7 @@ impl Datapath for Kernel {
     fn remove(&mut self) -> Result<(), Error> {
         self.installed = None;
         self.carried = Carried::default();
+        self.away = Away::default();
         if let Some(nft) = self.nft.take() {
             let mut nft = lock(&nft);
             nft.remove(&self.table).map_err(error)?;
@@ -151,7 +202,7 @@ impl Datapath for Kernel {
 }
 
 fn end_flows(nft: &mut Nft, tables: &Tables, before: &Carried) -> Result<(), netlink::Error> {
-    let flows = nft.end_flows(|flow| tables.ends(before, flow))?;
+    let flows = nft.end_flows(|flow| tables.ends(before, &flow.first))?;
     if flows > 0 {
         tracing::info!(flows, "ended flows that are no longer permitted");
     }

@@ -1,7 +1,7 @@
 //! Ranges of addresses, as numbers.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
@@ -22,6 +22,14 @@ pub(super) fn number(address: IpAddr) -> u128 {
     match address {
         IpAddr::V4(v4) => u128::from(v4.to_bits()),
         IpAddr::V6(v6) => v6.to_bits(),
+    }
+}
+
+/// The address of a number.
+pub(super) fn address(number: u128, family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::from_bits(number as u32).into(),
+        Family::V6 => Ipv6Addr::from_bits(number).into(),
     }
 }
 

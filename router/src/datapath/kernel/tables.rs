@@ -222,7 +222,7 @@ mod tests {
                 protocol: TCP,
                 port: 80,
             };
-            let before = before.map(|before| Carried::by(&Tables::new(before)));
+            let before = before.map(|before| Carried::by(&Tables::new(before), Default::default()));
             let before = before.unwrap_or_default();
             let got = Tables::new(now).ends(&before, &flow);
             assert_eq!(got, ends, "{flow:?} {before:?}");

@@ -14,10 +14,20 @@ const CTNETLINK: u16 = 1;
 const CT_GET: u16 = 1;
 const CT_DELETE: u16 = 2;
 const TUPLE_ORIGINAL: u16 = 1;
+const TUPLE_REPLY: u16 = 2;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
 /// Flows per datagram; see the same of routes.
 const FLOWS_PER_DATAGRAM: usize = 512;
+
+/// A flow as connection tracking knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tracked {
+    /// As its first packet was.
+    pub(crate) first: NewFlow,
+    /// Where its replies go: another address than its source if that is translated.
+    pub(crate) external: IpAddr,
+}
 
 /// What names a flow to the kernel.
 struct Name {
@@ -32,7 +42,7 @@ impl Nft {
     /// as those of new flows.
     pub(crate) fn end_flows(
         &mut self,
-        mut ended: impl FnMut(&NewFlow) -> bool,
+        mut ended: impl FnMut(&Tracked) -> bool,
     ) -> Result<usize, Error> {
         let mut names: Vec<Name> = Vec::new();
         let failed = |refusal| Error::refused("list connection tracking's flows", refusal);
@@ -69,19 +79,18 @@ impl Nft {
     }
 }
 
-/// Reads a flow as its first packet was.
-fn read(payload: &[u8]) -> Option<(NewFlow, Name)> {
+fn read(payload: &[u8]) -> Option<(Tracked, Name)> {
     let family = *payload.first()?;
     let attributes = payload.get(4..)?;
     let tuple = attribute(attributes, TUPLE_ORIGINAL)?;
-    let addresses = attribute(tuple, 1)?;
-    let address = |v4, v6| -> Option<IpAddr> {
+    let address = |tuple, v4, v6| -> Option<IpAddr> {
+        let addresses = attribute(tuple, 1)?;
         address_from(attribute(addresses, v4).or_else(|| attribute(addresses, v6))?)
     };
     let ports = attribute(tuple, 2)?;
-    let flow = NewFlow {
-        source: address(1, 3)?,
-        destination: address(2, 4)?,
+    let first = NewFlow {
+        source: address(tuple, 1, 3)?,
+        destination: address(tuple, 2, 4)?,
         protocol: *attribute(ports, 1)?.first()?,
         // Protocols without ports have none here either.
         port: attribute(ports, 3)
@@ -94,5 +103,6 @@ fn read(payload: &[u8]) -> Option<(NewFlow, Name)> {
         id: attribute(attributes, ID)?.to_vec(),
         zone: attribute(attributes, ZONE).map(<[u8]>::to_vec),
     };
-    Some((flow, name))
+    let external = address(attribute(attributes, TUPLE_REPLY)?, 2, 4)?;
+    Some((Tracked { first, external }, name))
 }

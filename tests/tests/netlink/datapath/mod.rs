@@ -1,5 +1,6 @@
 //! The kernel datapath, with a veth in place of the TUN device.
 
+mod flows;
 mod policy;
 mod ruleset;
 mod traffic;

@@ -393,6 +393,12 @@ fn external_addresses(datapath: &'static str, chosen: &[&str]) -> BTreeSet<(IpAd
 /// moment's absence see the sweep's own tests.)
 #[test]
 fn a_flow_does_not_outlive_its_external_address() {
+    for datapath in ["ebpf", "kernel"] {
+        lose_external_address(datapath);
+    }
+}
+
+fn lose_external_address(datapath: &'static str) {
     const LOST: [&str; 2] = ["10.30.0.11", "2001:db8:30::11"];
     lab::test(|lab| {
         let site = Site::new(lab, Arms::Two)?;
@@ -401,7 +407,7 @@ fn a_flow_does_not_outlive_its_external_address() {
                 .ip(&format!("address add {address} dev lan nodad"))?;
         }
         let client = Client::new("laptop", 2)?;
-        let mut config = site::config(&[&client], "ebpf", true)?;
+        let mut config = site::config(&[&client], datapath, true)?;
         config.external_addresses = LOST.map(str::to_owned).into();
         let _sluice = site.router.sluice(&config)?;
         let _tunnel = client.connect(&site.laptop, &config.key)?;
