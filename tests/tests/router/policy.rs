@@ -9,7 +9,7 @@ use lab::site::{self, Arms, CORE, Client, Running, SERVER, Site, VPC};
 use lab::sluice::{Rule, Sluice};
 use lab::{Host, Wireguard, http, wait_until};
 
-use super::{ECHO, HTTP, Path, SOON, echoes, on_every_path, serve};
+use super::{ECHO, HTTP, Path, SOON, echoes, on_every_path, serve, warm_up};
 
 on_every_path!(
     spoofed_sources_are_dropped_and_counted,
@@ -363,4 +363,86 @@ fn what_was_denied_is_listed(path: Path) {
         assert_eq!(none.lines().count(), 1, "{none}");
         Ok(())
     });
+}
+
+/// One side may call the other, not the other way round, and the router has forgotten that it did: a
+/// segment from the other one is not answered, for the next one of the caller's brings the connection
+/// back.
+fn may_belong_to_a_flow_of_the_other_end(path: Path, by_laptop: bool) {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        site.route_overlay()?;
+        let client = Client::new("laptop", 2)?;
+        // So that the laptop is not all peers.
+        let phone = Client::new("phone", 3)?;
+        let mut config = site::config(&[&client, &phone], path.datapath(), path.snat())?;
+        let port = format!(":{HTTP}");
+        config.rules = vec![if by_laptop {
+            to_vpc("laptop", &port, &["tcp"])
+        } else {
+            let [v4, v6] = client.addresses;
+            Rule {
+                from: VPC.map(str::to_owned).into(),
+                to: vec![format!("{v4}{port}"), format!("[{v6}]{port}")],
+                protocols: vec!["tcp".to_owned()],
+            }
+        }];
+        config.reject = true;
+        let sluice = site.router.sluice(&config)?;
+        let tunnel = client.connect(&site.laptop, &config.key)?;
+        for core in CORE {
+            warm_up(&site.router, core)?;
+        }
+        // Denied or not, with it the router learns where the laptop is.
+        site.laptop.pings(&SERVER[0].to_string(), &[])?;
+        let (caller, called, addresses, program) = match (by_laptop, path.datapath()) {
+            (true, "ebpf") => (&site.laptop, &site.server, SERVER, "from_subnet"),
+            (true, _) => (&site.laptop, &site.server, SERVER, "kernel_to_overlay"),
+            (_, "ebpf") => (&site.server, &site.laptop, client.addresses, "from_overlay"),
+            _ => (
+                &site.server,
+                &site.laptop,
+                client.addresses,
+                "kernel_from_overlay",
+            ),
+        };
+        let mut streams = Vec::new();
+        for address in addresses {
+            let listener = called.tcp_listener(SocketAddr::new(address, HTTP))?;
+            let at_caller = caller.tcp_connect(listener.local_addr()?, SOON)?;
+            let (at_called, _) = listener.accept()?;
+            for stream in [&at_caller, &at_called] {
+                stream.set_read_timeout(Some(SOON))?;
+            }
+            streams.push((at_caller, at_called));
+        }
+        sluice.stop()?;
+        site.router.run(["conntrack", "-F"])?;
+        let sluice = site.router.sluice(&config)?;
+        tunnel.begin_anew(&client.tunnel(&config.key))?;
+        for (mut at_caller, mut at_called) in streams {
+            let what = format!("{path:?} {}", at_caller.local_addr()?);
+            let before = sluice.packets(program, "drop_policy")?;
+            at_called.write_all(b"x")?;
+            wait_until(SOON, &format!("{what}: a drop"), || {
+                let now = sluice.packets(program, "drop_policy");
+                now.is_ok_and(|now| now > before)
+            })?;
+            at_caller.write_all(b"y")?;
+            for stream in [&mut at_called, &mut at_caller] {
+                stream.read_exact(&mut [0]).context(what.clone())?;
+            }
+        }
+        ensure!(sluice.packets(program, "reject_policy")? == 0, "{path:?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn what_may_belong_to_a_flow_of_the_other_end_is_not_answered() {
+    for path in [Path::Fast, Path::KernelRouted] {
+        for by_laptop in [true, false] {
+            may_belong_to_a_flow_of_the_other_end(path, by_laptop);
+        }
+    }
 }

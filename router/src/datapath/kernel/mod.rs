@@ -5,6 +5,7 @@
 //! may refuse to forward: see [`other_firewalls`].
 
 mod away;
+mod clamp;
 mod denied;
 mod kept;
 mod policy;

@@ -7,6 +7,7 @@
 //! | `from_overlay` | from a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones to routed CIDRs, or to a peer if the policy has let them |
 //! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones from routed CIDRs, if the policy lets them |
 //! | `permit` | all that comes from the TUN device, once there are rules | ends new flows that no rule allows, also those to the router itself |
+//! | `peer_may`, `subnet_may` | what would be answered, and is no first packet of a flow | drops it silently where the other end may open the flow, see `denied` |
 //! | `translate` | the first packet of a flow from a peer | translates its source where the route says so, see `translate` |
 //!
 //! What a peer asks for is judged before kube-proxy or Docker may translate it: the policy looks at
@@ -22,22 +23,19 @@
 //! that the kernel takes, such as a concatenation with `ct original proto-dst`.
 
 use router_ebpf::abi::HANDED_OVER;
-use router_ebpf::packet::{RST, SYN};
 
+use super::clamp;
 use super::denied;
 use super::policy::Compiled;
 use super::span::Family;
 use super::tables::{FamilyTables, Tables};
 use super::translate;
+use crate::control::Denied;
 use crate::datapath::Spec;
 use crate::netlink::nft::{
     Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Count, Ct, Hook, Meta, REG, Rule, Transaction,
     Verdict, WORD,
 };
-
-/// IP and TCP header without options, in bytes: what an MSS leaves out of an MTU (RFC 6691).
-const HEADERS_V4: u16 = 20 + 20;
-const HEADERS_V6: u16 = 40 + 20;
 
 /// Where the flags stand in a TCP header (RFC 9293, section 3.1).
 pub(super) const TCP_FLAGS: u32 = 13;
@@ -89,14 +87,14 @@ pub(super) const COUNTERS: &[Named] = &[
 /// Counters of one direction.
 pub(super) struct Direction {
     forwarded: Named,
-    clamped: Named,
+    pub(super) clamped: Named,
     pub(super) drop_policy: Named,
     pub(super) reject_policy: Named,
     drop_not_routed: Named,
     drop_invalid: Named,
 }
 
-const FROM: Direction = Direction {
+pub(super) const FROM: Direction = Direction {
     forwarded: named("from_forwarded", "kernel_from_overlay", "forwarded"),
     clamped: named("from_clamped", "kernel_from_overlay", "clamped"),
     drop_policy: named("from_policy", "kernel_from_overlay", "drop_policy"),
@@ -111,7 +109,7 @@ pub(super) const MASQUERADED: Named = named(
     "kernel_from_overlay",
     "masqueraded_flow",
 );
-const TO: Direction = Direction {
+pub(super) const TO: Direction = Direction {
     forwarded: named("to_forwarded", "kernel_to_overlay", "forwarded"),
     clamped: named("to_clamped", "kernel_to_overlay", "clamped"),
     drop_policy: named("to_policy", "kernel_to_overlay", "drop_policy"),
@@ -124,23 +122,30 @@ const TO: Direction = Direction {
 pub(super) struct Sets {
     pub(super) family: Family,
     /// Sources that are peers'.
-    overlay: String,
+    pub(super) overlay: String,
     /// Destinations that are routed.
-    routes: String,
+    pub(super) routes: String,
     /// Routed destinations toward which sources are translated.
     pub(super) snat: String,
     /// What the policy lets peers do.
-    from: PolicySets,
+    pub(super) from: PolicySets,
     /// What the policy lets the subnet side do.
-    to: PolicySets,
+    pub(super) to: PolicySets,
 }
 
 /// The policy of one family and one side: see [`Compiled`].
-struct PolicySets {
+pub(super) struct PolicySets {
     /// Flows that are open to every source.
-    any: String,
+    pub(super) any: String,
     /// Map from sources to the chain of their class.
-    classes: String,
+    pub(super) classes: String,
+}
+
+impl PolicySets {
+    /// Flows that are open to the sources of a class, and the chain that lets them through.
+    pub(super) fn class(&self, number: usize) -> String {
+        format!("{}_{number}", self.classes)
+    }
 }
 
 impl Sets {
@@ -226,8 +231,8 @@ pub(super) fn write(
         r.meta(Meta::Oif, REG).cmp(Cmp::Eq, REG, &tun);
         r.verdict(Verdict::Jump("to_overlay"));
     });
-    write_clamp(tx, "clamp_from", spec.mtu, FROM.clamped);
-    write_clamp(tx, "clamp_to", spec.mtu, TO.clamped);
+    clamp::write(tx, "clamp_from", spec.mtu, FROM.clamped);
+    clamp::write(tx, "clamp_to", spec.mtu, TO.clamped);
     write_from_overlay(tx, &families, &tun, restricted);
     write_to_overlay(tx, &families, restricted);
     if restricted {
@@ -243,11 +248,16 @@ pub(super) fn write(
         for sets in &families {
             ask_policy(tx, "permit", sets.family, &sets.from, None);
         }
-        denied::write(tx, "permit", &FROM, spec.policy.denied);
+        let denied = spec.policy.denied;
+        if denied == Denied::Reject {
+            denied::write_others(tx, tables.families(), &families, &tun);
+        }
+        let others = [denied::PEER_MAY, denied::SUBNET_MAY];
+        denied::write(tx, "permit", &FROM, denied, &others);
         for sets in &families {
             ask_policy(tx, "to_policy", sets.family, &sets.to, Some(TO.forwarded));
         }
-        denied::write(tx, "to_policy", &TO, spec.policy.denied);
+        denied::write(tx, "to_policy", &TO, denied, &others[..1]);
     }
     translate::write(tx, &families, &tun, spec);
 }
@@ -272,15 +282,16 @@ fn write_policy(
     counter: Option<Named>,
 ) {
     tx.flow_set(&sets.any, family, &compiled.any);
-    let name = |class: usize| format!("{}_{class}", sets.classes);
     for (class, flows) in compiled.classes.iter().enumerate() {
-        let name = name(class);
+        let name = sets.class(class);
         tx.flow_set(&name, family, flows);
         tx.chain(&name);
         tx.rule(&name, |r| accept_flow(r, family, &name, counter));
     }
     let sources = compiled.sources.iter();
-    let sources: Vec<_> = sources.map(|(span, class)| (*span, name(*class))).collect();
+    let sources: Vec<_> = sources
+        .map(|(span, class)| (*span, sets.class(*class)))
+        .collect();
     tx.chain_map(&sets.classes, family, &sources);
 }
 
@@ -315,7 +326,7 @@ fn accept_flow(rule: &mut Rule<'_, '_>, family: Family, set: &str, counter: Opti
     rule.verdict(Verdict::Accept);
 }
 
-fn load_source<'r, 'a, 'b>(
+pub(super) fn load_source<'r, 'a, 'b>(
     rule: &'r mut Rule<'a, 'b>,
     family: Family,
     register: u32,
@@ -327,7 +338,7 @@ fn load_source<'r, 'a, 'b>(
     rule.payload(Base::Network, offset, len, register)
 }
 
-fn load_destination<'r, 'a, 'b>(
+pub(super) fn load_destination<'r, 'a, 'b>(
     rule: &'r mut Rule<'a, 'b>,
     family: Family,
     register: u32,
@@ -339,44 +350,16 @@ fn load_destination<'r, 'a, 'b>(
     rule.payload(Base::Network, offset, len, register)
 }
 
-fn of_family<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>, family: Family) -> &'r mut Rule<'a, 'b> {
+pub(super) fn of_family<'r, 'a, 'b>(
+    rule: &'r mut Rule<'a, 'b>,
+    family: Family,
+) -> &'r mut Rule<'a, 'b> {
     rule.meta(Meta::NfProto, REG)
         .cmp(Cmp::Eq, REG, &[family.protocol()])
 }
 
 pub(super) fn decide(rule: &mut Rule<'_, '_>, counter: Named, verdict: Verdict<'_>) {
     rule.count(counter.name).verdict(verdict);
-}
-
-/// Lowers the MSS of a SYN to what the tunnel carries, and to what the routes to both ends do.
-fn write_clamp(tx: &mut Transaction<'_>, chain: &str, mtu: u16, clamped: Named) {
-    for (family, headers) in [(Family::V4, HEADERS_V4), (Family::V6, HEADERS_V6)] {
-        let largest = mtu.saturating_sub(headers).to_be_bytes();
-        tx.rule(chain, |r| {
-            of_family(r, family)
-                .mss(REG)
-                .cmp(Cmp::Gt, REG, &largest)
-                .count(clamped.name)
-                .load(REG, &largest)
-                .lower_mss(REG);
-        });
-    }
-    tx.rule(chain, |r| {
-        r.route_mss(REG).lower_mss(REG);
-    });
-}
-
-/// The rule that sends SYN and SYN-ACK through a clamp. It stands first: the SYN-ACK already
-/// belongs to a known flow.
-fn clamp_syn(tx: &mut Transaction<'_>, chain: &str, clamp: &str) {
-    tx.rule(chain, |r| {
-        r.meta(Meta::L4Proto, REG)
-            .cmp(Cmp::Eq, REG, &[libc::IPPROTO_TCP as u8])
-            .payload(Base::Transport, TCP_FLAGS, 1, REG)
-            .and(REG, &[SYN | RST])
-            .cmp(Cmp::Eq, REG, &[SYN])
-            .verdict(Verdict::Jump(clamp));
-    });
 }
 
 /// What the eBPF programs have judged already, of a flow of theirs: connection tracking has not seen
@@ -407,7 +390,7 @@ fn write_from_overlay(
     restricted: bool,
 ) {
     let chain = "from_overlay";
-    clamp_syn(tx, chain, "clamp_from");
+    clamp::syn(tx, chain, "clamp_from");
     tx.rule(chain, |r| {
         decide(handed_over(r), FROM.forwarded, Verdict::Accept)
     });
@@ -455,7 +438,7 @@ fn write_from_overlay(
 
 fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: bool) {
     let chain = "to_overlay";
-    clamp_syn(tx, chain, "clamp_to");
+    clamp::syn(tx, chain, "clamp_to");
     tx.rule(chain, |r| {
         decide(handed_over(r), TO.forwarded, Verdict::Accept)
     });

@@ -12,6 +12,7 @@ use super::{
     BRIEFLY, ECHO, Net, SOON, WEB, address, echo_server, echoed, exchange, exchange_within, link,
     nets, route, rule, udp_send,
 };
+use crate::netlink::raw_icmp;
 
 #[test]
 fn with_rules_nothing_passes_but_what_a_rule_allows() {
@@ -145,6 +146,56 @@ fn who_is_denied_is_told_if_so_wanted() {
             text.contains("reject with icmpx admin-prohibited"),
             "{text}"
         );
+        Ok(())
+    });
+}
+
+/// What answers a ping is answered itself only where nobody may have pinged: the router may have
+/// forgotten who did.
+#[test]
+fn answers_to_forgotten_pings_are_not_answered() {
+    lab::test(|lab| {
+        let mut net = Net::new(lab)?;
+        net.spec.policy.rules = vec![
+            rule(&["10.0.0.2/32"], "100.64.0.2/32", 80..=80, &[6]),
+            rule(&["fd00::/64"], "fd7a::/64", 80..=80, &[6]),
+            rule(&["100.64.0.77/32"], "100.64.0.2/32", 80..=80, &[6]),
+        ];
+        net.spec.policy.denied = Denied::Reject;
+        net.apply()?;
+        let counts = |net: &Net| -> anyhow::Result<[u64; 2]> {
+            let count = |verdict| net.count("kernel_from_overlay", verdict);
+            Ok([count("reject_policy")?, count("drop_policy")?])
+        };
+        let v4 = raw_icmp(&net.peer, true)?;
+        let v6 = raw_icmp(&net.peer, false)?;
+        for (to, rejected) in [
+            ("10.0.0.2", false),
+            ("10.0.0.3", true),
+            // From peer to peer.
+            ("100.64.0.77", false),
+            ("100.64.0.78", true),
+            ("fd00::2", false),
+            ("fd00::3", false),
+            ("fd01::2", true),
+        ] {
+            let [rejects, drops] = counts(&net)?;
+            let wanted = if rejected {
+                [rejects + 1, drops]
+            } else {
+                [rejects, drops + 1]
+            };
+            let to: IpAddr = to.parse()?;
+            if to.is_ipv4() {
+                net.peer.ip(&format!("route replace {to} via 100.64.0.1"))?;
+                v4.send_to(&[0, 0, 0xff, 0xfd, 0, 1, 0, 1], (to, 0))?;
+            } else {
+                v6.send_to(&[129, 0, 0, 0, 0, 1, 0, 1], (to, 0))?;
+            }
+            wait_until(SOON, &format!("{to} to be counted"), || {
+                counts(&net).is_ok_and(|now| now == wanted)
+            })?;
+        }
         Ok(())
     });
 }
