@@ -1,5 +1,5 @@
 //! The kernel datapath: forwarding, masquerade, MSS clamp and policy in an nf_tables table of our
-//! own, and beside it one that outlives the daemon ([`kept`]). No other table is touched.
+//! own, and beside it one that outlives the daemon (`kept`). No other table is touched.
 //!
 //! An accept in our table does not overrule a drop in another one, where Docker or a host firewall
 //! may refuse to forward: see [`other_firewalls`].
