@@ -291,8 +291,9 @@ pub fn decide<F: Frame, T: Tables>(
             forward.hardware = entry.hardware();
             forward.exit = if entry.generation() == settings.generation {
                 Exit::Ethernet
-            } else if translated {
-                // A packet of a translated flow must not reach the kernel untranslated.
+            } else if translated || entry.flags() & Flow::FROM_SUBNET != 0 {
+                // The kernel must not see a packet of a translated flow untranslated, nor the answer to
+                // what it has not seen: its rules know nothing of that.
                 Exit::Neighbour
             } else {
                 return Err(Verdict::SlowNoNeighbour);

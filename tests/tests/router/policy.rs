@@ -446,3 +446,43 @@ fn what_may_belong_to_a_flow_of_the_other_end_is_not_answered() {
         }
     }
 }
+
+/// The subnet may call a peer, not the other way round, and the router has forgotten its neighbours: the
+/// peer's answer goes through, though nobody knows yet where to.
+#[test]
+fn a_peer_answers_though_the_next_hop_is_not_known() {
+    for path in [Path::Fast, Path::KernelRouted] {
+        lab::test(|lab| {
+            let site = Site::new(lab, Arms::Two)?;
+            site.route_overlay()?;
+            let client = Client::new("laptop", 2)?;
+            let mut config = site::config(&[&client], path.datapath(), path.snat())?;
+            let [v4, v6] = client.addresses;
+            config.rules = vec![Rule {
+                from: VPC.map(str::to_owned).into(),
+                to: vec![format!("{v4}:{HTTP}"), format!("[{v6}]:{HTTP}")],
+                protocols: vec!["tcp".to_owned()],
+            }];
+            let _sluice = site.router.sluice(&config)?;
+            let _tunnel = client.connect(&site.laptop, &config.key)?;
+            // Denied, but with it the router learns where the laptop is.
+            site.laptop.pings(&SERVER[0].to_string(), &[])?;
+            for address in client.addresses {
+                // Likewise, the gateway learns where the router is.
+                site.server.pings(&address.to_string(), &[])?;
+                site.router.ip("neighbour flush all")?;
+                let listener = site.laptop.tcp_listener(SocketAddr::new(address, HTTP))?;
+                let what = format!("{path:?} {address}");
+                let mut calling = site
+                    .server
+                    .tcp_connect(listener.local_addr()?, SOON)
+                    .context(what.clone())?;
+                let (mut called, _) = listener.accept()?;
+                called.set_read_timeout(Some(SOON))?;
+                calling.write_all(b"x")?;
+                called.read_exact(&mut [0]).context(what)?;
+            }
+            Ok(())
+        });
+    }
+}
