@@ -79,6 +79,12 @@ pub(crate) const PACKAGES: &[Package] = &[
         OTHER_TARGET,
     ),
     package(
+        Purpose::Kernels,
+        "mmdebstrap",
+        "mmdebstrap",
+        "makes a Debian with systemd to boot",
+    ),
+    package(
         Purpose::Comfort,
         "bpftool",
         "bpftool",

@@ -2,7 +2,7 @@
 //! for virtual machines, from the archive that apt knows here, verified by apt.
 //!
 //! `target/kernels/<release>/` holds `version`, `vmlinuz` and `lib/modules/`, which is what the
-//! lab's guests take (`tests/src/vm/`).
+//! lab's guests take (`tests/src/vm/`). The systems that some of them run are `system.rs`'s.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -12,7 +12,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::{build, machine, run, setup, test};
+use crate::{build, machine, run, setup, system, test};
 
 /// What the names of these tests begin with.
 pub(crate) const TESTS: &str = "kernels::";
@@ -92,8 +92,11 @@ pub(crate) fn run(release: Option<&str>, inside: Option<&str>) -> Result<ExitCod
     if let Some(inside) = inside {
         tests.env("SLUICE_INSIDE", inside);
     }
-    let filter = format!("{TESTS}{}", release.unwrap_or_default());
-    test::one_by_one(&mut tests, &filter)
+    let mut filters = vec![format!("{TESTS}{}", release.unwrap_or_default())];
+    if let (Some(release), None) = (release, inside) {
+        filters.push(format!("{TESTS}systemd::{release}"));
+    }
+    test::one_by_one(&mut tests, &filters)
 }
 
 /// Brings the kernels of these releases. One that cannot be had is told and left out; it is an error
@@ -130,10 +133,10 @@ pub(crate) fn fetch(releases: &[&str], update: bool) -> Result<()> {
     if found == 0 {
         bail!("no kernel of {} is here", releases.join(", "));
     }
-    Ok(())
+    system::make(releases, update)
 }
 
-fn folder() -> PathBuf {
+pub(crate) fn folder() -> PathBuf {
     run::repository().join("target/kernels")
 }
 
@@ -293,14 +296,26 @@ fn sources(known: &[(String, String)]) -> Result<String> {
             .find(|(_, suite)| suite.ends_with("-security") == is_security)
             .map(|(address, _)| address);
         if let Some(address) = address {
-            let key = "/usr/share/keyrings/debian-archive-keyring.gpg";
-            text += &format!("deb [arch=amd64 signed-by={key}] {address} {suite} main\n");
+            text += &source(address, suite);
         }
     }
     if text.is_empty() {
         bail!("apt knows no archive of Debian here, or has never fetched its lists");
     }
     Ok(text)
+}
+
+fn source(address: &str, suite: &str) -> String {
+    let key = "/usr/share/keyrings/debian-archive-keyring.gpg";
+    format!("deb [arch=amd64 signed-by={key}] {address} {suite} main\n")
+}
+
+/// apt's source for the whole of a release.
+pub(crate) fn whole(release: &str) -> Result<String> {
+    let known = known_archives()?;
+    let mut main = known.iter().filter(|(_, suite)| !suite.contains('-'));
+    let (address, _) = main.next().context("apt knows no archive of Debian here")?;
+    Ok(source(address, release))
 }
 
 /// The downloaded file of a package.
@@ -398,7 +413,7 @@ fn name(path: &Path) -> Result<&str> {
         .with_context(|| format!("odd name {}", path.display()))
 }
 
-fn gone(result: std::io::Result<()>) -> Result<()> {
+pub(crate) fn gone(result: std::io::Result<()>) -> Result<()> {
     match result {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
         _ => Ok(()),

@@ -19,6 +19,7 @@ mod requirements;
 mod run;
 mod rust;
 mod setup;
+mod system;
 mod test;
 
 use std::process::ExitCode;

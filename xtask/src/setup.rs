@@ -15,10 +15,10 @@ pub(crate) struct Args {
     /// Only tell what is missing; the exit status is 1 if anything is.
     #[arg(long)]
     check: bool,
-    /// Also what `cargo xtask kernels` needs: QEMU.
+    /// Also what `cargo xtask kernels` needs: QEMU, mmdebstrap.
     #[arg(long)]
     kernels: bool,
-    /// Also what `cargo xtask ci` needs: QEMU, other targets' compilers, cargo-deny.
+    /// Also what `cargo xtask ci` needs: QEMU, mmdebstrap, other targets' compilers, cargo-deny.
     #[arg(long)]
     ci: bool,
     /// Also the routers that `cargo xtask bench` compares with.

@@ -1,8 +1,9 @@
 //! Guests: other kernels in QEMU, with the lab's programs and a connection over which they are told
 //! what to run. They run under TCG, which needs no rights and knows every kernel; a guest is up
-//! after some seconds.
+//! after some seconds. One with a system of its own ([`System`]) is one with systemd.
 
 mod image;
+mod system;
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -19,6 +20,7 @@ use crate::requirements::{self, Need, REQUIREMENTS};
 use crate::topology::Host;
 use crate::wait::poll;
 use image::Image;
+pub use system::System;
 
 /// One thread for both processors: with one for each, QEMU 7.2 now and then runs a breakpoint that
 /// the other processor has just taken out of the kernel's code, and the guest dies ("Oops: int3").
@@ -33,6 +35,12 @@ const POWER_OFF: Duration = Duration::from_secs(20);
 const AGAIN: &[u8] = b"\x1eagain\n";
 /// The first program of a guest.
 const INIT: &[u8] = include_bytes!("init");
+/// What answers in it.
+const ANSWER: &[u8] = include_bytes!("answer");
+/// What the kernel is told. A guest that panics ends.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 oops=panic net.ifnames=0";
+/// What brings them.
+const MEND: &str = "`cargo xtask kernels` brings it and runs these tests";
 
 /// A kernel to boot, as `cargo xtask kernels` lays it out.
 #[derive(Clone, Debug)]
@@ -45,15 +53,12 @@ impl Kernel {
     /// The kernel of a release of Debian in the folder that `SLUICE_KERNELS` names; else the reason
     /// why it cannot be booted here.
     pub fn find(release: &str) -> Result<Self, String> {
-        let mend = "`cargo xtask kernels` brings it and runs these tests";
-        let kernels = std::env::var_os("SLUICE_KERNELS")
-            .ok_or_else(|| format!("SLUICE_KERNELS names no folder of kernels; {mend}"))?;
+        let folder = kernels()?.join(release);
         if let Some(lack) = requirements::missing_for(&[Need::Kernels]).first() {
-            return Err(format!("{} is not installed; {mend}", lack.program));
+            return Err(format!("{} is not installed; {MEND}", lack.program));
         }
-        let folder = Path::new(&kernels).join(release);
         let version = fs::read_to_string(folder.join("version"))
-            .map_err(|_| format!("there is no kernel of {release}; {mend}, if Debian has it"))?;
+            .map_err(|_| format!("there is no kernel of {release}; {MEND}, if Debian has it"))?;
         Ok(Self { folder, version })
     }
 
@@ -63,11 +68,19 @@ impl Kernel {
     }
 }
 
+/// The folder of kernels and systems.
+fn kernels() -> Result<PathBuf, String> {
+    let folder = std::env::var_os("SLUICE_KERNELS").map(PathBuf::from);
+    folder.ok_or_else(|| format!("SLUICE_KERNELS names no folder of kernels; {MEND}"))
+}
+
 /// What a guest shall have.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Machine {
     kernel: Kernel,
+    system: Option<System>,
+    files: Vec<(PathBuf, String)>,
     programs: Vec<(PathBuf, String)>,
     taps: Vec<String>,
 }
@@ -77,9 +90,23 @@ impl Machine {
     pub fn new(kernel: &Kernel) -> Self {
         Self {
             kernel: kernel.clone(),
+            system: None,
+            files: Vec::new(),
             programs: Vec::new(),
             taps: Vec::new(),
         }
+    }
+
+    /// Has it run this system instead of the programs that the tests need.
+    pub fn system(mut self, system: &System) -> Self {
+        self.system = Some(system.clone());
+        self
+    }
+
+    /// Adds a file to its system, at this path.
+    pub fn file(mut self, file: &Path, path: &str) -> Self {
+        self.files.push((file.to_owned(), path.to_owned()));
+        self
     }
 
     /// Adds a program, found by `name` in the guest's search path.
@@ -109,11 +136,7 @@ impl Machine {
             .arg(self.kernel.folder.join("vmlinuz"))
             .arg("-initrd")
             .arg(&image)
-            // A guest that panics ends.
-            .args([
-                "-append",
-                "console=ttyS0 quiet panic=-1 oops=panic net.ifnames=0",
-            ])
+            .args(["-append", COMMAND_LINE])
             .args(["-serial", &format!("file:{}", console.display())])
             .args(["-serial", &format!("unix:{},server=on", control.display())])
             .args(self.nics());
@@ -151,10 +174,16 @@ impl Machine {
 
     fn write_image(&self, file: &Path, scratch: &Path) -> anyhow::Result<()> {
         let mut image = Image::create(file)?;
+        image.program(&find("busybox")?, Path::new("/bin/busybox"))?;
+        if let Some(system) = &self.system {
+            self.add_system(system, &mut image, scratch)?;
+            return Ok(image.finish()?);
+        }
         for folder in ["/proc", "/sys", "/dev", "/run", "/tmp", "/etc"] {
             image.folder(Path::new(folder))?;
         }
         image.file(Path::new("/init"), 0o755, INIT)?;
+        image.file(Path::new("/lab/answer"), 0o755, ANSWER)?;
         image.file(
             Path::new("/etc/passwd"),
             0o644,
@@ -163,7 +192,6 @@ impl Machine {
         image.tree(&self.kernel.folder.join("lib"), Path::new("/lib"))?;
         image.link(Path::new("/sbin"), "bin")?;
         image.link(Path::new("/var/run"), "../run")?;
-        image.program(&find("busybox")?, Path::new("/bin/busybox"))?;
         let tests = REQUIREMENTS.iter().filter(|r| r.need == Need::Tests);
         for program in tests.map(|r| r.program) {
             image.program(&find(program)?, &place(program))?;
