@@ -3,6 +3,7 @@
 //! `cargo xtask kernels` runs these. Without its kernels they skip and say so; in CI it is a failure
 //! if there is none at all.
 
+mod systemd;
 mod wireguard;
 
 use std::time::{Duration, Instant};
