@@ -118,7 +118,7 @@ struct Wanted {
     /// The peers that may stay while the private key changes, and while others come anew; `None`:
     /// neither happens.
     staying: Option<Vec<PeerSpec>>,
-    /// Endpoints that peers are not at.
+    /// Endpoints that peers are not at, or will not be when they have come anew.
     endpoints: Vec<(PublicKey, SocketAddr)>,
 }
 
@@ -151,7 +151,11 @@ impl Present<'_> {
             ..self.local.clone()
         };
         let is_there = |(key, endpoint): &_| self.whereabouts.get(key) == Some(endpoint);
-        edited.endpoints.retain(|endpoint| !is_there(endpoint));
+        // Of one that comes anew nothing is known.
+        let renewed = &edited.renewed;
+        edited
+            .endpoints
+            .retain(|told| renewed.contains(&told.0) || !is_there(told));
         let merge = Merge {
             before: by_key(self.snapshot.peers.iter().zip(&specs), |(peer, _)| peer),
             file: by_key(&self.file.snapshot.peers, |peer| peer),
@@ -227,20 +231,19 @@ impl Merge<'_> {
     }
 
     /// What was configured stays, a DNS name perhaps, unless the set names another place than that
-    /// and where the peer is.
+    /// and where the peer is. So where a peer has gone by itself is not judged as a file's endpoint:
+    /// link-local or in a routed network, it was authenticated there, and what `wg` shows it can set.
     fn endpoint(&self, spec: &PeerSpec) -> Option<Endpoint> {
         let anew = || spec.endpoint.map(Endpoint::Addr);
         let key = &spec.public_key;
         let Some((before, told)) = self.before.get(key) else {
             return anew();
         };
-        let is_same = spec.endpoint == told.endpoint;
-        let stays = if self.renewed.contains(key) {
-            is_same && spec.endpoint.is_some()
-        } else {
-            is_same || spec.endpoint.as_ref() == self.whereabouts.get(key)
-        };
-        if stays {
+        let is_same =
+            spec.endpoint == told.endpoint || spec.endpoint.as_ref() == self.whereabouts.get(key);
+        // One that comes anew without an endpoint has none.
+        let is_taken = spec.endpoint.is_none() && self.renewed.contains(key);
+        if is_same && !is_taken {
             before.endpoint.clone()
         } else {
             anew()

@@ -8,7 +8,7 @@ use lab::vm::System;
 use super::*;
 
 /// For what takes many steps, or a client that takes 15 s to notice that its session is gone.
-const LONGER: Duration = Duration::from_secs(60);
+const LONGER: Duration = Duration::from_secs(120);
 
 macro_rules! on_every_system {
     ($($release:ident),+) => {

@@ -2,6 +2,7 @@
 
 mod device;
 mod quick;
+mod roamed;
 mod roaming;
 mod router;
 mod tools;

@@ -219,14 +219,56 @@ fn what_is_shown_changes_nothing_when_it_is_set() {
         assert!(router.after(&nothing).unwrap().is_none(), "{nothing}");
     }
     // As of `wg setconf`: everybody begins anew, with what was set alone.
-    let wanted = router.set(&format!("replace_peers=true\n{}", router.synced()));
+    let mut wanted = router.set(&format!("replace_peers=true\n{}", router.synced()));
     assert_eq!(wanted.staying, Some(Vec::new()));
-    let endpoint = |key| router.peer(key).endpoint.clone().unwrap();
-    assert_eq!(
-        [endpoint(&laptop), endpoint(&office)],
-        ["203.0.113.9:7", "192.0.2.8:5"].map(|text| Endpoint::Addr(text.parse().unwrap()))
-    );
+    let told = |text: &str| text.parse().unwrap();
+    wanted.endpoints.sort_by_key(|(key, _)| *key != laptop);
+    let there = [
+        (laptop, told("203.0.113.9:7")),
+        (office, told("192.0.2.8:5")),
+    ];
+    assert_eq!(wanted.endpoints, there);
+    assert_eq!(router.peer(&laptop).endpoint, None);
+    let endpoint = router.peer(&office).endpoint.as_ref();
+    assert!(matches!(endpoint, Some(Endpoint::Name { .. })));
     assert_eq!(router.peer(&office).keepalive, None);
+    // Of an endpoint that it does not name nothing is left.
+    router.whereabouts.clear();
+    router.set(&format!("replace_peers=true\n{}", router.synced()));
+    assert_eq!(router.peer(&office).endpoint, None);
+}
+
+/// What an operator may not write, a peer may still do: its place is where it was authenticated.
+#[test]
+fn where_a_peer_has_gone_by_itself_it_may_be_set() {
+    for place in ["[fe80::9%2]:7", "10.0.3.4:5", "100.64.0.7:5"] {
+        let mut router = Router::new();
+        let [laptop, office] = router.keys();
+        let setconf = |router: &Router| format!("replace_peers=true\n{}", router.synced());
+        router.whereabouts = HashMap::from([(laptop, place.parse().unwrap())]);
+        let shown = setconf(&router);
+        let wanted = router.set(&shown);
+        assert_eq!(wanted.endpoints, [(laptop, place.parse().unwrap())]);
+        assert_eq!(router.peer(&laptop).endpoint, None, "it is no claim");
+
+        // Somebody else's place it is not, nor its own when it has gone elsewhere.
+        for lines in [
+            shown,
+            format!("public_key={}\nendpoint={place}", hex(&laptop)),
+        ] {
+            router.whereabouts = HashMap::from([(office, place.parse().unwrap())]);
+            let refusal = router.after(&lines).err();
+            let refusal = refusal.unwrap_or_else(|| panic!("{lines} is not refused"));
+            assert_eq!(refusal.errno, Errno::Invalid);
+            let says = [
+                "has a zone; link-local",
+                "holds the endpoint 10.0.3.4:5",
+                "lies in the",
+            ];
+            let told = says.iter().any(|text| refusal.reason.contains(text));
+            assert!(told, "{}", refusal.reason);
+        }
+    }
 }
 
 #[test]
