@@ -85,6 +85,7 @@ const ESSENTIAL: &[&str] = &[
     "ldd",
     "mount",
     "nsenter",
+    "setpriv",
     "sh",
     "sha256sum",
     "sleep",

@@ -14,7 +14,7 @@ use super::Daemon;
 use crate::config::{self, Config, Local, Problem};
 use crate::control::{Endpoint, Peer, Snapshot};
 use crate::core::{Facts, Names, peer_spec};
-use crate::engine::{self, PeerSpec};
+use crate::engine::PeerSpec;
 use crate::netlink::FWMARK;
 use crate::uapi::{Errno, Interface, PeerState, Question, Refusal, Set, State};
 use crate::wireguard::keys::PublicKey;
@@ -57,13 +57,10 @@ impl Daemon {
         let Config {
             local, snapshot, ..
         } = wanted.config;
-        let failed = |errno| move |error: engine::Error| Refusal::new(errno, error.to_string());
         // The only thing that may fail by others' fault comes first.
-        let moved = self.listen_on(local.listen_port);
-        moved.map_err(failed(Errno::PortInUse))?;
+        self.listen_on(local.listen_port)?;
         if let Some(staying) = wanted.staying {
-            let taken = self.take_key(&local.private_key, &staying);
-            taken.map_err(failed(Errno::Io))?;
+            self.take_key(&local.private_key, &staying)?;
         }
         tracing::info!(
             peers = snapshot.peers.len(),
@@ -73,8 +70,7 @@ impl Daemon {
         self.names.track(&self.snapshot, Instant::now());
         self.replan();
         self.act().await;
-        let told = self.engine.set_endpoints(&wanted.endpoints);
-        told.map_err(failed(Errno::Io))
+        Ok(self.engine.set_endpoints(&wanted.endpoints)?)
     }
 
     fn wireguard_state(&self) -> State {

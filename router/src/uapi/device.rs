@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::{Errno, Interface, Question, Refusal, Server, Set, SocketError, State};
+use super::{Interface, Question, Refusal, Server, Set, SocketError, State};
 use crate::engine::{self, Engine, Failure};
 use crate::netlink::{Change, Changes, Netlink};
 use crate::wireguard::keys::PrivateKey;
@@ -157,19 +157,17 @@ impl Device {
     fn set(&mut self, set: &Set) -> Result<(), Refusal> {
         let edited = self.interface.edit(set)?;
         let (old, new) = (&self.interface, &edited.interface);
-        let refused = |errno| move |error: engine::Error| Refusal::new(errno, error.to_string());
         if new.fwmark != old.fwmark {
-            let done = self.engine.set_fwmark(new.fwmark);
-            done.map_err(refused(Errno::PortInUse))?;
+            self.engine.set_fwmark(new.fwmark)?;
         }
         if let Some(port) = edited.listen_port
             && let Err(error) = self.engine.set_listen_port(port)
         {
             // It was in force a moment ago.
             let _ = self.engine.set_fwmark(old.fwmark);
-            return Err(refused(Errno::PortInUse)(error));
+            return Err(error.into());
         }
-        let apply = || {
+        let apply = || -> Result<(), engine::Error> {
             let key = new.private_key.as_ref();
             let key = key.filter(|_| new.private_key != old.private_key);
             if let Some(staying) = edited.staying(old) {
@@ -181,7 +179,7 @@ impl Device {
             self.engine.set_peers(&new.specs())?;
             self.engine.set_endpoints(&edited.endpoints)
         };
-        apply().map_err(refused(Errno::Io))?;
+        apply()?;
         self.interface = edited.interface;
         Ok(())
     }

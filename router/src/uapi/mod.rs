@@ -6,8 +6,9 @@
 //! none of them does any I/O. [`Server`] is the socket, [`Device`] a plain WireGuard device that is
 //! configured by nothing else.
 //!
-//! Where wireguard-go answers with an error number, so do we with the same one. Unlike there, a
-//! `set` is applied whole or not at all: there, everything before the line in error stays.
+//! Where wireguard-go answers with an error number, so do we with the same one, but for a port or a
+//! mark that cannot be had: there it is always "address in use", here what the kernel said. Unlike
+//! there, a `set` is applied whole or not at all: there, everything before the line in error stays.
 
 mod device;
 mod interface;
@@ -16,6 +17,8 @@ mod server;
 mod state;
 
 use std::fmt;
+
+use crate::engine;
 
 pub use device::{Device, Ended, Error as DeviceError, Options, run};
 pub use interface::{Edited, Interface};
@@ -27,15 +30,37 @@ pub use state::{PeerState, State};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Errno {
     /// The configuration is not to be changed here.
-    Permission = libc::EPERM as isize,
+    Permission,
     /// The device did not do it.
-    Io = libc::EIO as isize,
+    Io,
     /// An unknown key, or a value that is none of this key.
-    Invalid = libc::EINVAL as isize,
+    Invalid,
     /// A line that is no `key=value`.
-    Protocol = libc::EPROTO as isize,
-    /// The port or the mark cannot be had.
-    PortInUse = libc::EADDRINUSE as isize,
+    Protocol,
+    /// What the kernel said when the port or the mark could not be had.
+    Kernel(i32),
+}
+
+impl Errno {
+    /// What a client is told of an error of the engine.
+    pub fn of(error: &engine::Error) -> Self {
+        let source = match error {
+            engine::Error::Bind { source, .. } | engine::Error::Mark(source) => source,
+            _ => return Self::Io,
+        };
+        source.raw_os_error().map_or(Self::Io, Self::Kernel)
+    }
+
+    /// The number, greater than 0.
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Permission => libc::EPERM,
+            Self::Io => libc::EIO,
+            Self::Invalid => libc::EINVAL,
+            Self::Protocol => libc::EPROTO,
+            Self::Kernel(number) => number,
+        }
+    }
 }
 
 /// Why a request is not carried out. The reason holds no value that could be secret.
@@ -45,6 +70,12 @@ pub struct Refusal {
     pub errno: Errno,
     /// What the log is told.
     pub reason: String,
+}
+
+impl From<engine::Error> for Refusal {
+    fn from(error: engine::Error) -> Self {
+        Self::new(Errno::of(&error), error.to_string())
+    }
 }
 
 impl Refusal {
@@ -63,6 +94,29 @@ pub fn ending(outcome: &Result<(), Refusal>) -> impl fmt::Display {
     let errno = outcome
         .as_ref()
         .err()
-        .map_or(0, |refusal| refusal.errno as isize);
+        .map_or(0, |refusal| refusal.errno.number());
     fmt::from_fn(move |f| write!(f, "errno={}\n\n", -errno))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_client_is_told_what_the_kernel_said() {
+        let said = |number| io::Error::from_raw_os_error(number);
+        let bind = |source| engine::Error::Bind { port: 7, source };
+        for (error, ends) in [
+            (bind(said(libc::EADDRINUSE)), "errno=-98\n\n"),
+            (bind(said(libc::EACCES)), "errno=-13\n\n"),
+            (engine::Error::Mark(said(libc::EPERM)), "errno=-1\n\n"),
+            (bind(io::Error::other("no number")), "errno=-5\n\n"),
+            (engine::Error::Worker, "errno=-5\n\n"),
+        ] {
+            assert_eq!(ending(&Err(error.into())).to_string(), ends);
+        }
+        assert_eq!(ending(&Ok(())).to_string(), "errno=0\n\n");
+    }
 }

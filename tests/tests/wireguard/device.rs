@@ -239,3 +239,32 @@ fn a_device_moved_to_another_namespace_talks_through_the_one_it_was_born_in() {
         Ok(())
     });
 }
+
+#[test]
+fn a_port_that_cannot_be_had_is_told_as_the_kernel_says() {
+    lab::test(|lab| {
+        let wire = Wire::new(lab, 1500)?;
+        let near = &wire.near;
+        // Root, but not for the ports below 1024.
+        let argv = [
+            "setpriv".as_ref(),
+            "--bounding-set=-net_bind_service".as_ref(),
+            lab::sluice::binary()?.as_os_str(),
+            "wireguard".as_ref(),
+            "-f".as_ref(),
+        ];
+        let device = near.wireguard_program(&argv, &wire.near_tunnel(1420, None)?)?;
+        let _taken = near.udp_socket("0.0.0.0:7777".parse()?)?;
+        for (port, error) in [
+            ("7", "Permission denied"),
+            ("7777", "Address already in use"),
+        ] {
+            let words = ["wg", "set", device.device(), "listen-port", port];
+            let output = near.command(words).output()?;
+            ensure!(output.stderr.contains(error), "{output:?}");
+            let now = near.run(["wg", "show", device.device(), "listen-port"])?;
+            ensure!(now.trim() == PORT.to_string(), "{now}");
+        }
+        Ok(())
+    });
+}
