@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use router::control::{Denied, Policy, Rule};
 use router::datapath::ebpf::{DeniedPacket, DeniedPackets, Options};
 use router::datapath::limits::Limits;
-use router_ebpf::abi::{Budget, Side};
+use router_ebpf::abi::{Budget, SETTINGS, Settings, Side};
 use router_ebpf::craft::*;
 use router_ebpf::verdict::Verdict;
 
@@ -15,14 +15,23 @@ use super::fixture::*;
 
 /// Runs `body` with a fixture where a source may have one flow, and with what the programs tell.
 fn inside(body: impl FnOnce(&mut Fixture, &mut DeniedPackets) -> anyhow::Result<()> + Send) {
+    let limits = Limits {
+        flows_per_source: 1,
+        ..Limits::default()
+    };
+    inside_with(limits, body);
+}
+
+/// As [`inside`], with other limits.
+fn inside_with(
+    limits: Limits,
+    body: impl FnOnce(&mut Fixture, &mut DeniedPackets) -> anyhow::Result<()> + Send,
+) {
     lab::test(|lab| {
         router(lab)?.enter(|| {
             let options = Options {
                 sweep: false,
-                limits: Limits {
-                    flows_per_source: 1,
-                    ..Limits::default()
-                },
+                limits,
                 ..Options::default()
             };
             let mut fixture = Fixture::with("eth0", options)?;
@@ -168,6 +177,68 @@ fn each_reason_is_told_and_nothing_else() {
             expect(fixture, &syn, reject, None)?;
             use_up(fixture, Budget::Denied, 0)?;
             expect(fixture, &syn, reject, Some(reject))?;
+        }
+        Ok(())
+    });
+}
+
+/// Sends two datagrams from these ports, of which the first opens a flow and the second is refused
+/// with this verdict, and told.
+fn the_second_is_told(
+    fixture: &mut Fixture,
+    denied: &mut DeniedPackets,
+    (family, net): (Family, Net),
+    ports: [u16; 2],
+    verdict: Verdict,
+) -> anyhow::Result<()> {
+    let [source, destination] = [family.overlay(PEER), family.subnet(net, GATEWAY)];
+    let [first, second] = ports.map(|port| Ip::udp(source, destination, 9).ports(port, 53));
+    let outcome = told(fixture, denied, Side::Overlay, &first)?;
+    ensure!(outcome == (Verdict::Forwarded, None), "{outcome:?}");
+    // Each time anew: nothing of it stays.
+    for _ in 0..2 {
+        let (got, packet) = told(fixture, denied, Side::Overlay, &second)?;
+        ensure!(got == verdict, "{got:?}");
+        let packet = packet.context("nothing was told")?;
+        ensure!(packet.verdict == verdict && packet.side == Side::Overlay);
+        let ends = [
+            SocketAddr::new(source, ports[1]),
+            SocketAddr::new(destination, 53),
+        ];
+        ensure!([packet.source, packet.destination] == ends, "{packet:?}");
+    }
+    // Who has a flow is not concerned.
+    let outcome = told(fixture, denied, Side::Overlay, &first)?;
+    ensure!(outcome == (Verdict::Forwarded, None), "{outcome:?}");
+    Ok(())
+}
+
+#[test]
+fn a_full_table_is_told() {
+    let limits = Limits {
+        flows: 1,
+        ..Limits::default()
+    };
+    inside_with(limits, |fixture, denied| {
+        for family in FAMILIES {
+            let way = (family, Net::NEAR);
+            the_second_is_told(fixture, denied, way, [5000, 5001], Verdict::DropTableFull)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn exhausted_ports_are_told() {
+    inside_with(Limits::default(), |fixture, denied| {
+        // One port to translate to, and sources whose own is not kept.
+        let mut map: aya::maps::Array<_, Settings> = map(&fixture.ebpf, SETTINGS)?.try_into()?;
+        let mut settings = map.get(&0, 0)?;
+        settings.ports = [2000; 2];
+        map.set(0, settings, 0)?;
+        for family in FAMILIES {
+            let way = (family, Net::SNAT);
+            the_second_is_told(fixture, denied, way, [500, 501], Verdict::DropNatExhausted)?;
         }
         Ok(())
     });
