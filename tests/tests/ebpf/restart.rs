@@ -1,10 +1,12 @@
 //! What one daemon leaves to the next: flows, and the programs that go on meanwhile.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use lab::Host;
+use lab::{Host, wait_until};
 use router::datapath::Datapath;
 use router::datapath::ebpf::{AttachMode, Options, Pins};
 use router::datapath::limits::Limits;
@@ -15,12 +17,21 @@ use router_ebpf::verdict::Verdict;
 use super::attach::{attached, modes, qdiscs, short, wait_until_bare};
 use super::fixture::*;
 
+const SOON: Duration = Duration::from_secs(10);
+
 fn options(mode: AttachMode, bpffs: &Path) -> anyhow::Result<Options> {
     Ok(Options {
         attach: Some(mode),
         sweep: false,
         pins: Ok(Pins::open_in(bpffs, "tun0")?),
         ..Options::default()
+    })
+}
+
+fn default_options(bpffs: &Path) -> anyhow::Result<Options> {
+    Ok(Options {
+        attach: None,
+        ..options(AttachMode::Tcx, bpffs)?
     })
 }
 
@@ -59,10 +70,7 @@ fn settings(fixture: &Fixture) -> anyhow::Result<Settings> {
 
 /// The folders below the one of this namespace: `<device>/<ABI>`.
 fn home(bpffs: &Path) -> anyhow::Result<PathBuf> {
-    let mut found = fs::read_dir(bpffs.join("sluice"))?;
-    let first = found.next().context("nothing is pinned")??;
-    ensure!(found.next().is_none(), "several namespaces");
-    Ok(first.path().join("tun0"))
+    Ok(only(bpffs)?.join("tun0"))
 }
 
 /// Runs `body` in a router with each way of attaching.
@@ -183,5 +191,118 @@ fn without_a_bpf_file_system_all_is_as_before() {
         wait_until_bare(host, "eth0")?;
         ensure!(!nowhere.path().join("sluice").exists());
         Ok(())
+    });
+}
+
+/// Runs `body` in a namespace that is gone afterwards, with the fixture's devices.
+fn in_passing<T: Send>(body: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+    let inside = || {
+        // SAFETY: unshare takes a flag. It moves this thread alone, which ends with `body`.
+        ensure!(unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0);
+        let nic = ["link add eth0 type veth peer name eth1", "link set eth0 up"];
+        for words in TUN.iter().chain(&nic) {
+            let words = words.split_whitespace();
+            let status = std::process::Command::new("ip").args(words).status()?;
+            ensure!(status.success());
+        }
+        body()
+    };
+    let thread = std::thread::scope(|scope| scope.spawn(inside).join());
+    thread.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+/// What is pinned, by namespace.
+fn namespaces(bpffs: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(bpffs.join("sluice"))?;
+    Ok(entries.flatten().map(|entry| entry.path()).collect())
+}
+
+/// The one namespace that something is pinned for.
+fn only(bpffs: &Path) -> anyhow::Result<PathBuf> {
+    let all = namespaces(bpffs)?;
+    let [one] = &all[..] else {
+        anyhow::bail!("not one namespace: {all:?}");
+    };
+    Ok(one.clone())
+}
+
+fn is_cookie(folder: &Path) -> bool {
+    let name = folder.file_name().and_then(|name| name.to_str());
+    name.is_some_and(|name| name.starts_with("netns-"))
+}
+
+#[test]
+fn what_a_namespace_leaves_goes_when_it_is_gone() {
+    lab::test(|lab| {
+        let (host, other) = (router(lab)?, lab.host("other")?);
+        let bpffs = host.bpffs()?;
+        // A namespace that lives on without a daemon.
+        host.enter(|| {
+            let mut first = Fixture::with("eth0", default_options(bpffs)?)?;
+            open(&mut first)?;
+            anyhow::Ok(first.ebpf.leave()?)
+        })??;
+        let living = only(bpffs)?;
+        if !is_cookie(&living) {
+            eprintln!("skipped: before Linux 5.14 the name of a folder is given again");
+            return Ok(());
+        }
+        // One that does not.
+        in_passing(|| {
+            let fixture = Fixture::with("eth0", default_options(bpffs)?)?;
+            let seen = namespaces(bpffs)?;
+            ensure!(
+                seen.len() == 2 && fixture.ebpf.unkept().is_none(),
+                "{seen:?}"
+            );
+            Ok(fixture.ebpf.leave()?)
+        })?;
+        // One of which nothing is known.
+        let unknown = bpffs.join("sluice/netns-1000000/tun0/abi-1");
+        fs::create_dir_all(&unknown)?;
+
+        // The kernel takes its time.
+        let swept = wait_until(SOON, "the namespace to be gone", || {
+            let opened = other.enter(|| Pins::open_in(bpffs, "tun7").is_ok());
+            opened.is_ok_and(|ok| ok) && namespaces(bpffs).is_ok_and(|all| all.len() == 3)
+        });
+        swept.with_context(|| format!("{:?}", namespaces(bpffs)))?;
+        ensure!(unknown.exists() && living.exists());
+        fs::remove_dir_all(bpffs.join("sluice/netns-1000000"))?;
+        host.enter(|| {
+            let mut second = Fixture::with("eth0", default_options(bpffs)?)?;
+            for family in FAMILIES {
+                ensure!(reply_verdict(&mut second, family)? == Verdict::Forwarded);
+            }
+            Ok(second.ebpf.remove()?)
+        })?
+    });
+}
+
+/// Before Linux 5.14 a folder's name is a number that another namespace gets later.
+#[test]
+fn a_namespace_does_not_inherit_from_one_that_had_its_name() {
+    lab::test(|lab| {
+        let host = router(lab)?;
+        let bpffs = host.bpffs()?;
+        in_passing(|| {
+            let mut first = Fixture::with("eth0", default_options(bpffs)?)?;
+            first.ebpf.apply(&first.spec)?;
+            Ok(first.ebpf.leave()?)
+        })?;
+        let dead = only(bpffs)?;
+        // Out of the way, then under the living one's name.
+        let aside = bpffs.join("aside");
+        fs::rename(&dead, &aside)?;
+        host.enter(|| Pins::open_in(bpffs, "tun0"))??;
+        let own = only(bpffs)?;
+        let before = fs::metadata(aside.join("tun0"))?;
+        fs::remove_dir_all(&own)?;
+        fs::rename(&aside, &own)?;
+        wait_until(SOON, "another folder", || {
+            let opened = host.enter(|| Pins::open_in(bpffs, "tun0").is_ok());
+            let folder = fs::metadata(own.join("tun0"));
+            opened.is_ok_and(|ok| ok) && folder.is_ok_and(|now| now.ino() != before.ino())
+        })
     });
 }

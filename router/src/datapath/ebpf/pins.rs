@@ -5,7 +5,10 @@
 //! themselves). While no daemon is there, the programs of the last one go on and translate replies;
 //! the TUN device to which they send them is gone, so the replies end there, instead of reaching the
 //! kernel, which would tell their senders that there is no such connection. The next daemon takes
-//! the tables over.
+//! the tables over. What is left of a namespace that is gone (see [`owner`]) the next daemon of another
+//! one removes.
+
+mod owner;
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -51,9 +54,14 @@ impl Pins {
 
     /// As [`Pins::open`], in the BPF file system that is mounted at `root`.
     pub fn open_in(root: &Path, device: &str) -> io::Result<Self> {
+        owner::sweep(root);
         let home = home(root, device)?;
         let own = format!("abi-{ABI_VERSION}");
         let folder = home.join(&own);
+        if owner::is_gone(&folder) {
+            // Its name, the number of an inode, is given again.
+            remove(&home)?;
+        }
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -150,6 +158,9 @@ impl Pins {
             let map = programs.map(name).ok_or(io::ErrorKind::NotFound)?;
             map.pin(path).map_err(io::Error::other)
         };
+        if let Err(error) = owner::mark(&self.folder) {
+            tracing::debug!(%error, "what is pinned will outlive the network namespace");
+        }
         for (name, path) in self.tables() {
             if !path.exists() {
                 pin(name, &path)?;
