@@ -222,7 +222,6 @@ fn it_is_confined(server: &mut Server) -> anyhow::Result<()> {
         ("Type", "notify"),
         ("DropInPaths", ""),
         ("NRestarts", "0"),
-        ("RestartKillSignal", "10"),
     ] {
         let is = server.property(name)?;
         ensure!(is == value, "{name}={is}");
