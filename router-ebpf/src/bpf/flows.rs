@@ -19,10 +19,15 @@ const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 static FLOWS4: HashMap<Key4, Flow, DEFAULT_ENTRIES, ON_DEMAND> = HashMap::new();
 #[btf_map]
 static FLOWS6: HashMap<Key6, Flow, DEFAULT_ENTRIES, ON_DEMAND> = HashMap::new();
+
+/// A slot for BTF, which tells nothing of what user space makes. Of a structure Linux 5.15 to 6.1 would
+/// remember that there is no timer in it, and refuse arrays of which it does not know that.
+type Words4 = [u64; size_of::<Slot4>() / 8];
+type Words6 = [u64; size_of::<Slot6>() / 8];
 #[btf_map]
-static SETTLED4: ArrayOfMaps<Array<Slot4, { Slot4::IN_BLOCK }>, 1> = ArrayOfMaps::new();
+static SETTLED4: ArrayOfMaps<Array<Words4, { Slot4::IN_BLOCK }>, 1> = ArrayOfMaps::new();
 #[btf_map]
-static SETTLED6: ArrayOfMaps<Array<Slot6, { Slot6::IN_BLOCK }>, 1> = ArrayOfMaps::new();
+static SETTLED6: ArrayOfMaps<Array<Words6, { Slot6::IN_BLOCK }>, 1> = ArrayOfMaps::new();
 /// How many arrays of slots there may be; user space says it before it loads the programs.
 #[unsafe(no_mangle)]
 static BLOCKS4: u32 = 1;
@@ -46,6 +51,7 @@ macro_rules! find_entry {
                     let Some(slot) = block.get_ptr_mut(seats.first + probe) else {
                         break;
                     };
+                    let slot = slot.cast::<$slot>();
                     // SAFETY: the slot stays. Volatile, for user space writes to it meanwhile: the key
                     // when the entry is there, and another one only when no program is left that may
                     // have found this one.

@@ -1,11 +1,12 @@
 //! Flows that settle: who finds them, what becomes of them, and that nothing else does.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use lab::wait_until;
 use router::datapath::Datapath as _;
-use router::datapath::ebpf::{Ebpf, FlowFilter, Options};
+use router::datapath::ebpf::{Ebpf, FlowFilter, Options, Pins};
 use router::datapath::limits::{Limits, Timeouts};
 use router_ebpf::abi::{Flow, Side};
 use router_ebpf::craft::*;
@@ -200,6 +201,51 @@ fn every_flow_is_found_with_a_slot_or_without() {
             }
         }
         Ok(())
+    });
+}
+
+#[test]
+fn the_next_daemon_finds_settled_flows_as_they_are() {
+    lab::test(|lab| {
+        let host = router(lab)?;
+        let bpffs = host.bpffs()?;
+        host.enter(|| {
+            let options = || -> anyhow::Result<Options> {
+                Ok(Options {
+                    sweep: false,
+                    pins: Ok(Pins::open_in(bpffs, "tun0")?),
+                    ..Options::default()
+                })
+            };
+            let mut first = Fixture::with("eth0", options()?)?;
+            for family in FAMILIES {
+                let port = 4000;
+                carry(&mut first, family, Net::SNAT, (Side::Overlay, port, SYN))?;
+                carry(
+                    &mut first,
+                    family,
+                    Net::SNAT,
+                    (Side::Subnet, port, SYN | ACK),
+                )?;
+                carry(&mut first, family, Net::SNAT, (Side::Overlay, port, ACK))?;
+                first.ebpf.settle_flows()?;
+                for side in Side::ALL {
+                    carry(&mut first, family, Net::SNAT, (side, port, FIN | ACK))?;
+                }
+            }
+            let entries = |fixture: &Fixture| -> anyhow::Result<BTreeMap<_, _>> {
+                let all = fixture.ebpf.flows().entries()?.into_iter();
+                Ok(all
+                    .map(|(side, tuple, flow)| ((side as u8, tuple), flow))
+                    .collect())
+            };
+            let before = entries(&first)?;
+            ensure!(before.len() == 4 && before.values().all(|flow| flow.tcp & Flow::FIN != 0));
+            first.ebpf.leave()?;
+            let mut second = Fixture::with("eth0", options()?)?;
+            ensure!(entries(&second)? == before);
+            Ok(second.ebpf.remove()?)
+        })?
     });
 }
 

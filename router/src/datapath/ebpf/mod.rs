@@ -213,6 +213,12 @@ impl Ebpf {
         if self.pins.is_err() {
             return self.remove();
         }
+        if let Some(sweeper) = self.sweeper.take() {
+            sweeper.leave();
+        }
+        if self.unswept.is_some() {
+            self.by_hand("leave the flows", sweeper::Maps::refresh)?;
+        }
         let attached = std::mem::take(&mut self.attached);
         attached.into_values().try_for_each(Attachment::leave)
     }

@@ -221,9 +221,7 @@ impl<K: Settling> Settle<K> for Settler<K> {
         for slot in std::mem::take(&mut self.resting) {
             self.know(slot, |known| known.resting = false);
         }
-        self.flows
-            .blocks()
-            .make(entries.iter().map(|(key, _)| key))?;
+        self.flows.blocks().make(entries.iter().map(|(key, _)| key));
         let mut entered = Vec::new();
         for (key, flow) in entries {
             if self.enter(key, flow)? {

@@ -98,6 +98,12 @@ impl Maps {
         settle(&mut self.v6)
     }
 
+    /// Makes the table tell what is true now of settled entries.
+    pub(super) fn refresh(&mut self) -> io::Result<()> {
+        refresh(&mut self.v4)?;
+        refresh(&mut self.v6)
+    }
+
     /// Removes all entries.
     pub(super) fn clear(&mut self) -> io::Result<()> {
         clear(&mut self.v4)?;
@@ -115,6 +121,21 @@ fn settle<K: Key>(flows: &mut impl Settle<K>) -> io::Result<()> {
         if settling.len() >= SETTLING || cursor.is_none() {
             flows.settle(&settling)?;
             settling.clear();
+        }
+        if cursor.is_none() {
+            return Ok(());
+        }
+    }
+}
+
+fn refresh<K: Key>(flows: &mut impl Settle<K>) -> io::Result<()> {
+    let (mut cursor, mut entries) = (None, Vec::new());
+    loop {
+        flows.read(&mut cursor, &mut entries)?;
+        for (key, _) in &entries {
+            if flows.has_settled(key) {
+                flows.refresh(key)?;
+            }
         }
         if cursor.is_none() {
             return Ok(());
@@ -141,6 +162,8 @@ pub(super) enum Law {
     Policy(Arc<Compiled>),
     /// What translated flows may have as their external address.
     Addresses(HashSet<Address>),
+    /// None: the next daemon goes on with the table.
+    Left,
 }
 
 /// The running thread; it ends with this handle.
@@ -179,6 +202,11 @@ impl Sweeper {
             // The thread ends only after this handle, or by a panic, which has told its reason.
             let _ = laws.send(law);
         }
+    }
+
+    /// Ends, with the table as the next daemon needs it.
+    pub(super) fn leave(self) {
+        self.judge(Law::Left);
     }
 
     /// What the last pass has found.
@@ -230,6 +258,12 @@ impl Work {
                         let addresses = Arc::new(addresses);
                         self.v4.know(Arc::clone(&addresses));
                         self.v6.know(addresses);
+                    }
+                    Law::Left => {
+                        if let Err(error) = self.maps.refresh() {
+                            tracing::warn!(%error, "the flow table is left as it was some seconds ago");
+                        }
+                        return;
                     }
                 }
             }

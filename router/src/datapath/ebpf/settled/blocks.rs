@@ -204,8 +204,9 @@ impl<K: Settling> Blocks<K> {
         first..first + PROBES
     }
 
-    /// Makes the blocks that these keys need, as far as the kernel has memory.
-    pub(super) fn make<'a>(&mut self, keys: impl Iterator<Item = &'a K>) -> io::Result<()>
+    /// Makes the blocks that these keys need, as far as the kernel lets. What has no place stays in the
+    /// table.
+    pub(super) fn make<'a>(&mut self, keys: impl Iterator<Item = &'a K>)
     where
         K: 'a,
     {
@@ -218,13 +219,19 @@ impl<K: Settling> Blocks<K> {
         for number in wanted {
             match sys::create_array(size_of::<K::Slot>(), K::IN_BLOCK) {
                 Ok(fd) => made.push((number, fd)),
-                // What has no place stays in the table.
                 Err(error) => {
-                    tracing::debug!(%error, "no more room for settled flows");
+                    tracing::debug!(%error, "no more memory for settled flows");
                     break;
                 }
             }
         }
+        if let Err(error) = self.take_in(made) {
+            tracing::debug!(%error, "no more room for settled flows");
+        }
+    }
+
+    /// Has the programs look into new blocks.
+    fn take_in(&mut self, made: Vec<(u32, OwnedFd)>) -> Result<(), MapError> {
         if made.is_empty() {
             return Ok(());
         }
@@ -236,11 +243,9 @@ impl<K: Settling> Blocks<K> {
         // Before Linux 5.18 there are no batches of these.
         let most = if whole { made.len() } else { SINGLY };
         for (number, fd) in made.into_iter().take(most) {
-            let data = MapData::from_fd(fd).map_err(io_error)?;
-            let block = Map::from_map_data(data).and_then(Block::<K>::try_from);
-            let block = block.map_err(io_error)?;
+            let block = Block::<K>::try_from(Map::from_map_data(MapData::from_fd(fd)?)?)?;
             if !whole {
-                self.map.set(number, &block, 0).map_err(io_error)?;
+                self.map.set(number, &block, 0)?;
             }
             if let Some(place) = self.blocks.get_mut(number as usize) {
                 *place = Some(block);
