@@ -81,7 +81,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     run(one, args.inside.as_deref())
 }
 
-/// Runs the tests, one guest at a time, without set-up.
+/// Runs the tests, two guests at a time, without set-up.
 pub(crate) fn run(release: Option<&str>, inside: Option<&str>) -> Result<ExitCode> {
     let programs = build::lab(&["sluice"])?;
     let mut tests = run::cargo();
@@ -96,7 +96,7 @@ pub(crate) fn run(release: Option<&str>, inside: Option<&str>) -> Result<ExitCod
     if let (Some(release), None) = (release, inside) {
         filters.push(format!("{TESTS}systemd::{release}"));
     }
-    test::one_by_one(&mut tests, &filters)
+    test::by_twos(&mut tests, &filters)
 }
 
 /// Brings the kernels of these releases. One that cannot be had is told and left out; it is an error

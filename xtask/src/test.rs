@@ -60,10 +60,10 @@ pub(crate) fn all(unit: bool, filter: Option<&str>) -> Result<ExitCode> {
 }
 
 /// Runs `tests`, a command of `cargo test` up to the arguments of the test programs, with those
-/// tests that one of `filters` picks, one at a time.
-pub(crate) fn one_by_one(tests: &mut Command, filters: &[String]) -> Result<ExitCode> {
+/// tests that one of `filters` picks, two at a time: a guest takes one processor.
+pub(crate) fn by_twos(tests: &mut Command, filters: &[String]) -> Result<ExitCode> {
     let mut tally = Tally::default();
-    tests.args(["--", "--show-output", "--test-threads=1"]);
+    tests.args(["--", "--show-output", "--test-threads=2"]);
     tests.args(filters);
     let status = run::tee(tests, |line| tally.read(line))?;
     end(&tally, status, filters.first().map(String::as_str))
