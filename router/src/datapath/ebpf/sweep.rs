@@ -39,6 +39,9 @@ const LIVELY: Duration = Duration::from_secs(2);
 /// Entries that settle at a time, for one grace period of the kernel.
 pub(super) const SETTLING: usize = 8192;
 
+/// Entries that settle in a pass at most, so that whoever waits for its end need not wait for that.
+const MOST_SETTLING: usize = 16 * SETTLING;
+
 /// Every so many passes each entry is compared with its partner.
 const THOROUGH: u32 = 12;
 
@@ -117,7 +120,7 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
         let mut missing = HashSet::new();
         let thorough = self.is_thorough();
         let (mut cursor, mut entries) = (None, Vec::new());
-        let mut settling = Vec::new();
+        let (mut settling, mut room) = (Vec::new(), MOST_SETTLING);
         loop {
             store.read(&mut cursor, &mut entries)?;
             for (key, flow) in &mut entries {
@@ -142,8 +145,9 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
                     }
                     continue;
                 }
-                if !settled && settles(key.tuple().protocol, flow, now) {
+                if !settled && room > 0 && settles(key.tuple().protocol, flow, now) {
                     settling.push((*key, *flow));
+                    room -= 1;
                 }
             }
             if settling.len() >= SETTLING || cursor.is_none() {
