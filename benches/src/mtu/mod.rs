@@ -91,6 +91,12 @@ impl Cell {
     fn fits(self) -> bool {
         self.tunnel + OVERHEAD <= self.path
     }
+
+    /// Whether they do to the end. Else the client is ours: wireguard-go loses what it sends in one piece
+    /// (UDP GSO) once the kernel knows the path's MTU (EMSGSIZE), whatever the router is.
+    fn goes_on_fitting(self) -> bool {
+        self.fits() && self.kind != Kind::ShrinkingUnderlay
+    }
 }
 
 fn cells(effort: Effort) -> Vec<Cell> {
@@ -281,9 +287,18 @@ impl CellCase {
         {
             return Ok(site);
         }
+        let own = [
+            lab::sluice::binary()?.into(),
+            "wireguard".into(),
+            "-f".into(),
+        ];
         Site::new(&Plan {
             program: &self.subject.program,
-            client: &self.client,
+            client: if self.cell.goes_on_fitting() {
+                &self.client
+            } else {
+                &own
+            },
             clamp: self.subject.clamp,
             tunnel: self.cell.tunnel,
             path: self.cell.path,
