@@ -95,8 +95,9 @@ impl Key4 {
     /// [`Key4::new`] as [`Slot4::key`] has it.
     #[inline(always)]
     pub fn words(side: Side, tuple: &Tuple) -> [u64; size_of::<Self>() / 8] {
-        let [source] = source(tuple);
-        let [destination] = destination(tuple);
+        // SAFETY: both are aligned, as asserted below.
+        let ([source], [destination]) =
+            unsafe { (octets(&tuple.source), octets(&tuple.destination)) };
         [pair(source, destination), end(side, tuple)]
     }
 }
@@ -105,7 +106,8 @@ impl Key6 {
     /// [`Key6::new`] as [`Slot6::key`] has it.
     #[inline(always)]
     pub fn words(side: Side, tuple: &Tuple) -> [u64; size_of::<Self>() / 8] {
-        let (s, d) = (source::<4>(tuple), destination::<4>(tuple));
+        // SAFETY: as for `Key4`.
+        let (s, d) = unsafe { (octets::<4>(&tuple.source), octets::<4>(&tuple.destination)) };
         [
             pair(s[0], s[1]),
             pair(s[2], s[3]),
@@ -116,23 +118,21 @@ impl Key6 {
     }
 }
 
-#[inline(always)]
-fn source<const WORDS: usize>(tuple: &Tuple) -> [u32; WORDS] {
-    const { assert!((offset_of!(Tuple, source) + offset_of!(Address, octets)).is_multiple_of(4)) };
-    // SAFETY: aligned, as asserted, and of bytes. Volatile, or LLVM makes of it loads of single bytes.
-    unsafe {
-        (&raw const tuple.source.octets)
-            .cast::<[u32; WORDS]>()
-            .read_volatile()
-    }
-}
+const _: () = assert!((offset_of!(Tuple, source) + offset_of!(Address, octets)).is_multiple_of(4));
+const _: () =
+    assert!((offset_of!(Tuple, destination) + offset_of!(Address, octets)).is_multiple_of(4));
 
+/// The first words of an address.
+///
+/// # Safety
+///
+/// The octets are aligned to four bytes.
 #[inline(always)]
-fn destination<const WORDS: usize>(tuple: &Tuple) -> [u32; WORDS] {
-    const { assert!((offset_of!(Tuple, destination) + offset_of!(Address, octets)).is_multiple_of(4)) };
-    // SAFETY: as above.
+unsafe fn octets<const WORDS: usize>(address: &Address) -> [u32; WORDS] {
+    const { assert!(WORDS <= 4) };
+    // SAFETY: by the caller's promise, and of bytes. Volatile, or LLVM makes of it loads of single bytes.
     unsafe {
-        (&raw const tuple.destination.octets)
+        (&raw const address.octets)
             .cast::<[u32; WORDS]>()
             .read_volatile()
     }
@@ -141,7 +141,7 @@ fn destination<const WORDS: usize>(tuple: &Tuple) -> [u32; WORDS] {
 /// The last word of a key.
 #[inline(always)]
 fn end(side: Side, tuple: &Tuple) -> u64 {
-    // SAFETY: as in `source`.
+    // SAFETY: aligned and of bytes; volatile as in `octets`.
     let ports = unsafe { (&raw const tuple.ports).cast::<u32>().read_volatile() };
     pair(
         ports,

@@ -68,6 +68,21 @@ pub(super) trait Read<K, V> {
     fn get(&self, key: &K) -> io::Result<Option<V>>;
 }
 
+/// Has `visit` see all entries, batch by batch.
+pub(super) fn in_batches<K, V, S: Read<K, V>>(
+    store: &mut S,
+    mut visit: impl FnMut(&mut S, &[(K, V)]) -> io::Result<()>,
+) -> io::Result<()> {
+    let (mut cursor, mut entries) = (None, Vec::new());
+    loop {
+        store.read(&mut cursor, &mut entries)?;
+        visit(store, &entries)?;
+        if cursor.is_none() {
+            return Ok(());
+        }
+    }
+}
+
 /// One that is changed, too.
 pub(super) trait Store<K, V>: Read<K, V> {
     /// Removes `key` if it is there.

@@ -95,6 +95,10 @@ impl<K: Settling> Settler<K> {
 
     /// Gives an entry a slot, if one of its own is free.
     fn enter(&mut self, key: &K, flow: &Flow) -> io::Result<bool> {
+        // A second slot of one key would outlive the first.
+        if self.has_settled(key) {
+            return Ok(false);
+        }
         let seats = self.flows.blocks().seats(key);
         let first = seats.start;
         let mut free = seats.filter(|seat| {

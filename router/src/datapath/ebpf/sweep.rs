@@ -30,8 +30,10 @@ const ADDRESS_AWAY: Duration = Duration::from_secs(30);
 /// A next hop counts as used when a packet has gone to it not longer ago.
 const IN_USE: Duration = Duration::from_secs(30);
 
-/// A settled entry is read anew when what is known of it is older.
+/// A settled entry is read anew when what is known of it is older. Less than every timeout: a flow does
+/// not end by what was known of it.
 const STALE: Duration = Duration::from_secs(20);
+const _: () = assert!(STALE.as_secs() < HALF_OPEN.as_secs());
 
 /// Entries settle that had a packet not longer ago, as most have that are in use ([`Flow::COARSE`]).
 const LIVELY: Duration = Duration::from_secs(2);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use aya::maps::MapError;
 use router_ebpf::abi::{Address, Key4, Key6};
 
-use super::flows::{Key, Store, Table};
+use super::flows::{Key, Store, Table, in_batches};
 use super::listing::FlowTables;
 use super::policy::Compiled;
 use super::settled::{Settle, Settler};
@@ -113,47 +113,32 @@ impl Maps {
 }
 
 fn settle<K: Key>(flows: &mut impl Settle<K>) -> io::Result<()> {
-    let (mut cursor, mut entries) = (None, Vec::new());
     let mut settling = Vec::new();
-    loop {
-        flows.read(&mut cursor, &mut entries)?;
+    in_batches(flows, |flows, entries| {
         settling.extend(entries.iter().filter(|(key, _)| !flows.has_settled(key)));
-        if settling.len() >= SETTLING || cursor.is_none() {
-            flows.settle(&settling)?;
-            settling.clear();
-        }
-        if cursor.is_none() {
+        if settling.len() < SETTLING {
             return Ok(());
         }
-    }
+        flows.settle(&std::mem::take(&mut settling))
+    })?;
+    flows.settle(&settling)
 }
 
 fn refresh<K: Key>(flows: &mut impl Settle<K>) -> io::Result<()> {
-    let (mut cursor, mut entries) = (None, Vec::new());
-    loop {
-        flows.read(&mut cursor, &mut entries)?;
-        for (key, _) in &entries {
+    in_batches(flows, |flows, entries| {
+        entries.iter().try_for_each(|(key, _)| {
             if flows.has_settled(key) {
                 flows.refresh(key)?;
             }
-        }
-        if cursor.is_none() {
-            return Ok(());
-        }
-    }
+            Ok(())
+        })
+    })
 }
 
 fn clear<K, V>(store: &mut impl Store<K, V>) -> io::Result<()> {
-    let (mut cursor, mut entries) = (None, Vec::new());
-    loop {
-        store.read(&mut cursor, &mut entries)?;
-        for (key, _) in &entries {
-            store.remove(key)?;
-        }
-        if cursor.is_none() {
-            return Ok(());
-        }
-    }
+    in_batches(store, |store, entries| {
+        entries.iter().try_for_each(|(key, _)| store.remove(key))
+    })
 }
 
 /// By what flows are judged from now on.
