@@ -149,20 +149,25 @@ pub(crate) const fn instruction(code: u8, to: u8, from: u8, offset: i16, immedia
     code as u64 | registers << 8 | (offset as u16 as u64) << 16 | (immediate as u32 as u64) << 32
 }
 
+/// Makes an array map of so many values, of so many bytes each, all zero.
+pub(crate) fn array(value_size: usize, entries: u32) -> io::Result<OwnedFd> {
+    let mut attr = MapAttr {
+        map_type: BPF_MAP_TYPE_ARRAY,
+        key_size: size_of::<u32>() as u32,
+        value_size: value_size as u32,
+        max_entries: entries,
+    };
+    // SAFETY: the attribute has the layout of its command, and no pointers.
+    unsafe { make(BPF_MAP_CREATE, &raw mut attr) }
+}
+
 /// An array map of one value of `N` words, all zero.
 #[derive(Debug)]
 pub(crate) struct Words<const N: usize>(OwnedFd);
 
 impl<const N: usize> Words<N> {
     pub(crate) fn new() -> io::Result<Self> {
-        let mut attr = MapAttr {
-            map_type: BPF_MAP_TYPE_ARRAY,
-            key_size: size_of::<u32>() as u32,
-            value_size: size_of::<[u64; N]>() as u32,
-            max_entries: 1,
-        };
-        // SAFETY: the attribute has the layout of its command, and no pointers.
-        unsafe { make(BPF_MAP_CREATE, &raw mut attr) }.map(Self)
+        array(size_of::<[u64; N]>(), 1).map(Self)
     }
 
     pub(crate) fn read(&self) -> io::Result<[u64; N]> {

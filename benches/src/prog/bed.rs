@@ -1,8 +1,9 @@
 //! A router whose programs are run on packets that nobody sends.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::os::fd::AsFd as _;
 
 use anyhow::{Context as _, ensure};
 use ipnet::IpNet;
@@ -13,7 +14,7 @@ use router::datapath::limits::Limits;
 use router::datapath::{Counter, Datapath as _, Link, Spec};
 use router_ebpf::abi::{DEFAULT_FLOWS, Side};
 
-use super::test_run;
+use super::test_run::{self, Clock};
 use super::traffic::{Ends, Family, Kind, SERVICE, What};
 use crate::bpf::Run;
 use crate::case::Failure;
@@ -25,12 +26,8 @@ pub(super) const ROUTER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x10];
 pub(super) const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 0x20];
 /// Tunnel MTU in bytes.
 pub(super) const MTU: u16 = 1420;
-/// `TC_ACT_REDIRECT` of linux/pkt_cls.h.
-const REDIRECT: u32 = 7;
 /// More than any packet of ours has after a program.
 const LONGEST: usize = 256;
-/// Most flows that are visited; that many lie in no cache.
-const VISITED: u32 = 1 << 16;
 
 /// How much is in the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,6 +60,11 @@ impl Tables {
         let (peer, network) = self.place(kind, n);
         kind.ends(n, peer, network)
     }
+
+    /// The ends of the n-th flow as packets of `kind` name them.
+    fn seen(self, kind: Kind, n: u32) -> Ends {
+        kind.seen(self.ends(kind, n))
+    }
 }
 
 /// A number below `of`; a step without a common divisor comes to all of them.
@@ -73,14 +75,14 @@ fn spread(n: u32, of: u32) -> u32 {
 /// The programs with their tables, in a namespace of their own.
 pub(super) struct Bed {
     ebpf: Ebpf,
-    empty: OwnedFd,
+    clock: Clock,
     router: Host,
     tun: u32,
     nic: u32,
     cores: Cores,
     tables: Tables,
-    /// The frames of each established kind whose flows are in the table, and which is the next.
-    opened: HashMap<Kind, (Vec<Vec<u8>>, usize)>,
+    /// The established kinds whose flows are in the table, and which of them is the next to have a packet.
+    opened: HashMap<Kind, u32>,
     _lab: Lab,
 }
 
@@ -125,7 +127,7 @@ impl Bed {
         router.enter(|| ebpf.apply(&spec))??;
         Ok(Self {
             ebpf,
-            empty: test_run::load_empty().context("load an empty program")?,
+            clock: Clock::new().context("load an empty program")?,
             router,
             tun,
             nic,
@@ -140,109 +142,89 @@ impl Bed {
     /// a run in nanoseconds, without that of reading the clock. Every packet must meet the verdict
     /// of its kind, by the counters.
     pub(super) fn time(&mut self, kind: Kind, count: u32) -> Result<f64, Failure> {
-        let (frames, first) = match self.opened.remove(&kind) {
-            Some(opened) => opened,
-            None if kind.is_established() => (self.open(kind)?, 0),
+        let tables = self.tables;
+        let first = match self.opened.get(&kind) {
+            Some(next) => *next,
             None => {
-                let tables = self.tables;
-                let frame = |n| kind.frame(tables.ends(kind, n));
-                let frames = match kind.what {
-                    What::New => {
-                        let ends = tables.ends(kind, count);
-                        self.carry(kind, ends, ends.overlay)?;
-                        count
-                    }
-                    // As the underlay's: packets of few senders, over and over.
-                    _ => tables.flows,
-                };
-                ((0..frames).map(frame).collect(), 0)
+                self.prepare(kind, count)?;
+                0
+            }
+        };
+        // A packet is made when it is needed: many of them would drive the flows out of the caches.
+        let frame = |n: u32| match kind.what {
+            What::New => kind.frame(tables.ends(kind, n)),
+            // All flows, without a pattern; of what has none the packets of few senders, over and over.
+            _ => {
+                let n = (u64::from(first) + u64::from(n)) % u64::from(tables.flows);
+                kind.frame(tables.seen(kind, spread(n as u32, tables.flows)))
             }
         };
         let before = self.counters()?;
-        let timed = || -> anyhow::Result<(Vec<u32>, Vec<u32>)> {
-            let mut nothing = Vec::new();
-            let mut times = Vec::new();
-            for frame in frames.iter().cycle().skip(first).take(count as usize) {
-                let empty = self.empty.as_fd();
-                let empty = test_run::run(empty, frame, self.ingress(kind.side), &mut []);
-                nothing.push(empty?.nanoseconds);
-                times.push(self.run(kind.side, frame, &mut [])?.nanoseconds);
-            }
-            Ok((nothing, times))
-        };
-        let work = self.router.enter(|| {
+        let program = self.ebpf.program(kind.side).map_err(anyhow::Error::from)?;
+        let program = program.fd().map_err(anyhow::Error::from)?.as_fd();
+        let frames = (0..count).map(frame);
+        let time = self.router.enter(|| -> anyhow::Result<f64> {
             cpu::pin_thread(&[self.cores.router])?;
-            timed()
+            let time = self.clock.time(program, frames, self.ingress(kind.side));
+            time.context("run the program")
         })??;
         self.check(kind, count.into(), &before)?;
         if kind.what == What::New {
             self.end_all_flows()?;
         } else if kind.is_established() {
-            let next = (first + count as usize) % frames.len();
-            self.opened.insert(kind, (frames, next));
+            let next = (u64::from(first) + u64::from(count)) % u64::from(tables.flows);
+            self.opened.insert(kind, next as u32);
         }
-        let (nothing, times) = work;
-        Ok(typical(times) - typical(nothing))
+        Ok(time)
     }
 
-    /// Opens the flows of `kind` from the overlay's side, and returns frames of as many as are to
-    /// be visited. Each of these was carried once, and had become what it must.
-    fn open(&mut self, kind: Kind) -> Result<Vec<Vec<u8>>, Failure> {
-        let (opening, flows) = (kind.opening(), self.tables.flows);
-        let frame = |n| opening.frame(self.tables.ends(kind, n));
-        self.router.enter(|| -> Result<(), Failure> {
-            for n in 0..flows {
-                let Run { code, .. } = self.run(Side::Overlay, &frame(n), &mut [])?;
-                if code != REDIRECT {
-                    return Err(Failure::Wrong(format!(
-                        "the first packet of flow {n} was not forwarded ({code})"
-                    )));
-                }
-            }
-            Ok(())
-        })??;
+    /// Has the tables hold what packets of `kind` need.
+    fn prepare(&mut self, kind: Kind, count: u32) -> Result<(), Failure> {
+        if kind.is_established() {
+            return self.open(kind);
+        }
+        if kind.what == What::New {
+            return self.carry_all(kind, count..=count);
+        }
+        Ok(())
+    }
+
+    /// Opens the flows of `kind` from the overlay's side. One packet of each is carried, and becomes what it
+    /// must, before it counts.
+    fn open(&mut self, kind: Kind) -> Result<(), Failure> {
+        let (opening, all) = (kind.opening(), 0..=self.tables.flows - 1);
+        self.carry_all(opening, all.clone())?;
         // As the sweeper does within seconds with flows that are in use.
         self.ebpf.settle_flows().map_err(anyhow::Error::from)?;
-        (0..flows.min(VISITED))
-            .map(|n| {
-                let mut ends = self.tables.ends(kind, spread(n, flows));
-                let peer = ends.overlay;
-                let outside = self.carry(opening, ends, peer)?;
-                if kind.side == Side::Subnet {
-                    ends.overlay = outside;
-                }
-                if kind != opening {
-                    self.carry(kind, ends, peer)?;
-                }
-                Ok(kind.frame(ends))
-            })
-            .collect()
+        if kind != opening {
+            self.carry_all(kind, all)?;
+        }
+        Ok(())
     }
 
-    /// Has one packet of `peer` carried and checks what became of it. Returns what the other side
-    /// knows the peer's end as.
-    fn carry(&self, kind: Kind, ends: Ends, peer: SocketAddr) -> Result<SocketAddr, Failure> {
-        let frame = kind.frame(ends);
+    fn carry_all(&self, kind: Kind, mut flows: RangeInclusive<u32>) -> Result<(), Failure> {
+        self.router
+            .enter(|| flows.try_for_each(|n| self.carry(kind, self.tables.ends(kind, n))))?
+    }
+
+    /// In the router's namespace: has one packet between `ends` carried and checks what became of it.
+    fn carry(&self, kind: Kind, ends: Ends) -> Result<(), Failure> {
+        let frame = kind.frame(kind.seen(ends));
         let mut out = [0; LONGEST];
-        let run = self
-            .router
-            .enter(|| self.run(kind.side, &frame, &mut out))??;
+        let run = self.run(kind.side, &frame, &mut out)?;
         let carried = kind.carried(out.get(..run.len).unwrap_or_default());
-        let known_as = match (kind.side, carried) {
-            (Side::Overlay, Some((from, to))) if to == ends.subnet => Some(from),
-            (Side::Subnet, Some((from, to))) if from == ends.subnet => Some(to),
-            _ => None,
+        let outside = kind.outside(ends);
+        let wanted = match kind.side {
+            Side::Overlay => (outside.overlay, outside.subnet),
+            Side::Subnet => (ends.subnet, ends.overlay),
         };
-        let is_right = |known_as: &SocketAddr| match (kind.nat, kind.side) {
-            (true, Side::Overlay) => known_as.ip() == kind.family.router(),
-            _ => *known_as == peer,
-        };
-        known_as.filter(is_right).ok_or_else(|| {
-            Failure::Wrong(format!(
-                "a packet of {peer} as {ends:?} became {carried:?} (code {})",
+        if carried != Some(wanted) {
+            return Err(Failure::Wrong(format!(
+                "a packet of {ends:?} became {carried:?}, not {wanted:?} (code {})",
                 run.code
-            ))
-        })
+            )));
+        }
+        Ok(())
     }
 
     /// In the router's namespace.
@@ -349,24 +331,4 @@ fn index(host: &Host, name: &str) -> anyhow::Result<u32> {
     let index = host.enter(|| unsafe { libc::if_nametoindex(c_name.as_ptr()) })?;
     ensure!(index != 0, "no interface {name}");
     Ok(index)
-}
-
-/// The mean of the middle half: as robust as a median, and finer than the clock's own steps.
-fn typical(mut times: Vec<u32>) -> f64 {
-    times.sort_unstable();
-    let quarter = times.len() / 4;
-    let middle = &times[quarter..times.len() - quarter];
-    let sum: f64 = middle.iter().copied().map(f64::from).sum();
-    sum / middle.len() as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn outliers_do_not_count() {
-        assert_eq!(typical(vec![1, 10, 11, 900]), 10.5);
-        assert_eq!(typical(vec![7]), 7.0);
-    }
 }

@@ -6,6 +6,7 @@
 //! leaves the caches as they are between real packets, colder than in a loop.
 
 mod bed;
+mod memory;
 mod test_run;
 mod traffic;
 
@@ -21,9 +22,13 @@ use crate::case::{
 };
 use crate::cpu::Cores;
 use bed::{Bed, Tables};
+use memory::OneRead;
 use traffic::{Kind, What};
 
 const SUITE: &str = "prog";
+/// What a program takes that reads one line of memory among as many as there are flows, and does
+/// nothing else.
+const ONE_READ: &str = "one-read";
 
 /// The suite, as the command line knows it.
 pub(crate) const ENTRY: SuiteEntry = SuiteEntry {
@@ -52,8 +57,14 @@ fn suite(context: &Context) -> anyhow::Result<Suite> {
         add(id, kind, &warm);
     }
     let mut too_many = Vec::new();
+    let mut reads: Vec<Box<dyn Case>> = Vec::new();
     for (axis, counts) in axes(context.effort) {
         for &count in counts {
+            if let Axis::Flows = axis {
+                let id = CaseId::new(SUITE, ONE_READ, Implementation::sluice(""));
+                let id = id.at(axis.name(), count.into());
+                reads.push(Box::new(OneRead::new(id, count, &context.cores)));
+            }
             let bed = Lazy::new(axis.tables(count), context);
             for &(case, kind) in axis.cases() {
                 let (side, what, nat) = kind;
@@ -70,6 +81,7 @@ fn suite(context: &Context) -> anyhow::Result<Suite> {
             }
         }
     }
+    suite.cases.extend(reads);
     suite.skipped.extend(too_many);
     Ok(suite)
 }
@@ -198,6 +210,7 @@ fn charts() -> Vec<Chart> {
             ChartKind::Lines(vec![
                 pair("from_overlay-flows", "From the tunnel"),
                 pair("from_subnet-flows", "From the subnet"),
+                pair(ONE_READ, "One read of memory"),
             ]),
         ),
         chart(
@@ -209,6 +222,16 @@ fn charts() -> Vec<Chart> {
             ]),
         ),
     ]
+}
+
+/// Packets of a round.
+fn count(round: Round) -> u32 {
+    match (round.effort, round.warm_up) {
+        (Effort::Smoke, _) => 100,
+        (_, true) => 1_000,
+        (Effort::Quick, _) => 10_000,
+        (Effort::Full, _) => 50_000,
+    }
 }
 
 /// A bed that is made when it is first needed.
@@ -241,12 +264,7 @@ impl Case for Timed {
     }
 
     fn run(&mut self, round: Round) -> Result<Outcome, Failure> {
-        let count = match (round.effort, round.warm_up) {
-            (Effort::Smoke, _) => 100,
-            (_, true) => 1_000,
-            (Effort::Quick, _) => 10_000,
-            (Effort::Full, _) => 50_000,
-        };
+        let count = count(round);
         let mut bed = self.bed.bed.borrow_mut();
         let bed = match bed.as_mut() {
             Some(bed) => bed,

@@ -115,7 +115,7 @@ pub(super) struct Kind {
 /// The two ends of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ends {
-    /// The peer's end, or what the subnet knows it as.
+    /// The peer's end, or what stands for it.
     pub(super) overlay: SocketAddr,
     pub(super) subnet: SocketAddr,
 }
@@ -199,7 +199,24 @@ impl Kind {
         }
     }
 
-    /// The packet of such a flow, as the program sees it.
+    /// The ends as the subnet knows them: a translated flow keeps its port.
+    pub(super) fn outside(self, ends: Ends) -> Ends {
+        let overlay = match self.nat {
+            true => SocketAddr::new(self.family.router(), ends.overlay.port()),
+            false => ends.overlay,
+        };
+        Ends { overlay, ..ends }
+    }
+
+    /// The ends as packets that the program gets name them.
+    pub(super) fn seen(self, ends: Ends) -> Ends {
+        match (self.what, self.side) {
+            (What::Foreign, _) | (_, Side::Overlay) => ends,
+            (_, Side::Subnet) => self.outside(ends),
+        }
+    }
+
+    /// The packet between such ends, as the program gets it.
     pub(super) fn frame(self, ends: Ends) -> Vec<u8> {
         let (from, to) = match self.side {
             Side::Overlay => (ends.overlay, ends.subnet),
