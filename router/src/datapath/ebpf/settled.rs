@@ -6,6 +6,7 @@ use std::io;
 use std::sync::atomic::{Ordering, fence};
 
 use router_ebpf::abi::{EMPTY, Flow, VACANT};
+use router_ebpf::packet::TCP;
 
 use super::banks::wait_for_programs;
 use super::flows::{Read, Store};
@@ -74,10 +75,6 @@ impl<K: Settling> Settler<K> {
         }
     }
 
-    fn write(&self, slot: u32, value: &K::Slot) -> io::Result<()> {
-        self.flows.blocks().write(slot, value)
-    }
-
     /// The slot of `key`, and its entry.
     fn find(&self, key: &K) -> io::Result<Option<(u32, Flow)>> {
         let mark = mark(key);
@@ -93,11 +90,11 @@ impl<K: Settling> Settler<K> {
         Ok(None)
     }
 
-    /// Gives an entry a slot, if one of its own is free.
-    fn enter(&mut self, key: &K, flow: &Flow) -> io::Result<bool> {
+    /// Gives a key one of its slots, if one is free; what is in it is to be written.
+    fn enter(&mut self, key: &K) -> io::Result<Option<u32>> {
         // A second slot of one key would outlive the first.
         if self.has_settled(key) {
-            return Ok(false);
+            return Ok(None);
         }
         let seats = self.flows.blocks().seats(key);
         let first = seats.start;
@@ -105,26 +102,47 @@ impl<K: Settling> Settler<K> {
             let known = self.known(*seat);
             known.mark == 0 && !known.resting
         });
-        let Some(seat) = free.next() else {
-            return Ok(false);
+        let Some(seat) = free.next().filter(|seat| self.flows.blocks().has(*seat)) else {
+            return Ok(None);
         };
-        if self.flows.blocks().read(seat)?.is_none() {
-            return Ok(false);
-        }
         for before in first..seat {
             self.know(before, |known| known.passed += 1);
             // Who looks for the key must not stop there.
             self.say_free(before)?;
         }
-        let whole = key.slot(flow);
-        // No program may find the key before all of the entry is there, and the kernel copies in any
-        // order.
-        self.write(seat, &K::free(&whole, self.free_word(seat)))?;
-        fence(Ordering::SeqCst);
-        self.write(seat, &whole)?;
         self.know(seat, |known| known.mark = mark(key));
         self.settled += 1;
-        Ok(true)
+        Ok(Some(seat))
+    }
+
+    /// Writes entries to the slots that they have got.
+    fn fill(&self, entered: &[(u32, (K, Flow))]) -> io::Result<()> {
+        let blocks = self.flows.blocks();
+        let mut slots: Vec<_> = entered
+            .iter()
+            .map(|(seat, (key, flow))| (*seat, key.slot(flow)))
+            .collect();
+        slots.sort_unstable_by_key(|(seat, _)| *seat);
+        // No program may find the key before all of the entry is there, and the kernel copies in any
+        // order.
+        let without_key: Vec<_> = slots
+            .iter()
+            .map(|(seat, slot)| (*seat, K::free(slot, self.free_word(*seat))))
+            .collect();
+        blocks.write(&without_key)?;
+        fence(Ordering::SeqCst);
+        blocks.write(&slots)
+    }
+
+    /// Has nobody have a slot any more. A program may still look at what is in it: so that stays, without
+    /// its key, until [`Settle::settle`] has waited for that.
+    fn vacate(&mut self, seat: u32) {
+        self.know(seat, |known| {
+            known.mark = 0;
+            known.resting = true;
+        });
+        self.resting.push(seat);
+        self.settled -= 1;
     }
 
     /// What stands in a slot that nobody has.
@@ -143,22 +161,17 @@ impl<K: Settling> Settler<K> {
         }
         let before = self.flows.blocks().read(slot)?;
         before.map_or(Ok(()), |before| {
-            self.write(slot, &K::free(&before, self.free_word(slot)))
+            let free = K::free(&before, self.free_word(slot));
+            self.flows.blocks().write(&[(slot, free)])
         })
     }
 
-    /// Takes a settled entry out. A program that has found it may still look at it: so it stays, without
-    /// its key, until [`Settle::settle`] has waited for that.
+    /// Takes a settled entry out.
     fn leave(&mut self, key: &K) -> io::Result<()> {
         let Some((seat, _)) = self.find(key)? else {
             return Ok(());
         };
-        self.know(seat, |known| {
-            known.mark = 0;
-            known.resting = true;
-        });
-        self.resting.push(seat);
-        self.settled -= 1;
+        self.vacate(seat);
         self.say_free(seat)?;
         let first = self.flows.blocks().seats(key).start;
         for before in first..seat {
@@ -227,20 +240,29 @@ impl<K: Settling> Settle<K> for Settler<K> {
         }
         self.flows.blocks().make(entries.iter().map(|(key, _)| key));
         let mut entered = Vec::new();
-        for (key, flow) in entries {
-            if self.enter(key, flow)? {
-                entered.push((key, flow));
+        let mut enter_all = || {
+            for (key, flow) in entries {
+                if let Some(seat) = self.enter(key)? {
+                    entered.push((seat, (*key, *flow)));
+                }
             }
+            self.fill(&entered)
+        };
+        if let Err(error) = enter_all() {
+            entered.iter().for_each(|(seat, _)| self.vacate(*seat));
+            return Err(error);
         }
         if entered.is_empty() {
             return Ok(());
         }
         let waited = wait_for_programs();
-        for (key, flow) in entered {
+        for (_, (key, flow)) in &entered {
             // A program that had found the old entry may have changed it since it was read. All of
             // that is said again by the next packets, but for the end of a connection.
-            let now = self.flows.table.get(key)?;
-            if !waited || now.is_none_or(|now| now.tcp != flow.tcp) {
+            let stays = waited
+                && (key.tuple().protocol != TCP
+                    || (self.flows.table.get(key)?).is_some_and(|now| now.tcp == flow.tcp));
+            if !stays {
                 self.leave(key)?;
             }
         }

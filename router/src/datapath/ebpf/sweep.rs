@@ -1,6 +1,7 @@
 //! Which flows end, and when: one pass over the flow table.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher as _};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,10 +40,13 @@ const _: () = assert!(STALE.as_secs() < HALF_OPEN.as_secs());
 const LIVELY: Duration = Duration::from_secs(2);
 
 /// Entries that settle at a time, for one grace period of the kernel.
-pub(super) const SETTLING: usize = 8192;
+pub(super) const SETTLING: usize = 1 << 14;
 
 /// Entries that settle in a pass at most, so that whoever waits for its end need not wait for that.
-const MOST_SETTLING: usize = 16 * SETTLING;
+const MOST_SETTLING: usize = 8 * SETTLING;
+
+/// Bits that remember which entries a pass has found in use.
+const LIVELY_BITS: usize = 1 << 20;
 
 /// Every so many passes each entry is compared with its partner.
 const THOROUGH: u32 = 12;
@@ -84,9 +88,37 @@ pub(super) struct Sweep<K> {
     away: HashMap<Address, u64>,
     /// Entries whose partner was missing: a flow that begins looks so for a moment.
     suspects: HashSet<K>,
+    /// Entries without a slot that the last pass has found in use.
+    lively: Lively,
 }
 
-impl<K: Key + std::hash::Hash> Sweep<K> {
+/// A set of entries, one bit for those of the same hash: it may hold some more than were put in.
+#[derive(Debug, Default)]
+struct Lively(Vec<u64>);
+
+impl Lively {
+    fn place(key: &impl Hash) -> (usize, u64) {
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        let bit = hasher.finish() as usize % LIVELY_BITS;
+        (bit / 64, 1 << (bit % 64))
+    }
+
+    fn put(&mut self, key: &impl Hash) {
+        let (word, bit) = Self::place(key);
+        self.0.resize(LIVELY_BITS / 64, 0);
+        if let Some(word) = self.0.get_mut(word) {
+            *word |= bit;
+        }
+    }
+
+    fn has(&self, key: &impl Hash) -> bool {
+        let (word, bit) = Self::place(key);
+        self.0.get(word).is_some_and(|word| word & bit != 0)
+    }
+}
+
+impl<K: Key> Sweep<K> {
     pub(super) fn new(timeouts: Timeouts, capacity: u32) -> Self {
         Self {
             timeouts,
@@ -96,6 +128,7 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
             addresses: None,
             away: HashMap::new(),
             suspects: HashSet::new(),
+            lively: Lively::default(),
         }
     }
 
@@ -123,6 +156,7 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
         let thorough = self.is_thorough();
         let (mut cursor, mut entries) = (None, Vec::new());
         let (mut settling, mut room) = (Vec::new(), MOST_SETTLING);
+        let mut lively = Lively::default();
         loop {
             store.read(&mut cursor, &mut entries)?;
             for (key, flow) in &mut entries {
@@ -147,9 +181,13 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
                     }
                     continue;
                 }
-                if !settled && room > 0 && settles(key.tuple().protocol, flow, now) {
-                    settling.push((*key, *flow));
-                    room -= 1;
+                if !settled && settles(key.tuple().protocol, flow, now) {
+                    // Most flows are over before it would pay.
+                    if room > 0 && self.lively.has(key) {
+                        settling.push((*key, *flow));
+                        room -= 1;
+                    }
+                    lively.put(key);
                 }
             }
             if settling.len() >= SETTLING || cursor.is_none() {
@@ -162,6 +200,7 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
         }
         tally.settled = store.settled();
         self.suspects = missing;
+        self.lively = lively;
         // Who had them is gone by now.
         self.away
             .retain(|_, since| idle(now, *since) <= ADDRESS_AWAY);
@@ -269,7 +308,8 @@ impl<K: Key + std::hash::Hash> Sweep<K> {
     }
 }
 
-/// Whether an entry is worth a slot: it is in use now and, of TCP, neither about to begin nor to end.
+/// Whether an entry is worth a slot, if it was the pass before: it is in use now and, of TCP, neither about
+/// to begin nor to end.
 fn settles(protocol: u8, flow: &Flow, now: u64) -> bool {
     let steady = flow.tcp & (Flow::ACK | Flow::FIN | Flow::RST) == Flow::ACK;
     (protocol != TCP || steady) && idle(now, flow.last_used) <= LIVELY

@@ -1,10 +1,15 @@
 //! bpf(2), where aya does not offer what is needed of it.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+
+use aya::Pod;
 
 /// `BPF_MAP_CREATE` of linux/bpf.h.
 const MAP_CREATE: libc::c_long = 0;
+/// `BPF_MAP_LOOKUP_ELEM`.
+const MAP_LOOKUP_ELEM: libc::c_long = 1;
 /// `BPF_MAP_LOOKUP_BATCH` (Linux 5.6).
 pub(super) const LOOKUP_BATCH: libc::c_long = 24;
 /// `BPF_MAP_UPDATE_BATCH` (Linux 5.6).
@@ -36,8 +41,16 @@ impl Batch {
     }
 }
 
-/// Sets elements of a map of four-byte values in one call: all, or an error after which some may be set.
-pub(super) fn update_batch(map: BorrowedFd<'_>, keys: &[u32], values: &[u32]) -> io::Result<()> {
+/// Sets elements of a map of four-byte keys in one call: all, or an error after which some may be set.
+///
+/// # Safety
+///
+/// The map's values are as long as `V`.
+pub(super) unsafe fn update_batch<V: Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[u32],
+    values: &[V],
+) -> io::Result<()> {
     let mut batch = Batch {
         keys: keys.as_ptr() as u64,
         values: values.as_ptr() as u64,
@@ -45,8 +58,37 @@ pub(super) fn update_batch(map: BorrowedFd<'_>, keys: &[u32], values: &[u32]) ->
         map_fd: map.as_raw_fd() as u32,
         ..Batch::default()
     };
-    // SAFETY: the kernel reads `count` keys and values, of four bytes each.
+    // SAFETY: the kernel reads `count` keys and values, of the sizes of the map.
     unsafe { batch.call(UPDATE_BATCH) }
+}
+
+/// The head of `union bpf_attr` for `BPF_MAP_LOOKUP_ELEM`.
+#[repr(C)]
+struct Lookup {
+    map_fd: u64,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// An element of a map of four-byte keys.
+///
+/// # Safety
+///
+/// The map's values are as long as `V`.
+pub(super) unsafe fn lookup<V: Pod>(map: BorrowedFd<'_>, key: u32) -> io::Result<V> {
+    let mut value = MaybeUninit::<V>::uninit();
+    let mut attr = Lookup {
+        map_fd: map.as_raw_fd() as u64,
+        key: &raw const key as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads a key and writes a value, of the sizes of the map; any bytes make a `Pod`.
+    unsafe {
+        bpf(MAP_LOOKUP_ELEM, &mut attr)?;
+        Ok(value.assume_init())
+    }
 }
 
 /// The head of `union bpf_attr` for `BPF_MAP_CREATE`.

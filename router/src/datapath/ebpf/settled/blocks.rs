@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,7 +12,7 @@ use router_ebpf::abi::{
     BLOCK, EMPTY, Flow, Key4, Key6, PROBES, SETTLED4, SETTLED6, Seats, Slot4, Slot6,
 };
 
-use super::super::flows::{Key, Read, Table, io_error};
+use super::super::flows::{Key, Read, Table};
 use super::super::{failed, sys};
 use crate::datapath::Error;
 
@@ -149,15 +149,13 @@ macro_rules! settling {
 settling!(Key4, Slot4, SETTLED4);
 settling!(Key6, Slot6, SETTLED6);
 
-/// An array of slots.
-type Block<K> = Array<MapData, <K as Settling>::Slot>;
-
 /// The blocks of one family that there are; the kernel would give a descriptor of one only to an
 /// administrator (CAP_SYS_ADMIN).
 pub(super) struct Blocks<K: Settling> {
     fd: OwnedFd,
-    map: ArrayOfMaps<MapData, Block<K>>,
-    blocks: Vec<Option<Block<K>>>,
+    map: ArrayOfMaps<MapData, Array<MapData, K::Slot>>,
+    /// Each is an array of [`Settling::IN_BLOCK`] slots.
+    blocks: Vec<Option<OwnedFd>>,
 }
 
 impl<K: Settling> Blocks<K> {
@@ -176,25 +174,41 @@ impl<K: Settling> Blocks<K> {
         self.map.len()
     }
 
-    /// The slot with this number of all; `None` as long as there is no block of it.
-    pub(super) fn read(&self, slot: u32) -> io::Result<Option<K::Slot>> {
-        match self.blocks.get((slot / K::IN_BLOCK) as usize) {
-            Some(Some(block)) => {
-                let slot = block.get(&(slot % K::IN_BLOCK), 0);
-                slot.map(Some).map_err(io_error)
-            }
-            _ => Ok(None),
-        }
+    /// The block of the slot with this number of all, if there is one yet.
+    fn block(&self, slot: u32) -> Option<BorrowedFd<'_>> {
+        let block = self.blocks.get((slot / K::IN_BLOCK) as usize)?;
+        block.as_ref().map(|block| block.as_fd())
     }
 
-    pub(super) fn write(&mut self, slot: u32, value: &K::Slot) -> io::Result<()> {
-        match self.blocks.get_mut((slot / K::IN_BLOCK) as usize) {
-            Some(Some(block)) => {
-                let written = block.set(slot % K::IN_BLOCK, value, 0);
-                written.map_err(io_error)
-            }
-            _ => Err(io::ErrorKind::NotFound.into()),
+    /// Whether there is a block of this slot.
+    pub(super) fn has(&self, slot: u32) -> bool {
+        self.block(slot).is_some()
+    }
+
+    /// This slot; `None` as long as there is no block of it.
+    pub(super) fn read(&self, slot: u32) -> io::Result<Option<K::Slot>> {
+        let Some(block) = self.block(slot) else {
+            return Ok(None);
+        };
+        // SAFETY: such are the values of a block.
+        unsafe { sys::lookup(block, slot % K::IN_BLOCK) }.map(Some)
+    }
+
+    /// Writes slots, each as a whole; those of one block should be neighbours.
+    pub(super) fn write(&self, slots: &[(u32, K::Slot)]) -> io::Result<()> {
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for slots in slots.chunk_by(|(one, _), (other, _)| one / K::IN_BLOCK == other / K::IN_BLOCK)
+        {
+            let block = slots.first().and_then(|(slot, _)| self.block(*slot));
+            let block = block.ok_or(io::ErrorKind::NotFound)?;
+            keys.clear();
+            keys.extend(slots.iter().map(|(slot, _)| slot % K::IN_BLOCK));
+            values.clear();
+            values.extend(slots.iter().map(|(_, value)| *value));
+            // SAFETY: such are the values of a block.
+            unsafe { sys::update_batch(block, &keys, &values) }?;
         }
+        Ok(())
     }
 
     /// The numbers of the slots where `key` may be.
@@ -239,16 +253,18 @@ impl<K: Settling> Blocks<K> {
             .iter()
             .map(|(number, fd)| (*number, fd.as_raw_fd() as u32))
             .unzip();
-        let whole = sys::update_batch(self.fd.as_fd(), &numbers, &fds).is_ok();
+        // SAFETY: the values of such a map are descriptors.
+        let whole = unsafe { sys::update_batch(self.fd.as_fd(), &numbers, &fds) }.is_ok();
         // Before Linux 5.18 there are no batches of these.
         let most = if whole { made.len() } else { SINGLY };
         for (number, fd) in made.into_iter().take(most) {
-            let block = Block::<K>::try_from(Map::from_map_data(MapData::from_fd(fd)?)?)?;
             if !whole {
+                let block = MapData::from_fd(fd.try_clone().map_err(MapError::IoError)?)?;
+                let block = Array::try_from(Map::from_map_data(block)?)?;
                 self.map.set(number, &block, 0)?;
             }
             if let Some(place) = self.blocks.get_mut(number as usize) {
-                *place = Some(block);
+                *place = Some(fd);
             }
         }
         Ok(())
