@@ -289,9 +289,16 @@ impl Daemon {
                     return Ok(Ending::HandOver);
                 }
                 _ = hangup.recv() => {
-                    notify::notify("RELOADING=1");
+                    // What ends a reload would also say that the router is ready for the first time.
+                    let ready = self.ready;
+                    let tell = |state| {
+                        if ready {
+                            notify::notify(state);
+                        }
+                    };
+                    tell("RELOADING=1");
                     self.reload().await;
-                    notify::notify("READY=1");
+                    tell("READY=1");
                 }
                 () = self.source.changed() => self.reload().await,
                 change = self.changes.next() => {

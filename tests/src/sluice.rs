@@ -229,19 +229,7 @@ impl Files {
 impl Host {
     /// Starts the router in this host and waits until all it wants is in force.
     pub fn sluice(&self, config: &Config) -> anyhow::Result<Sluice> {
-        let files = Files::of(self);
-        files.write(self, config)?;
-        let command = self.sluice_command(&["run"])?;
-        let command = command.env("RUST_LOG", config.log);
-        let command = match &config.notify {
-            Some(socket) => command.env("NOTIFY_SOCKET", socket),
-            None => command,
-        };
-        let mut sluice = Sluice {
-            host: self.clone(),
-            process: self.spawn("sluice", command)?,
-            files,
-        };
+        let mut sluice = self.sluice_unsettled(config)?;
         let socket = &sluice.files.socket;
         let mut last = String::new();
         let settled =
@@ -259,6 +247,23 @@ impl Host {
                 });
         settled.with_context(|| format!("the router did not settle: {last}"))?;
         Ok(sluice)
+    }
+
+    /// Starts the router in this host, for a start that cannot settle yet.
+    pub fn sluice_unsettled(&self, config: &Config) -> anyhow::Result<Sluice> {
+        let files = Files::of(self);
+        files.write(self, config)?;
+        let command = self.sluice_command(&["run"])?;
+        let command = command.env("RUST_LOG", config.log);
+        let command = match &config.notify {
+            Some(socket) => command.env("NOTIFY_SOCKET", socket),
+            None => command,
+        };
+        Ok(Sluice {
+            host: self.clone(),
+            process: self.spawn("sluice", command)?,
+            files,
+        })
     }
 
     /// Runs `sluice` with these words and this host's configuration file to its end; for a start

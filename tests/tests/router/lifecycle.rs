@@ -2,14 +2,17 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::net::UnixDatagram;
 
 use anyhow::ensure;
 
 use lab::site::{Arms, Client, Running, SERVER, Site, config};
 use lab::sluice::Sluice;
-use lab::{Footprint, Host, http};
+use lab::{Footprint, Host, http, poll, wait_until};
+use router::datapath::kernel::Kernel;
+use router::datapath::{Datapath as _, Spec};
 
-use super::{HTTP, Path, on_every_path, serve};
+use super::{HTTP, Path, SOON, on_every_path, serve};
 
 on_every_path!(
     a_stop_leaves_nothing_one_armed,
@@ -164,16 +167,61 @@ fn a_broken_file_is_told_and_changes_nothing() {
         broken.routes[0].cidr = "10.20.0.0/99".to_owned();
         let mut sluice = run.sluice;
         sluice.reload(&broken)?;
-        lab::wait_until(super::SOON, "the problem in the status", || {
+        wait_until(SOON, "the problem in the status", || {
             let status = sluice.status().unwrap_or_default();
             status["problems"].to_string().contains("10.20.0.0/99")
         })?;
         assert_unchanged(&run.site.router, &before, "by the broken file")?;
         assert!(run.site.laptop.pings(&SERVER[0].to_string(), &[])?);
         sluice.reload(&run.config)?;
-        lab::wait_until(super::SOON, "health", || {
+        wait_until(SOON, "health", || {
             let status = sluice.status().unwrap_or_default();
             status["problems"].as_array().is_some_and(Vec::is_empty)
         })
+    });
+}
+
+/// The next thing that a service manager was told, if there is one.
+fn told(manager: &UnixDatagram) -> Option<String> {
+    let mut buffer = [0; 256];
+    let length = manager.recv(&mut buffer).ok()?;
+    Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+#[test]
+fn a_reload_does_not_make_a_router_ready() {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        let mut config = config(&[], "kernel", true)?;
+        let path = lab.folder().join("notify");
+        let manager = UnixDatagram::bind(&path)?;
+        manager.set_nonblocking(true)?;
+        config.notify = Some(path);
+        let next = || poll(SOON, "word to the service manager", || told(&manager));
+
+        // Another process owns the table that the ruleset goes to.
+        let mut owner = Kernel::new("sluice0");
+        site.router.enter(|| owner.apply(&Spec::default()))??;
+        let mut sluice = site.router.sluice_unsettled(&config)?;
+        let problem = |sluice: &Sluice, says: &str| {
+            wait_until(SOON, says, || {
+                let status = sluice.status().unwrap_or_default();
+                status["problems"].to_string().contains(says)
+            })
+        };
+        problem(&sluice, "another process may own the table")?;
+        // The status shows when the reload is over.
+        let mut broken = config.clone();
+        broken.key.private = "no key".to_owned();
+        sluice.reload(&broken)?;
+        problem(&sluice, "private_key_file")?;
+        let early: Vec<String> = std::iter::from_fn(|| told(&manager)).collect();
+        assert_eq!(early, [""; 0]);
+
+        drop(owner);
+        assert_eq!(next()?, "READY=1");
+        sluice.reload(&config)?;
+        assert_eq!([next()?, next()?], ["RELOADING=1", "READY=1"]);
+        sluice.stop()
     });
 }
