@@ -143,7 +143,8 @@ fn not_an_endpoint(shown: &str) -> String {
 }
 
 /// A unicast address and port that a datagram can be sent to.
-fn usable(address: SocketAddr) -> Result<SocketAddr, String> {
+/// Whether a peer can be at this address, with the end of a sentence if not.
+pub(super) fn usable(address: SocketAddr) -> Result<SocketAddr, String> {
     if address.port() == 0 {
         return Err("has a bad port; write a number from 1 to 65535 after the colon".into());
     }
@@ -156,6 +157,9 @@ fn usable(address: SocketAddr) -> Result<SocketAddr, String> {
     match never_routed(&IpNet::from(address.ip())) {
         // A peer on this machine is odd but works, and tests live on it.
         Some("loopback") | None => Ok(address),
+        Some("link-local") if matches!(address, SocketAddr::V6(v6) if v6.scope_id() != 0) => {
+            Ok(address)
+        }
         Some(what) => Err(format!(
             "is {what}, where no peer can be; write the peer's address outside the tunnel"
         )),

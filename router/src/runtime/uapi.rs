@@ -227,8 +227,7 @@ impl Merge<'_> {
     }
 
     /// What was configured stays, a DNS name perhaps, unless the set names another place than that
-    /// and where the peer is. So where a peer has gone by itself is not judged as a file's endpoint:
-    /// link-local or in a routed network, it was authenticated there, and what `wg` shows it can set.
+    /// and where the peer is.
     fn endpoint(&self, spec: &PeerSpec) -> Option<Endpoint> {
         let anew = || spec.endpoint.map(Endpoint::Addr);
         let key = &spec.public_key;

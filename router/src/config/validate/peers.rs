@@ -14,6 +14,7 @@ use crate::control::{Endpoint, Peer};
 use crate::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};
 
 const ALLOWED_IPS: &str = "peer.allowed_ips";
+const ENDPOINT: &str = "peer.endpoint";
 
 /// A peer, checked by itself.
 pub(super) struct Checked {
@@ -37,9 +38,11 @@ impl Checked {
     }
 
     /// A peer that stands in no file, judged as if it did. It may be without allowed IPs: they may
-    /// have gone to another peer, or be still to come.
+    /// have gone to another peer, or be still to come. And an endpoint that is not the file's tells
+    /// where the peer is, for now: that is nothing to hold against CIDRs, and may have a zone.
     pub(super) fn without_file(
         peer: &Peer,
+        file: Option<&Peer>,
         addresses: &[At<IpNet>],
         problems: &mut Problems<'_>,
     ) -> Self {
@@ -52,12 +55,18 @@ impl Checked {
             .iter()
             .map(|net| text(net.to_string()))
             .collect();
-        let endpoint = peer.endpoint.as_ref().map(|endpoint| {
-            text(match endpoint {
-                Endpoint::Addr(address) => address.to_string(),
-                Endpoint::Name { host, port } => format!("{host}:{port}"),
-            })
-        });
+        let is_files = file.is_some_and(|file| file.endpoint == peer.endpoint);
+        let endpoint = match &peer.endpoint {
+            Some(Endpoint::Addr(address)) if !is_files => {
+                if let Err(why) = net::usable(*address) {
+                    problems.add(NOWHERE, ENDPOINT, format!("\"{address}\" {why}"));
+                }
+                None
+            }
+            Some(Endpoint::Addr(address)) => Some(text(address.to_string())),
+            Some(Endpoint::Name { host, port }) => Some(text(format!("{host}:{port}"))),
+            None => None,
+        };
         Self {
             at: NOWHERE,
             name: peer.name.clone(),
@@ -315,7 +324,7 @@ fn endpoint(
     match parsed {
         Ok(value) => Some(At { value, at: text.at }),
         Err(message) => {
-            problems.add(text.at, "peer.endpoint", message);
+            problems.add(text.at, ENDPOINT, message);
             None
         }
     }

@@ -23,19 +23,22 @@ pub(in super::super) fn with_peers(
     let addresses: Vec<At<IpNet>> = local.addresses.iter().copied().map(nowhere).collect();
     let routes = &config.snapshot.routes;
     let routes: Vec<_> = routes.iter().copied().map(nowhere).collect();
+    let file = by_key(&config.snapshot.peers);
     let checked: Vec<Checked> = peers
         .iter()
-        .map(|peer| Checked::without_file(peer, &addresses, &mut problems))
+        .map(|peer| {
+            let file = file.get(&peer.public_key).copied();
+            Checked::without_file(peer, file, &addresses, &mut problems)
+        })
         .collect();
     overlap::check(&checked, &routes, &addresses, &mut problems);
     if !problems.is_empty() {
         return Err(problems.into_errors());
     }
-    let by_key: HashMap<PublicKey, &Peer> =
-        peers.iter().map(|peer| (peer.public_key, peer)).collect();
+    let present = by_key(&peers);
     let owned = |place: usize| {
         let named = config.snapshot.peers.get(place);
-        let now = named.and_then(|peer| by_key.get(&peer.public_key));
+        let now = named.and_then(|peer| present.get(&peer.public_key));
         now.map_or_else(Vec::new, |peer| peer.allowed_ips.clone())
     };
     let mut policy = config.snapshot.policy.clone();
@@ -52,6 +55,10 @@ pub(in super::super) fn with_peers(
         sources: config.sources.clone(),
         origin: Origin::default(),
     })
+}
+
+fn by_key(peers: &[Peer]) -> HashMap<PublicKey, &Peer> {
+    peers.iter().map(|peer| (peer.public_key, peer)).collect()
 }
 
 fn nowhere<T>(value: T) -> At<T> {
