@@ -336,6 +336,7 @@ impl Daemon {
                 Some(question) = self.questions.recv() => self.answer(question).await,
                 failure = self.engine.failed() => return Err(Error::EngineFailed(failure)),
                 () = denied::follow(&mut self.denied) => {}
+                () = self.kernel.robbed() => self.core.invalidate(Part::Datapath),
                 () = deadline_or_never(deadline) => {}
             }
         }

@@ -8,6 +8,7 @@ mod away;
 mod clamp;
 mod denied;
 mod kept;
+mod loss;
 mod policy;
 mod ruleset;
 mod span;
@@ -24,6 +25,7 @@ use crate::netlink;
 use crate::netlink::nft::{Count, Nft, TABLE_PREFIX};
 use away::Away;
 use kept::Carried;
+use loss::Loss;
 use ruleset::COUNTERS;
 use tables::Tables;
 
@@ -41,6 +43,9 @@ pub struct Kernel {
     installed: Option<Tables>,
     /// What the kept table tells of flows.
     carried: Carried,
+    /// Whether the kept table was made, the last time that it was to be.
+    kept_stands: bool,
+    loss: Loss,
     /// Which of the external addresses are gone.
     away: Away,
 }
@@ -55,6 +60,8 @@ impl Kernel {
             nft: None,
             installed: None,
             carried: Carried::default(),
+            kept_stands: false,
+            loss: Loss::default(),
             away: Away::default(),
         }
     }
@@ -125,7 +132,9 @@ impl Kernel {
             Ok(())
         };
         self.installed = Some(tables);
-        match outcome.and_then(|()| carried.keep(nft, &self.kept, &self.carried)) {
+        let outcome = outcome.and_then(|()| carried.keep(nft, &self.kept, &self.carried));
+        self.kept_stands = outcome.is_ok();
+        match outcome {
             Ok(()) => self.carried = carried,
             // What has been carried is still told, and looked at with the next change.
             Err(error) => tracing::warn!(

@@ -8,6 +8,7 @@ mod elements;
 mod expression;
 mod flows;
 mod transaction;
+mod watch;
 
 use std::collections::BTreeMap;
 
@@ -16,6 +17,7 @@ pub(crate) use expression::{
     REG_3, Reject, Rule, Verdict, WORD,
 };
 pub(crate) use transaction::{Family, Flows, Hook, Span, Transaction};
+pub(crate) use watch::Watch;
 
 use super::Error;
 use super::socket::{Refusal, Socket};
@@ -135,7 +137,7 @@ impl Nft {
     }
 
     /// Names of all tables of the family `inet`.
-    fn tables(&mut self) -> Result<Vec<String>, Error> {
+    pub(crate) fn tables(&mut self) -> Result<Vec<String>, Error> {
         let answer = self
             .dump(GETTABLE, INET, |_| {})
             .map_err(|refusal| Error::refused("list nf_tables tables", refusal))?;

@@ -16,6 +16,7 @@ use super::{BRIEFLY, PORT, carries, receive, tcp_pair, udp_at, udp_to};
 on_every_path!(
     flows_outlive_a_restart,
     flows_outlive_a_crash,
+    flows_outlive_a_flush_of_the_ruleset,
     flows_to_what_is_no_longer_routed_end,
     flows_to_what_the_next_daemon_does_not_route_end,
 );
@@ -238,6 +239,45 @@ fn flows_outlive_a_restart(path: Path) {
 
 fn flows_outlive_a_crash(path: Path) {
     flows_outlive(path, Sluice::kill);
+}
+
+/// Firewalls begin by `nft flush ruleset`; what that takes is there again when the daemon dies.
+fn flows_outlive_a_flush_of_the_ruleset(path: Path) {
+    lab::test(|lab| {
+        let mut bed = Bed::new(lab, path)?;
+        let router = bed.site.router.clone();
+        let whole = || {
+            let tables = router.run(["nft", "list", "tables", "inet"]);
+            let tables = tables.unwrap_or_default();
+            [
+                "table inet sluice_sluice0",
+                "table inet sluice_sluice0_kept",
+            ]
+            .iter()
+            .all(|table| tables.lines().any(|line| line == *table))
+        };
+        for _ in 0..2 {
+            ensure!(whole());
+            router.run(["nft", "flush", "ruleset"])?;
+            wait_until(SOON, "the tables to be there again", whole)?;
+            for flows in &bed.flows {
+                flows.reach()?;
+                flows.carry()?;
+            }
+        }
+        let log = bed.run.as_ref().context("it runs")?.log();
+        let warnings = log.lines().filter(|line| line.contains("WARN"));
+        let warnings: Vec<_> = warnings.collect();
+        let once = matches!(warnings[..], [line] if line.contains("sluice_sluice0_kept"));
+        ensure!(once, "{log}");
+
+        bed.end(Sluice::kill)?;
+        let told = bed.speak()?;
+        ensure!(told.is_empty(), "the server was told {told:?}");
+        bed.start()?;
+        bed.assert_alive()?;
+        bed.end(Sluice::stop)
+    });
 }
 
 /// After a stop for good the kernel speaks for itself again: so the tests above see what they look

@@ -1,0 +1,89 @@
+//! Tables of ours that others remove.
+//!
+//! The ruleset belongs to our socket, where the kernel knows owners (5.12). The kept table belongs to
+//! nobody, and many firewalls begin their rules by `flush ruleset`.
+
+use std::future::pending;
+
+use super::{Kernel, lock};
+use crate::netlink::Error;
+use crate::netlink::nft::Watch;
+
+/// What is known of removed tables.
+#[derive(Debug, Default)]
+pub(super) struct Loss {
+    watch: Option<Watch>,
+    /// Nothing can be watched.
+    blind: bool,
+    /// A table may have gone since the last look.
+    suspected: bool,
+    /// Others have removed something before.
+    told: bool,
+}
+
+impl Kernel {
+    /// Waits until others have removed tables of ours, and says so the first time. The next
+    /// [`apply`](crate::datapath::Datapath::apply) puts them back. Cancel safe. It takes a tokio
+    /// runtime, and the network namespace of the first `apply`.
+    pub async fn robbed(&mut self) {
+        loop {
+            if std::mem::take(&mut self.loss.suspected) && self.look_for_missing() {
+                return;
+            }
+            match &mut self.loss.watch {
+                Some(watch) => watch.removed().await,
+                None if self.loss.blind => pending().await,
+                None => match Watch::open() {
+                    Ok(watch) => self.loss.watch = Some(watch),
+                    Err(error) => {
+                        self.loss.blind = true;
+                        tracing::warn!(
+                            "{error}; what others remove of our nf_tables tables is missing until \
+                             the next change of the configuration"
+                        );
+                    }
+                },
+            }
+            self.loss.suspected = true;
+        }
+    }
+
+    /// Whether tables have to be put back.
+    fn look_for_missing(&mut self) -> bool {
+        match self.missing() {
+            Ok(missing) if missing.is_empty() => false,
+            Ok(missing) => {
+                let tables = missing.join(", ");
+                if std::mem::replace(&mut self.loss.told, true) {
+                    tracing::debug!(tables, "others have removed nf_tables tables again");
+                } else {
+                    tracing::warn!(
+                        tables,
+                        "others have removed nf_tables tables of this router, as `nft flush \
+                         ruleset` does: they are put back, now and in silence whenever it happens \
+                         again; have that firewall remove its own tables only"
+                    );
+                }
+                true
+            }
+            Err(error) => {
+                tracing::warn!("{error}; our tables are made anew, for they may be gone");
+                true
+            }
+        }
+    }
+
+    /// The tables that were made and are not there.
+    fn missing(&self) -> Result<Vec<String>, Error> {
+        let (Some(nft), Some(_)) = (&self.nft, &self.installed) else {
+            return Ok(Vec::new());
+        };
+        let there = lock(nft).tables()?;
+        let kept = self.kept_stands.then_some(&self.kept);
+        let made = [Some(&self.table), kept].into_iter().flatten();
+        Ok(made
+            .filter(|table| !there.contains(table))
+            .cloned()
+            .collect())
+    }
+}
