@@ -151,7 +151,8 @@ pub struct Config {
 impl Config {
     /// This configuration of a file with `local` and other peers, which are judged as if the file
     /// named them, but for keys, which must be checked already; a peer may be without allowed IPs,
-    /// and be anywhere for now: only an endpoint of the file is judged beside CIDRs. Rules follow the peers that they name: one that is gone is no source any more.
+    /// and be anywhere for now: only an endpoint of the file is judged beside CIDRs. Rules follow
+    /// the peers that they name: one that is gone is no source any more.
     pub fn with_peers(&self, local: &Local, peers: Vec<Peer>) -> Result<Self, ConfigErrors> {
         validate::with_peers(self, local, peers)
     }

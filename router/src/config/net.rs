@@ -142,8 +142,7 @@ fn not_an_endpoint(shown: &str) -> String {
     )
 }
 
-/// A unicast address and port that a datagram can be sent to.
-/// Whether a peer can be at this address, with the end of a sentence if not.
+/// The address and port again, if a datagram can be sent to a peer there; else the end of a sentence.
 pub(super) fn usable(address: SocketAddr) -> Result<SocketAddr, String> {
     if address.port() == 0 {
         return Err("has a bad port; write a number from 1 to 65535 after the colon".into());

@@ -4,10 +4,16 @@
 //! nobody, and many firewalls begin their rules by `flush ruleset`.
 
 use std::future::pending;
+use std::time::Duration;
+
+use tokio::time::sleep;
 
 use super::{Kernel, lock};
 use crate::netlink::Error;
 use crate::netlink::nft::Watch;
+
+/// When the kernel did not say what tables there are, it is asked again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// What is known of removed tables.
 #[derive(Debug, Default)]
@@ -27,8 +33,17 @@ impl Kernel {
     /// runtime, and the network namespace of the first `apply`.
     pub async fn robbed(&mut self) {
         loop {
-            if std::mem::take(&mut self.loss.suspected) && self.look_for_missing() {
-                return;
+            if std::mem::take(&mut self.loss.suspected) {
+                match self.look_for_missing() {
+                    Ok(true) => return,
+                    Ok(false) => {}
+                    Err(error) => {
+                        tracing::debug!(%error, "what nf_tables holds is asked again");
+                        self.loss.suspected = true;
+                        sleep(AGAIN).await;
+                        continue;
+                    }
+                }
             }
             match &mut self.loss.watch {
                 Some(watch) => watch.removed().await,
@@ -49,28 +64,23 @@ impl Kernel {
     }
 
     /// Whether tables have to be put back.
-    fn look_for_missing(&mut self) -> bool {
-        match self.missing() {
-            Ok(missing) if missing.is_empty() => false,
-            Ok(missing) => {
-                let tables = missing.join(", ");
-                if std::mem::replace(&mut self.loss.told, true) {
-                    tracing::debug!(tables, "others have removed nf_tables tables again");
-                } else {
-                    tracing::warn!(
-                        tables,
-                        "others have removed nf_tables tables of this router, as `nft flush \
-                         ruleset` does: they are put back, now and in silence whenever it happens \
-                         again; have that firewall remove its own tables only"
-                    );
-                }
-                true
-            }
-            Err(error) => {
-                tracing::warn!("{error}; our tables are made anew, for they may be gone");
-                true
-            }
+    fn look_for_missing(&mut self) -> Result<bool, Error> {
+        let missing = self.missing()?;
+        if missing.is_empty() {
+            return Ok(false);
         }
+        let tables = missing.join(", ");
+        if std::mem::replace(&mut self.loss.told, true) {
+            tracing::debug!(tables, "others have removed nf_tables tables again");
+        } else {
+            tracing::warn!(
+                tables,
+                "others have removed nf_tables tables of this router, as `nft flush ruleset` does: \
+                 they are put back, now and in silence whenever it happens again; have that \
+                 firewall remove its own tables only"
+            );
+        }
+        Ok(true)
     }
 
     /// The tables that were made and are not there.
