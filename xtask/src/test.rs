@@ -8,6 +8,9 @@ use anyhow::{Result, bail};
 
 use crate::{build, kernels, machine, run, setup};
 
+/// How many tests of a program run at a time, for all of them.
+const TEST_THREADS: &str = "RUST_TEST_THREADS";
+
 /// Options of `test`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -44,6 +47,9 @@ pub(crate) fn all(unit: bool, filter: Option<&str>) -> Result<ExitCode> {
             build::lab(&["sluice", "demo"])?.join("sluice"),
         );
     }
+    if env::var_os(TEST_THREADS).is_none() {
+        tests.env(TEST_THREADS, threads().to_string());
+    }
     // Tests that skip themselves say so in their output only.
     tests.args(["--", "--show-output"]).args(filter);
     tests.args(["--skip", kernels::TESTS]);
@@ -57,6 +63,12 @@ pub(crate) fn all(unit: bool, filter: Option<&str>) -> Result<ExitCode> {
         println!("not among them: the tests that boot other kernels, `cargo xtask kernels`");
     }
     end(&tally, status, filter)
+}
+
+/// How many tests run at a time, of those that take a processor some of the time: they wait for the lab.
+fn threads() -> usize {
+    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
+    cpus + cpus / 2
 }
 
 /// Runs `tests`, a command of `cargo test` up to the arguments of the test programs, with those
