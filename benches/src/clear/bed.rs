@@ -128,7 +128,11 @@ impl Bed {
     ) -> Result<Flood, Failure> {
         let frames = match self.frames.remove(&(size, direction)) {
             Some(frames) => frames,
-            None => self.open(size, direction)?,
+            None => {
+                let frames = self.open(size, direction)?;
+                self.forwarder.settle()?;
+                frames
+            }
         };
         let sink = match direction {
             Direction::Up => Sink::Tun(&self.tun),

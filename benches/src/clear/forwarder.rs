@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use lab::Host;
 use router::control::{Route, RouteMode};
-use router::datapath::ebpf::Ebpf;
+use router::datapath::ebpf::{Ebpf, Options};
 use router::datapath::kernel::Kernel;
 use router::datapath::{Datapath as _, Link, Spec};
 use router_ebpf::abi::Side;
@@ -151,7 +151,11 @@ impl Forwarder {
             router.enter(|| kernel.apply(&spec))??;
             forwarder._kernel = Some(kernel);
             if kind != Kind::SluiceKernel {
-                let mut ebpf = Ebpf::load()?;
+                // Nobody but this bench settles flows, and none ends.
+                let mut ebpf = Ebpf::load_with(Options {
+                    sweep: false,
+                    ..Options::default()
+                })?;
                 router.enter(|| ebpf.apply(&spec))??;
                 forwarder.ebpf = Some(ebpf);
             }
@@ -161,6 +165,14 @@ impl Forwarder {
 
     pub(super) fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Has the flows that were opened settle, as the sweeper does within seconds with flows in use.
+    pub(super) fn settle(&mut self) -> anyhow::Result<()> {
+        match &mut self.ebpf {
+            Some(ebpf) => Ok(ebpf.settle_flows()?),
+            None => Ok(()),
+        }
     }
 
     /// Frames that the fast path has forwarded so far, by its own counters; `None` for what has no

@@ -90,6 +90,8 @@ pub(super) struct Sweep<K> {
     suspects: HashSet<K>,
     /// Entries without a slot that the last pass has found in use.
     lively: Lively,
+    /// When that pass began, in ns of `CLOCK_MONOTONIC`.
+    began: u64,
 }
 
 /// A set of entries, one bit for those of the same hash: it may hold some more than were put in.
@@ -129,6 +131,7 @@ impl<K: Key> Sweep<K> {
             away: HashMap::new(),
             suspects: HashSet::new(),
             lively: Lively::default(),
+            began: 0,
         }
     }
 
@@ -182,8 +185,8 @@ impl<K: Key> Sweep<K> {
                     continue;
                 }
                 if !settled && settles(key.tuple().protocol, flow, now) {
-                    // Most flows are over before it would pay.
-                    if room > 0 && self.lively.has(key) {
+                    // It had packets before the last pass and since. Most flows are over before it would pay.
+                    if room > 0 && flow.last_used > self.began && self.lively.has(key) {
                         settling.push((*key, *flow));
                         room -= 1;
                     }
@@ -201,6 +204,7 @@ impl<K: Key> Sweep<K> {
         tally.settled = store.settled();
         self.suspects = missing;
         self.lively = lively;
+        self.began = now;
         // Who had them is gone by now.
         self.away
             .retain(|_, since| idle(now, *since) <= ADDRESS_AWAY);

@@ -17,10 +17,13 @@ use super::settled::{Settle, Settler};
 use super::sweep::{SETTLING, Sweep, Tally, recount};
 use crate::datapath::limits::Limits;
 
-/// From the end of one pass to the beginning of the next.
-const PAUSE: Duration = Duration::from_secs(5);
-/// The same under pressure.
-const SHORT_PAUSE: Duration = Duration::from_secs(1);
+/// From the end of one pass to the beginning of the next, at most...
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// ...and at least, and always so under pressure.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
+/// Between these, so many times as long as the pass took: a small table costs next to nothing, and its
+/// flows settle soon.
+const PAUSES: u32 = 50;
 
 /// The flow table as the last pass has left it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -224,11 +227,12 @@ impl Work {
         loop {
             let started = Instant::now();
             let outcome = self.pass(policy.take().as_deref());
-            self.publish(outcome, started.elapsed());
+            let took = started.elapsed();
+            self.publish(outcome, took);
             let pause = if self.v4.pressure() || self.v6.pressure() {
-                SHORT_PAUSE
+                SHORTEST_PAUSE
             } else {
-                PAUSE
+                (PAUSES * took).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
             };
             let first = match laws.recv_timeout(pause) {
                 Ok(law) => Some(law),
