@@ -249,7 +249,11 @@ impl<K: Settling> Settle<K> for Settler<K> {
             self.fill(&entered)
         };
         if let Err(error) = enter_all() {
-            entered.iter().for_each(|(seat, _)| self.vacate(*seat));
+            for (seat, _) in entered {
+                self.vacate(seat);
+                // Some may have their key already. What fails here too is told all the same.
+                let _ = self.say_free(seat);
+            }
             return Err(error);
         }
         if entered.is_empty() {
