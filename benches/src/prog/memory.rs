@@ -109,7 +109,8 @@ impl Case for OneRead {
             let pinned = scope.spawn(timed).join();
             pinned.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
-        Ok(vec![Measurement::lower("time", "ns/packet", time)].into())
+        // It tells of the machine, not of us.
+        Ok(vec![Measurement::fact("time", "ns/packet", time)].into())
     }
 }
 

@@ -10,7 +10,7 @@ use router_ebpf::abi::{Address, Flow, Prefix, Side, Tuple};
 use router_ebpf::packet::{ICMP, ICMPV6, TCP};
 use router_ebpf::policy::NewFlow;
 
-use super::flows::{Key, Store, partner};
+use super::flows::{Key, Store, in_batches, partner};
 use super::policy::Compiled;
 use super::settled::Settle;
 use crate::datapath::limits::Timeouts;
@@ -363,20 +363,16 @@ pub(super) fn recount(
     store: &mut impl Store<Address, u32>,
     counted: &HashMap<Address, u32>,
 ) -> io::Result<()> {
-    let (mut cursor, mut entries) = (None, Vec::new());
     let mut wrong = BTreeMap::new();
-    loop {
-        store.read(&mut cursor, &mut entries)?;
-        for (source, count) in &entries {
+    in_batches(store, |_, entries| {
+        for (source, count) in entries {
             let real = counted.get(source).copied().unwrap_or(0);
             if real != *count || real == 0 {
                 wrong.insert(*source, real);
             }
         }
-        if cursor.is_none() {
-            break;
-        }
-    }
+        Ok(())
+    })?;
     for (source, real) in wrong {
         if real == 0 {
             store.remove(&source)?;

@@ -45,19 +45,18 @@ impl Kernel {
                     }
                 }
             }
-            match &mut self.loss.watch {
+            let watched = match &mut self.loss.watch {
                 Some(watch) => watch.removed().await,
                 None if self.loss.blind => pending().await,
-                None => match Watch::open() {
-                    Ok(watch) => self.loss.watch = Some(watch),
-                    Err(error) => {
-                        self.loss.blind = true;
-                        tracing::warn!(
-                            "{error}; what others remove of our nf_tables tables is missing until \
-                             the next change of the configuration"
-                        );
-                    }
-                },
+                None => Watch::open().map(|watch| self.loss.watch = Some(watch)),
+            };
+            if let Err(error) = watched {
+                self.loss.watch = None;
+                self.loss.blind = true;
+                tracing::warn!(
+                    "{error}; what others remove of our nf_tables tables is missing until the next \
+                     change of the configuration"
+                );
             }
             self.loss.suspected = true;
         }

@@ -33,13 +33,16 @@ impl Watch {
     }
 
     /// Waits until a table with a name of ours may have gone, by whatever hands: one that is
-    /// replaced goes, too. Cancel safe.
-    pub(crate) async fn removed(&mut self) {
+    /// replaced goes, too. Cancel safe. After an error it tells no more.
+    pub(crate) async fn removed(&mut self) -> Result<(), Error> {
         loop {
             let mut input = Vec::with_capacity(DATAGRAM);
-            // An error says that notices were lost.
-            if self.0.recv(&mut input).await.is_err() || names_ours(&input) {
-                return;
+            match self.0.recv(&mut input).await {
+                Ok(_) if names_ours(&input) => return Ok(()),
+                Ok(_) => {}
+                // Notices were lost.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(()),
+                Err(error) => return Err(Error::io("watch nf_tables", &error)),
             }
         }
     }
