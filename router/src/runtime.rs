@@ -190,7 +190,13 @@ impl Daemon {
         let (mut ebpf, datapath_reason) =
             choose_datapath(local.datapath, local.limits, &local.device)?;
         let (sender, requests) = mpsc::channel(16);
-        let server = api::Server::start(&local.socket, local.http, Metrics::default(), sender)?;
+        let server = api::Server::start(
+            &local.socket,
+            local.http,
+            local.http_hosts.clone(),
+            Metrics::default(),
+            sender,
+        )?;
         let engine = Engine::start(
             engine::Options {
                 device: local.device.clone(),

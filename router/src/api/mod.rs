@@ -3,11 +3,13 @@
 //! `GET /status` is a JSON [`Status`], `GET /metrics` the Prometheus text, `GET /healthz` is 200
 //! when everything wanted is in force and 503 with the problems otherwise. On the local socket alone
 //! `GET /flows` is a JSON [`FlowList`] and `GET /denied` a [`DeniedList`]: who talks to whom is nobody
-//! else's business. The server owns no state: every request asks the runtime.
+//! else's business. Over TCP only requests for addresses, `localhost` and configured names are answered.
+//! The server owns no state: every request asks the runtime.
 
 mod client;
 mod denied;
 mod flows;
+mod host;
 mod server;
 mod status;
 

@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -20,6 +21,7 @@ use tokio::task::JoinSet;
 use super::Status;
 use super::denied::DeniedList;
 use super::flows::Question;
+use super::host::{Hosts, Refusal};
 use crate::datapath::ebpf::FlowTables;
 use crate::telemetry::Metrics;
 
@@ -71,10 +73,12 @@ pub struct Server {
 
 impl Server {
     /// Starts the service; questions go to `requests`. The caller holds the device's lock, so a
-    /// socket file found at `socket` is a leftover.
+    /// socket file found at `socket` is a leftover. Over HTTP, `hosts` are answered beside addresses and
+    /// `localhost`.
     pub fn start(
         socket: &Path,
         http: Option<SocketAddr>,
+        hosts: Vec<String>,
         metrics: Metrics,
         requests: mpsc::Sender<Request>,
     ) -> Result<Self, Error> {
@@ -93,15 +97,9 @@ impl Server {
             })
             .transpose()?;
         let unix = bind_socket(socket).map_err(socket_error)?;
-        let service = |local| {
-            Arc::new(Service {
-                metrics: metrics.clone(),
-                requests: requests.clone(),
-                local,
-            })
-        };
+        let service = |hosts| Arc::new(Service::new(metrics.clone(), requests.clone(), hosts));
         let mut tasks = JoinSet::new();
-        let for_unix = service(true);
+        let for_unix = service(None);
         tasks.spawn(async move {
             accept(for_unix, || async {
                 unix.accept().await.map(|(stream, _)| stream)
@@ -109,7 +107,7 @@ impl Server {
             .await;
         });
         if let Some(tcp) = tcp {
-            let service = service(false);
+            let service = service(Some(Hosts::new(hosts)));
             tasks.spawn(async move {
                 accept(service, || async {
                     tcp.accept().await.map(|(stream, _)| stream)
@@ -155,8 +153,10 @@ fn bind_socket(path: &Path) -> io::Result<UnixListener> {
 struct Service {
     metrics: Metrics,
     requests: mpsc::Sender<Request>,
-    /// Whether it serves the local socket.
-    local: bool,
+    /// Which hosts are answered; `None`: it serves the local socket, which no web page reaches.
+    hosts: Option<Hosts>,
+    /// Whether the log has told of a request for another host.
+    told: AtomicBool,
 }
 
 async fn accept<S, F>(service: Arc<Service>, mut next: impl FnMut() -> F)
@@ -201,7 +201,21 @@ where
 }
 
 impl Service {
+    fn new(metrics: Metrics, requests: mpsc::Sender<Request>, hosts: Option<Hosts>) -> Self {
+        Self {
+            metrics,
+            requests,
+            hosts,
+            told: AtomicBool::new(false),
+        }
+    }
+
     async fn answer(&self, request: &hyper::Request<Incoming>) -> Response<Full<Bytes>> {
+        if let Some(hosts) = &self.hosts
+            && let Err(refusal) = hosts.check(request)
+        {
+            return self.refuse(&refusal);
+        }
         if request.method() != Method::GET {
             let mut response = text(
                 StatusCode::METHOD_NOT_ALLOWED,
@@ -215,8 +229,8 @@ impl Service {
         let path = request.uri().path();
         let query = request.uri().query().unwrap_or_default();
         match path {
-            "/flows" if self.local => return self.flows(query).await,
-            "/denied" if self.local => return self.denied(query).await,
+            "/flows" if self.hosts.is_none() => return self.flows(query).await,
+            "/denied" if self.hosts.is_none() => return self.denied(query).await,
             _ => {}
         }
         if !matches!(path, "/status" | "/metrics" | "/healthz") {
@@ -251,6 +265,21 @@ impl Service {
                 text(StatusCode::SERVICE_UNAVAILABLE, lines)
             }
         }
+    }
+
+    /// The first name is told in the log too: after an upgrade it may be a scraper's.
+    fn refuse(&self, refusal: &Refusal) -> Response<Full<Bytes>> {
+        if let Refusal::Foreign(name) = refusal
+            && !self.told.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(
+                host = name,
+                "an HTTP request for a host by which this router is not known was refused, as all \
+                 of its kind are from now on; if the name is the router's, list it in metrics.hosts"
+            );
+        }
+        let (code, text) = refusal.answer();
+        self::text(code, text)
     }
 
     async fn denied(&self, query: &str) -> Response<Full<Bytes>> {

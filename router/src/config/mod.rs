@@ -27,7 +27,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-pub(crate) use net::endpoint as parse_endpoint;
+pub(crate) use net::{endpoint as parse_endpoint, host_name};
 pub use problem::{ConfigErrors, Position, Problem};
 pub use system::check_against_system;
 
@@ -127,6 +127,7 @@ pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
             old.limits != new.limits,
         ),
         ("metrics.listen", old.http != new.http),
+        ("metrics.hosts", old.http_hosts != new.http_hosts),
         ("api.socket", old.socket != new.socket),
     ]
     .into_iter()
@@ -213,6 +214,9 @@ pub struct Local {
     pub limits: Limits,
     /// Where Prometheus metrics, health and status are served over HTTP; `None`: only on the socket.
     pub http: Option<SocketAddr>,
+    /// Names that HTTP requests may be for, beside addresses and `localhost`: in lower case, without a
+    /// final dot.
+    pub http_hosts: Vec<String>,
     /// Path of the local API socket.
     pub socket: PathBuf,
 }

@@ -166,7 +166,7 @@ pub(super) fn usable(address: SocketAddr) -> Result<SocketAddr, String> {
 }
 
 /// Whether `text` is a DNS host name (RFC 1123 section 2.1; underscores too, as resolvers take them).
-fn host_name(text: &str) -> bool {
+pub(crate) fn host_name(text: &str) -> bool {
     let text = text.strip_suffix('.').unwrap_or(text);
     let label = |label: &str| {
         (1..=63).contains(&label.len())

@@ -16,7 +16,7 @@ pub(super) struct Raw<'i> {
     pub(super) rules: Vec<Rule<'i>>,
     pub(super) denied: Option<Text<'i>>,
     pub(super) datapath: Datapath<'i>,
-    pub(super) listen: Option<Text<'i>>,
+    pub(super) metrics: Metrics<'i>,
     pub(super) socket: Option<Text<'i>>,
 }
 
@@ -71,6 +71,13 @@ pub(super) struct Datapath<'i> {
     pub(super) icmp_timeout: Option<At<i64>>,
 }
 
+/// `[metrics]`.
+#[derive(Default)]
+pub(super) struct Metrics<'i> {
+    pub(super) listen: Option<Text<'i>>,
+    pub(super) hosts: Option<At<Vec<Text<'i>>>>,
+}
+
 /// Reads the text of a file. What has the wrong type or an unknown name becomes a problem.
 ///
 /// After a syntax error the parser's guess at the rest is read as well, so that its mistakes are
@@ -105,7 +112,7 @@ fn top<'i>(mut top: Section<'i>, problems: &mut Problems<'_>) -> Raw<'i> {
         rules: rules.into_iter().map(|s| rule(s, problems)).collect(),
         denied: policy.and_then(|s| only_text(s, "denied", problems)),
         datapath: datapath.map_or_else(Datapath::default, |s| self::datapath(s, problems)),
-        listen: metrics.and_then(|s| only_text(s, "listen", problems)),
+        metrics: metrics.map_or_else(Metrics::default, |s| self::metrics(s, problems)),
         socket: api.and_then(|s| only_text(s, "socket", problems)),
     }
 }
@@ -211,6 +218,15 @@ fn datapath<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Datapa
         tcp_transitory_timeout: section.integer("tcp_transitory_timeout", problems),
         udp_timeout: section.integer("udp_timeout", problems),
         icmp_timeout: section.integer("icmp_timeout", problems),
+    };
+    section.finish(problems);
+    raw
+}
+
+fn metrics<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Metrics<'i> {
+    let raw = Metrics {
+        listen: section.text("listen", problems),
+        hosts: section.texts("hosts", problems),
     };
     section.finish(problems);
     raw

@@ -65,7 +65,7 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
             "icmp_timeout",
         ],
     ),
-    ("metrics", &["listen"]),
+    ("metrics", &["listen", "hosts"]),
     ("api", &["socket"]),
 ];
 

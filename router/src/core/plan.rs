@@ -259,6 +259,7 @@ mod tests {
             workers: None,
             limits: Default::default(),
             http: None,
+            http_hosts: Vec::new(),
             socket: "/run/sluice/sluice0.sock".into(),
         }
     }

@@ -1,6 +1,7 @@
 //! Start, stop, crash, and what is left.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
 
@@ -223,5 +224,46 @@ fn a_reload_does_not_make_a_router_ready() {
         sluice.reload(&config)?;
         assert_eq!([next()?, next()?], ["RELOADING=1", "READY=1"]);
         sluice.stop()
+    });
+}
+
+/// The first line of what the router answers to a request for `/status` that names `named`.
+fn answer(router: &Host, server: SocketAddr, named: &str) -> anyhow::Result<String> {
+    let mut stream = router.tcp_connect(server, SOON)?;
+    stream.set_read_timeout(Some(SOON))?;
+    write!(
+        stream,
+        "GET /status HTTP/1.1\r\nhost: {named}\r\nconnection: close\r\n\r\n"
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer.lines().next().unwrap_or_default().to_owned())
+}
+
+/// A web page whose name's address became this machine's (DNS rebinding) reads nothing; a scraper
+/// that knows the router by a name is told once, in the log too, what lets it.
+#[test]
+fn over_http_only_hosts_that_are_known_are_answered() {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::One)?;
+        let client = Client::new("laptop", 2)?;
+        let mut config = config(&[&client], "kernel", true)?;
+        let server: SocketAddr = "127.0.0.1:9577".parse()?;
+        config.metrics = Some(server);
+        let sluice = site.router.sluice(&config)?;
+        for (named, code) in [
+            ("attacker.example", 421),
+            ("attacker.example:9577", 421),
+            ("127.0.0.1:9577", 200),
+            ("[::1]:9577", 200),
+            ("localhost:9577", 200),
+            ("", 400),
+        ] {
+            let answer = answer(&site.router, server, named)?;
+            ensure!(answer.contains(&format!(" {code} ")), "{named}: {answer}");
+        }
+        let log = sluice.log();
+        ensure!(log.matches("metrics.hosts").count() == 1, "{log}");
+        Ok(())
     });
 }

@@ -1,6 +1,7 @@
 //! Judges the raw form and builds the validated one.
 
 mod external;
+mod http;
 mod limits;
 mod overlap;
 mod peers;
@@ -8,7 +9,7 @@ mod policy;
 mod routes;
 mod without_file;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -52,10 +53,11 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
         Some(text) => socket(text, problems),
         None => Some(default_socket(device)),
     };
-    let http = match &raw.listen {
-        Some(text) => listen(text, problems).map(Some),
+    let http = match &raw.metrics.listen {
+        Some(text) => http::listen(text, problems).map(Some),
         None => Some(None),
     };
+    let http_hosts = http::hosts(raw.metrics.hosts.as_ref(), problems);
     let datapath = mode(
         raw.datapath.mode.as_ref(),
         "datapath.mode",
@@ -112,6 +114,7 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
             workers: interfaces.workers,
             limits,
             http: http?,
+            http_hosts,
             socket: socket?,
         },
         snapshot: Snapshot {
@@ -346,20 +349,6 @@ fn socket(text: &Text<'_>, problems: &mut Problems<'_>) -> Option<PathBuf> {
         return Some(path.to_owned());
     };
     problems.add(text.at, "api.socket", message);
-    None
-}
-
-fn listen(text: &Text<'_>, problems: &mut Problems<'_>) -> Option<SocketAddr> {
-    let parsed = text.value.parse::<SocketAddr>().ok();
-    if let Some(address) = parsed.filter(|address| address.port() != 0) {
-        return Some(address);
-    }
-    let message = format!(
-        "{} is no address and port; write \"127.0.0.1:9577\" for this machine alone, \
-         \"0.0.0.0:9577\" or \"[::]:9577\" for every network",
-        quoted(&text.value)
-    );
-    problems.add(text.at, "metrics.listen", message);
     None
 }
 
