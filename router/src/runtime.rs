@@ -355,7 +355,8 @@ impl Daemon {
             self.facts_due = None;
             // Network managers remove routes that they do not know.
             self.core.invalidate(Part::Routes);
-            match facts::gather(&self.netlink, &self.snapshot, Some(self.tun.index)).await {
+            let gathered = facts::gather(&self.netlink, &self.snapshot, Some(self.tun.index)).await;
+            match gathered.map(|facts| self.remember_subnet(facts, &self.snapshot)) {
                 Ok(facts) if facts != self.facts => {
                     tracing::debug!("the network changed");
                     self.facts = facts;

@@ -22,6 +22,10 @@ pub struct Facts {
     pub gateways: BTreeSet<IpAddr>,
     /// Where the main table sends packets for each routed CIDR, by interface index.
     pub egress: BTreeMap<IpNet, u32>,
+    /// Interfaces that were the subnet side before, by index. Where a route moves to another one,
+    /// packets of its flows come by the old one until the network's own routing has followed, and as
+    /// long as sources are translated to its address.
+    pub former: BTreeSet<u32>,
 }
 
 /// One interface.
@@ -160,6 +164,7 @@ pub fn plan(
             .routes
             .iter()
             .flat_map(|route| facts.links_toward(&route.cidr));
+        let indices = indices.chain(facts.former.iter().copied());
         indices.filter_map(|index| facts.link(index)).collect()
     } else {
         local
@@ -280,6 +285,7 @@ mod tests {
             default_link: Some(2),
             gateways: BTreeSet::new(),
             egress: BTreeMap::from([("10.0.0.0/16".parse().unwrap(), 2)]),
+            former: BTreeSet::new(),
         }
     }
 
@@ -361,6 +367,24 @@ mod tests {
         let names = |links: &[Link]| links.iter().map(|l| l.name.clone()).collect::<Vec<_>>();
         assert_eq!(names(&plan.datapath.subnet), ["eth0", "eth1"]);
         assert_eq!(names(&plan.forwarding), ["sluice0", "eth0", "eth1"]);
+    }
+
+    #[test]
+    fn a_former_subnet_side_stays_unless_interfaces_are_named() {
+        let mut facts = facts();
+        facts.egress.clear();
+        facts.former.insert(4);
+        let subnet = |local: &Local| {
+            let plan = plan(local, &snapshot(), &tun(), &facts, |_, _| None);
+            let links = plan.datapath.subnet.into_iter();
+            links.map(|link| link.index).collect::<Vec<_>>()
+        };
+        assert_eq!(subnet(&local()), [2, 3, 4]);
+        let named = Local {
+            subnet: vec!["eth1".into()],
+            ..local()
+        };
+        assert_eq!(subnet(&named), [3]);
     }
 
     #[test]

@@ -64,6 +64,7 @@ pub(super) async fn gather(
         default_link,
         gateways,
         egress,
+        former: BTreeSet::new(),
     })
 }
 

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::{Daemon, Error, facts};
 use crate::config::{self, Config};
+use crate::control::Snapshot;
 use crate::core::{Facts, Part};
 use crate::engine::{self, PeerSpec};
 use crate::wireguard::keys::PrivateKey;
@@ -25,6 +26,7 @@ impl Daemon {
         let config = self.source.load()?;
         let facts = facts::gather(&self.netlink, &config.snapshot, Some(self.tun.index)).await?;
         check(&config, &facts)?;
+        let facts = self.remember_subnet(facts, &config.snapshot);
         let moved = config.local.listen_port != self.local.listen_port;
         // The only thing that may fail by others' fault comes first.
         self.listen_on(config.local.listen_port)?;
@@ -49,6 +51,21 @@ impl Daemon {
         self.guard.try_again();
         self.guard_uplink();
         Ok(needs_restart)
+    }
+
+    /// Adds to new facts which interfaces are the subnet side now. Other routes than those in force
+    /// begin anew.
+    pub(super) fn remember_subnet(&self, mut facts: Facts, snapshot: &Snapshot) -> Facts {
+        let plan = self.core.wanted().map(|plan| &plan.datapath);
+        if let Some(spec) = plan.filter(|spec| spec.routes == snapshot.routes) {
+            let links = spec.subnet.iter();
+            let there = links.filter(|link| {
+                let found = facts.links.get(&link.index);
+                found.is_some_and(|found| found.name == link.name)
+            });
+            facts.former = there.map(|link| link.index).collect();
+        }
+        facts
     }
 
     /// Listens on this UDP port, host byte order. On error the old one stays in use.
