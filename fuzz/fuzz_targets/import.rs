@@ -1,4 +1,4 @@
-//! The text of a wg-quick file, and the configuration that it becomes.
+//! A wg-quick file, and the configuration that it becomes.
 #![no_main]
 
 use std::path::Path;
@@ -6,8 +6,8 @@ use std::path::Path;
 use libfuzzer_sys::fuzz_target;
 use router::cli::import_text;
 
-fuzz_target!(|text: &str| {
-    let imported = match import_text(text) {
+fuzz_target!(|bytes: &[u8]| {
+    let imported = match import_text(bytes) {
         Ok(imported) => imported,
         Err(problems) => {
             assert!(!problems.is_empty() && problems.iter().all(|text| !text.is_empty()));
@@ -23,6 +23,7 @@ fuzz_target!(|text: &str| {
         assert!(!problem.message.starts_with("unknown"), "{problem}");
         assert!(problem.position.is_some(), "{problem}");
     }
+    let text = String::from_utf8_lossy(bytes);
     for key in &imported.keys {
         // Who writes a secret where none belongs has told it already.
         if text.matches(key.as_str()).count() == 1 {

@@ -1,8 +1,11 @@
 //! `sluice import`: a wg-quick file becomes a configuration of Sluice.
 
+mod command;
 mod conf;
 #[cfg(feature = "fuzz")]
 pub(super) mod fuzz;
+mod values;
+mod written;
 
 use std::fmt::Write as _;
 use std::fs;
@@ -35,16 +38,43 @@ pub(super) struct Args {
 pub(super) fn import(args: &Args) -> anyhow::Result<String> {
     let shown = args.file.display();
     let text = Zeroizing::new(fs::read(&args.file).with_context(|| shown.to_string())?);
-    let text = str::from_utf8(&text).with_context(|| format!("{shown} is no text"))?;
     let stem = args.file.file_stem().and_then(|stem| stem.to_str());
-    let imported = match conf::read(text, stem) {
-        Ok(imported) => imported,
+    let imported = conf::read(&text, stem).and_then(|imported| {
+        let missing = missing(&imported);
+        if missing.is_empty() {
+            Ok(imported)
+        } else {
+            Err(missing)
+        }
+    });
+    match imported {
+        Ok(imported) => write(&imported, args),
         Err(problems) => {
             let lines = problems.iter().map(|note| note.place(&args.file));
             bail!("{}", lines.collect::<Vec<_>>().join("\n"));
         }
+    }
+}
+
+/// The key files that the text names and that are not there.
+fn missing(imported: &Imported) -> Vec<Note> {
+    let fault = |path: &Path| match fs::metadata(path) {
+        Ok(found) if !found.is_file() => Some("is no regular file".to_owned()),
+        Ok(_) => fs::File::open(path).err().map(|error| error.to_string()),
+        Err(error) => Some(error.to_string()),
     };
-    write(&imported, args)
+    let files = imported.files.iter();
+    files
+        .filter_map(|(line, path)| {
+            let text = format!(
+                "the key's file {}: {}; name the file that holds the key, or write the key into \
+                 this one as PrivateKey or PresharedKey",
+                path.display(),
+                fault(path)?
+            );
+            Some(conf::note(*line, text))
+        })
+        .collect()
 }
 
 fn write(imported: &Imported, args: &Args) -> anyhow::Result<String> {

@@ -1,6 +1,7 @@
 //! `sluice wireguard` and the UAPI socket: wg(8), wg-quick(8) and wireguard-go are the judges.
 
 mod device;
+mod import;
 mod quick;
 mod roamed;
 mod roaming;

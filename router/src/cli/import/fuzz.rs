@@ -13,10 +13,10 @@ pub struct Imported {
     pub notes: Vec<String>,
 }
 
-/// Imports the text of a wg-quick file; the error tells what is wrong with it.
-pub fn import(text: &str) -> Result<Imported, Vec<String>> {
+/// Imports a wg-quick file; the error tells what is wrong with it.
+pub fn import(bytes: &[u8]) -> Result<Imported, Vec<String>> {
     let texts = |notes: Vec<super::Note>| notes.into_iter().map(|note| note.text).collect();
-    let imported = conf::read(text, Some("wg0")).map_err(texts)?;
+    let imported = conf::read(bytes, Some("wg0")).map_err(texts)?;
     let keys = imported.keys.iter().map(|(_, key)| key.to_string());
     Ok(Imported {
         toml: imported.toml,
