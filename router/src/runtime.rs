@@ -204,7 +204,7 @@ impl Daemon {
                 listen_port: local.listen_port,
                 fwmark: FWMARK,
                 workers: local.workers,
-                offload: true,
+                offloads: local.offloads,
             },
             &local.private_key,
         )?;

@@ -190,6 +190,8 @@ pub struct Packets {
 pub struct EngineStatus {
     /// Offloads in use.
     pub features: Vec<&'static str>,
+    /// Super-packets that the kernel refused, which are not made any more.
+    pub refused: Vec<&'static str>,
     /// Worker threads.
     pub workers: usize,
     /// Counters by label.

@@ -10,10 +10,14 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
 
+use crate::engine::Offloads;
 use crate::uapi;
 
 /// Names of the program under which it is this subcommand: wg-quick takes one word.
 const NAMES: [&str; 2] = ["sluice-wireguard", "wireguard-go"];
+
+/// The variable of the environment that lists offloads not to be used. wg-quick passes on no options.
+const WITHOUT: &str = "SLUICE_WITHOUT";
 
 /// Options of `wireguard`.
 #[derive(Debug, clap::Args)]
@@ -62,6 +66,7 @@ pub(super) fn wireguard(args: &Args, log: Option<&str>) -> anyhow::Result<()> {
         name: args.name.clone(),
         tun: passed("WG_TUN_FD")?,
         socket: passed("WG_UAPI_FD")?,
+        offloads: offloads(env::var(WITHOUT).unwrap_or_default().as_str())?,
     };
     if args.detached {
         // A session of its own: no terminal's end ends it. It fails only for one that has that.
@@ -139,6 +144,21 @@ fn passed(variable: &str) -> anyhow::Result<Option<OwnedFd>> {
     Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
+/// All offloads but those that a list names, e.g. `tun_tso,udp_gso`.
+fn offloads(without: &str) -> anyhow::Result<Offloads> {
+    let mut offloads = Offloads::ALL;
+    for name in without.split([',', ' ']).filter(|name| !name.is_empty()) {
+        let Some(offload) = offloads.named(name) else {
+            bail!(
+                "{WITHOUT}: {name:?} is no offload; name some of {}",
+                Offloads::NAMES.join(", ")
+            );
+        };
+        *offload = false;
+    }
+    Ok(offloads)
+}
+
 /// What to log by wireguard-go's words.
 fn directive(level: Option<&str>) -> &'static str {
     match level {
@@ -153,6 +173,19 @@ fn directive(level: Option<&str>) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn offloads_that_are_not_to_be_used_are_listed() {
+        let mut expected = Offloads::ALL;
+        assert_eq!(offloads("").unwrap(), expected);
+        (expected.tun_tso, expected.udp_gso) = (false, false);
+        assert_eq!(offloads("tun_tso,udp_gso").unwrap(), expected);
+        let error = offloads("tso").unwrap_err().to_string();
+        assert!(
+            error.contains("\"tso\"") && error.contains("tun_tso"),
+            "{error}"
+        );
+    }
 
     #[test]
     fn a_link_of_the_right_name_is_the_subcommand() {

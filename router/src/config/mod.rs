@@ -33,6 +33,7 @@ pub use system::check_against_system;
 
 use crate::control::{Peer, Snapshot};
 use crate::datapath::limits::Limits;
+use crate::engine::Offloads;
 use crate::wireguard::keys::PrivateKey;
 
 /// UDP port of the underlay if the file names none.
@@ -126,6 +127,7 @@ pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
             "a limit or timeout of flows in [datapath]",
             old.limits != new.limits,
         ),
+        ("a switch in [offloads]", old.offloads != new.offloads),
         ("metrics.listen", old.http != new.http),
         ("metrics.hosts", old.http_hosts != new.http_hosts),
         ("api.socket", old.socket != new.socket),
@@ -212,6 +214,8 @@ pub struct Local {
     pub workers: Option<usize>,
     /// The limits of the fast path's flow table.
     pub limits: Limits,
+    /// What the engine may use where the kernel has it.
+    pub offloads: Offloads,
     /// Where Prometheus metrics, health and status are served over HTTP; `None`: only on the socket.
     pub http: Option<SocketAddr>,
     /// Names that HTTP requests may be for, beside addresses and `localhost`: in lower case, without a

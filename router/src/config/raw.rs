@@ -6,6 +6,7 @@ use toml::de::{DeTable, DeValue};
 use super::problem::Problems;
 use super::section::{At, Section, Text, TextOr, integer, text};
 use super::syntax;
+use crate::engine::Offloads;
 
 /// The file as written.
 pub(super) struct Raw<'i> {
@@ -17,6 +18,7 @@ pub(super) struct Raw<'i> {
     pub(super) denied: Option<Text<'i>>,
     pub(super) datapath: Datapath<'i>,
     pub(super) metrics: Metrics<'i>,
+    pub(super) offloads: Offloads,
     pub(super) socket: Option<Text<'i>>,
 }
 
@@ -101,6 +103,7 @@ fn top<'i>(mut top: Section<'i>, problems: &mut Problems<'_>) -> Raw<'i> {
     let rules = top.sections("rule", problems);
     let policy = top.section("policy", problems);
     let datapath = top.section("datapath", problems);
+    let offloads = top.section("offloads", problems);
     let metrics = top.section("metrics", problems);
     let api = top.section("api", problems);
     top.finish(problems);
@@ -113,6 +116,7 @@ fn top<'i>(mut top: Section<'i>, problems: &mut Problems<'_>) -> Raw<'i> {
         denied: policy.and_then(|s| only_text(s, "denied", problems)),
         datapath: datapath.map_or_else(Datapath::default, |s| self::datapath(s, problems)),
         metrics: metrics.map_or_else(Metrics::default, |s| self::metrics(s, problems)),
+        offloads: offloads.map_or(Offloads::ALL, |s| self::offloads(s, problems)),
         socket: api.and_then(|s| only_text(s, "socket", problems)),
     }
 }
@@ -230,6 +234,20 @@ fn metrics<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Metrics
     };
     section.finish(problems);
     raw
+}
+
+/// Nothing of it is left to judge.
+fn offloads(mut section: Section<'_>, problems: &mut Problems<'_>) -> Offloads {
+    let mut offloads = Offloads::ALL;
+    for name in Offloads::NAMES {
+        if let Some(on) = section.boolean(name, problems)
+            && let Some(offload) = offloads.named(name)
+        {
+            *offload = on.value;
+        }
+    }
+    section.finish(problems);
+    offloads
 }
 
 fn only_text<'i>(

@@ -7,6 +7,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::problem::Problems;
 use super::suggest;
+use crate::engine::Offloads;
 
 /// Every section with its keys. `""` is the top level.
 pub(super) const SCHEMA: &[(&str, &[&str])] = &[
@@ -20,6 +21,7 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
             "rule",
             "policy",
             "datapath",
+            "offloads",
             "metrics",
             "api",
         ],
@@ -65,6 +67,7 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
             "icmp_timeout",
         ],
     ),
+    ("offloads", &Offloads::NAMES),
     ("metrics", &["listen", "hosts"]),
     ("api", &["socket"]),
 ];

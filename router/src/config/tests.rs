@@ -146,6 +146,20 @@ fn the_denied_are_told_if_the_file_says_so() {
 }
 
 #[test]
+fn each_offload_can_be_switched_off() {
+    let base = "[wireguard]\nprivate_key_file = \"private.key\"\naddresses = [\"100.64.0.1/24\"]\n";
+    let with = |line: &str| parse_in_temporary_directory(&format!("{base}[offloads]\n{line}\n"));
+    for name in Offloads::NAMES {
+        let mut wanted = Offloads::ALL;
+        *wanted.named(name).unwrap() = false;
+        let config = with(&format!("{name} = false")).unwrap();
+        assert_eq!(config.local.offloads, wanted);
+    }
+    let error = with("tun_tso = \"no\"").unwrap_err().to_string();
+    assert!(error.contains("5:11: offloads.tun_tso: "), "{error}");
+}
+
+#[test]
 fn complete_examples_of_the_documents_are_valid() {
     let mut count = 0;
     let blocks = |text: &'static str| text.split("```toml complete\n").skip(1);

@@ -263,6 +263,7 @@ mod tests {
             subnet: vec![],
             workers: None,
             limits: Default::default(),
+            offloads: Default::default(),
             http: None,
             http_hosts: Vec::new(),
             socket: "/run/sluice/sluice0.sock".into(),

@@ -16,7 +16,10 @@ mod table;
 use std::time::Duration;
 
 use super::ip::{self, Transport};
+use super::refusals::{Found, Refusals};
+use super::segment::{SLACK, Segments};
 use super::vnet::{self, Header};
+use crate::wireguard::Packets as _;
 use run::Run;
 use table::{Key, Table};
 
@@ -45,6 +48,13 @@ const BULK: usize = 512;
 pub(super) trait TunSink {
     /// Writes one packet or super-packet, the virtio header in front where the device has one.
     fn write(&mut self, frame: &[u8]);
+
+    /// Writes one super-packet. False when the device does not take such a one: nothing has been
+    /// written.
+    fn write_merged(&mut self, frame: &[u8]) -> bool {
+        self.write(frame);
+        true
+    }
 }
 
 /// What may be written to the TUN device.
@@ -130,8 +140,11 @@ impl Buffers {
 #[derive(Debug)]
 pub(super) struct Coalescer {
     offload: Offload,
+    refusals: Refusals,
     buffers: Buffers,
     runs: Table,
+    /// Where packets of a refused super-packet get their virtio header.
+    single: Vec<u8>,
     /// Places of the runs in large buffers, by when they got them.
     large: Vec<usize>,
     /// Runs that may be open now.
@@ -145,12 +158,19 @@ impl Coalescer {
     pub(super) fn new(offload: Offload) -> Self {
         Self {
             offload,
+            refusals: Refusals::default(),
+            single: Vec::new(),
             buffers: Buffers::new(),
             runs: Table::new(RUNS as u16),
             large: Vec::with_capacity(LARGE),
             limit: FEW,
             now: Duration::ZERO,
         }
+    }
+
+    /// Tells in `found` which super-packets the device refuses.
+    pub(super) fn tell_refusals(&mut self, found: Found) {
+        self.refusals = Refusals::new(found);
     }
 
     /// Where the next packet is to be decrypted into.
@@ -216,11 +236,12 @@ impl Coalescer {
     }
 
     fn supports(&self, transport: &Transport) -> bool {
-        if transport.protocol == ip::TCP {
+        let offered = if transport.protocol == ip::TCP {
             self.offload.tcp
         } else {
             self.offload.udp
-        }
+        };
+        offered && self.refusals.makes(run::kind(transport), false)
     }
 
     /// Joins the packet that was decrypted last to a run of its flow if it continues it.
@@ -235,10 +256,13 @@ impl Coalescer {
         let Some((buffer, packet)) = self.buffers.both(at, run.large, length) else {
             return false;
         };
-        if !run.accepts(buffer, packet, transport) {
+        let short = run.would_end_short(packet, transport);
+        if short && !self.refusals.makes(run::kind(transport), true)
+            || !run.accepts(buffer, packet, transport)
+        {
             return false;
         }
-        if run.length + packet.len() - transport.payload > buffer.len() {
+        if run.length + packet.len() - transport.payload + SLACK > buffer.len() {
             self.enlarge(at, sink);
         }
         let run = self.runs.get_mut(at);
@@ -294,8 +318,15 @@ impl Coalescer {
         let buffer = self.buffers.of(at, run.large);
         if run.segments > 1 {
             let header = run.finish(&mut buffer[OFFSET..OFFSET + run.length]);
-            buffer[OFFSET - vnet::LEN..OFFSET].copy_from_slice(&header);
-            sink.write(&buffer[OFFSET - vnet::LEN..OFFSET + run.length]);
+            buffer[OFFSET - vnet::LEN..OFFSET]
+                .copy_from_slice(&header.encode(run.transport.payload as u16));
+            if sink.write_merged(&buffer[OFFSET - vnet::LEN..OFFSET + run.length]) {
+                self.refusals.taken(header.gso, run.short);
+            } else {
+                self.refusals.refused(header.gso, run.short);
+                let packet = &mut buffer[OFFSET..];
+                write_apart(header, packet, run.length, &mut self.single, sink);
+            }
         } else {
             write(buffer, run.length, self.offload.vnet, sink);
         }
@@ -309,6 +340,27 @@ impl Coalescer {
     fn write_scratch(&mut self, length: usize, sink: &mut impl TunSink) {
         let buffer = &mut self.buffers.large[self.buffers.scratch];
         write(buffer, length, self.offload.vnet, sink);
+    }
+}
+
+/// Writes the packets that a super-packet stands for one by one. `buffer` holds it, and
+/// [`SLACK`] bytes more.
+fn write_apart(
+    header: Header,
+    buffer: &mut [u8],
+    length: usize,
+    single: &mut Vec<u8>,
+    sink: &mut impl TunSink,
+) {
+    // No MTU, no padding. What was joined can be cut.
+    let Ok(mut segments) = Segments::new(header, buffer, length, 0) else {
+        return;
+    };
+    while let Some(packet) = segments.next() {
+        single.clear();
+        single.extend_from_slice(&Header::PLAIN.encode(0));
+        single.extend_from_slice(packet);
+        sink.write(single);
     }
 }
 

@@ -18,6 +18,7 @@ use super::counters::{Counter, Counters};
 use super::directory::Change;
 use super::exchange;
 use super::forward::{Forwarder, Place};
+use super::refusals::{Found, Refused};
 use super::steer::TunSteering;
 use super::tun::Device;
 use super::udp::{Bind, Overflows, Underlay};
@@ -38,6 +39,7 @@ pub struct Engine {
     workers: Vec<Handle>,
     state: Mutex<State>,
     failure: watch::Receiver<Option<Arc<Failure>>>,
+    refused: Found,
 }
 
 #[derive(Debug)]
@@ -91,7 +93,7 @@ impl Engine {
     pub fn start(options: Options, private_key: &PrivateKey) -> Result<Self, Error> {
         let workers = options.workers.unwrap_or_else(default_workers);
         let workers = workers.clamp(1, WORKERS);
-        let device = Device::create(&options.device, options.mtu, workers, options.offload)?;
+        let device = Device::create(&options.device, options.mtu, workers, options.offloads)?;
         Self::start_on(device, &options, private_key)
     }
 
@@ -102,7 +104,8 @@ impl Engine {
         options: &Options,
         private_key: &PrivateKey,
     ) -> Result<Self, Error> {
-        Self::start_on(Device::adopt(tun, options.mtu)?, options, private_key)
+        let device = Device::adopt(tun, options.mtu, options.offloads)?;
+        Self::start_on(device, options, private_key)
     }
 
     fn start_on(
@@ -115,9 +118,10 @@ impl Engine {
             port: options.listen_port,
             mark: options.fwmark,
             workers,
-            offload: options.offload,
+            gro: options.offloads.udp_gro,
         };
         let underlay = Underlay::bind(bind)?;
+        let udp_gso = underlay.gso && options.offloads.udp_gso;
         bind.port = underlay.port;
         let mut tun_steering = None;
         if workers > 1 {
@@ -128,16 +132,18 @@ impl Engine {
         let local = Arc::new(LocalKey::new(private_key));
         let (sender, failure) = watch::channel(None);
         let sender = Arc::new(sender);
+        let refused = Found::default();
         let mut engine = Self {
             device: device.name,
             index: device.index,
             features: Features {
                 workers,
                 vnet_header: device.offload.vnet,
-                tso: device.offload.tcp,
-                uso: device.offload.udp,
+                tso: device.tso,
+                uso: device.uso,
+                tun_gro: device.offload.tcp || device.offload.udp,
                 udp_gro: underlay.gro,
-                udp_gso: underlay.gso,
+                udp_gso,
                 udp_steering: underlay.steered,
                 tun_steering: tun_steering.is_some(),
                 receive_buffer: underlay.receive_buffer,
@@ -156,6 +162,7 @@ impl Engine {
                 watch: None,
             }),
             failure,
+            refused: refused.clone(),
         };
         let wakers = (0..workers).map(|_| Waker::new().map(Arc::new));
         let wakers = wakers
@@ -180,9 +187,10 @@ impl Engine {
                     device.mtu,
                     local.clone(),
                     device.offload,
-                    underlay.gso,
+                    udp_gso,
                     counters.clone(),
-                ),
+                )
+                .tell_refusals(refused.clone()),
                 queue,
                 sockets,
                 waker: waker.clone(),
@@ -225,6 +233,11 @@ impl Engine {
     /// What the kernel granted.
     pub fn features(&self) -> Features {
         self.features
+    }
+
+    /// Super-packets that the TUN device has refused until the workers gave up making them.
+    pub fn refused(&self) -> Vec<Refused> {
+        self.refused.kinds().collect()
     }
 
     /// Makes `specs` the list of peers. Peers that stay keep their sessions and the endpoints they

@@ -33,6 +33,7 @@ counters! {
     RxDatagrams = "rx_datagrams", "datagrams received from the underlay";
     RxPackets = "rx_packets", "packets decrypted and accepted";
     TunWrites = "tun_writes", "packets and super-packets written to the TUN device";
+    TunRefused = "tun_refused", "super-packets that the TUN device refused, written packet by packet instead";
     TunReads = "tun_reads", "packets and super-packets read from the TUN device";
     TxDatagrams = "tx_datagrams", "datagrams handed to the underlay";
     UdpSends = "udp_sends", "messages handed to the underlay (each holds one or more datagrams)";

@@ -19,6 +19,7 @@ use super::counters::{Counter, Counters};
 use super::directory::{Change, Directory, IndexHasher};
 use super::ip;
 use super::peer::{Peer, Peers, STAGED};
+use super::refusals::Found;
 use super::routes::PeerId;
 use super::segment::Segments;
 use super::vnet;
@@ -136,6 +137,12 @@ impl Forwarder {
             batch: Batch::new(gso),
             counters,
         }
+    }
+
+    /// Tells in `found` which super-packets the TUN device refuses.
+    pub(super) fn tell_refusals(mut self, found: Found) -> Self {
+        self.coalescer.tell_refusals(found);
+        self
     }
 
     /// Whether [`Forwarder::tick`] has anything to do.

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use fixture::{DEADLINE, Namespace, Pair, echo, lone, noise, rooted, spec, unique, until};
 
-use super::{Counter, Engine, Error, Failure, Options, PeerSpec};
+use super::{Counter, Engine, Error, Failure, Offloads, Options, PeerSpec};
 use crate::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};
 
 fn ping(pair: &Pair) {
@@ -115,7 +115,7 @@ fn a_taken_name_or_port_is_refused_and_the_device_goes_with_the_engine() {
         listen_port: port,
         fwmark: 0,
         workers: None,
-        offload: true,
+        offloads: Offloads::ALL,
     };
     let same_port = namespace.inside(|| Engine::start(options, &PrivateKey::from_bytes([1; 32])));
     let same_port = same_port.unwrap_err();

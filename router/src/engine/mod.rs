@@ -21,6 +21,7 @@ mod outlet;
 mod peer;
 #[cfg(feature = "fuzz")]
 pub mod pieces;
+mod refusals;
 mod routes;
 mod segment;
 mod steer;
@@ -43,6 +44,7 @@ use ipnet::IpNet;
 
 pub use control::Engine;
 pub use counters::Counter;
+pub use refusals::Refused;
 
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 
@@ -89,8 +91,61 @@ pub struct Options {
     pub fwmark: u32,
     /// Number of worker threads; `None` lets the engine choose.
     pub workers: Option<usize>,
-    /// Whether super-packets and batched datagrams are used where the kernel has them.
-    pub offload: bool,
+    /// What may be used where the kernel has it.
+    pub offloads: Offloads,
+}
+
+/// Which offloads may be used where the kernel has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// TCP super-packets on the TUN device (TUN_F_TSO4, TUN_F_TSO6).
+    pub tun_tso: bool,
+    /// UDP super-packets on the TUN device (TUN_F_USO4, TUN_F_USO6).
+    pub tun_uso: bool,
+    /// Decrypted packets are merged into such super-packets.
+    pub tun_gro: bool,
+    /// Datagrams are received in batches (UDP_GRO).
+    pub udp_gro: bool,
+    /// Datagrams are sent in batches (UDP_SEGMENT).
+    pub udp_gso: bool,
+}
+
+impl Offloads {
+    /// All of them.
+    pub const ALL: Self = Self::each(true);
+    /// None of them.
+    pub const NONE: Self = Self::each(false);
+
+    /// Names of all, as the configuration has them.
+    pub const NAMES: [&'static str; 5] = ["tun_tso", "tun_uso", "tun_gro", "udp_gro", "udp_gso"];
+
+    const fn each(on: bool) -> Self {
+        Self {
+            tun_tso: on,
+            tun_uso: on,
+            tun_gro: on,
+            udp_gro: on,
+            udp_gso: on,
+        }
+    }
+
+    /// The one of this name, as the configuration has it.
+    pub fn named(&mut self, name: &str) -> Option<&mut bool> {
+        Some(match name {
+            "tun_tso" => &mut self.tun_tso,
+            "tun_uso" => &mut self.tun_uso,
+            "tun_gro" => &mut self.tun_gro,
+            "udp_gro" => &mut self.udp_gro,
+            "udp_gso" => &mut self.udp_gso,
+            _ => return None,
+        })
+    }
+}
+
+impl Default for Offloads {
+    fn default() -> Self {
+        Self::ALL
+    }
 }
 
 /// What the kernel granted.
@@ -104,6 +159,8 @@ pub struct Features {
     pub tso: bool,
     /// UDP super-packets on the TUN device (Linux 6.2).
     pub uso: bool,
+    /// Decrypted packets are merged into super-packets.
+    pub tun_gro: bool,
     /// Datagrams arrive in batches.
     pub udp_gro: bool,
     /// Datagrams are sent in batches.

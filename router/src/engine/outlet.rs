@@ -207,7 +207,7 @@ mod tests {
             port: 0,
             mark: 0,
             workers: 1,
-            offload: true,
+            gro: true,
         })
         .unwrap();
         let sockets = Arc::new(underlay.sockets.remove(0));
@@ -301,7 +301,7 @@ mod tests {
             port: 0,
             mark: 0,
             workers: 1,
-            offload: false,
+            gro: false,
         })
         .unwrap();
         let sockets = Arc::new(underlay.sockets.remove(0));

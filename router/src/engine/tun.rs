@@ -6,18 +6,12 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 
-use super::Error;
 use super::coalesce::Offload;
 use super::vnet;
+use super::{Error, Offloads};
 
-/// Offloads to ask for, most wanted first. The kernel refuses a set that it does not know whole.
-const OFFLOADS: [libc::c_uint; 3] = [
-    BASIC | libc::TUN_F_USO4 | libc::TUN_F_USO6,
-    BASIC,
-    libc::TUN_F_CSUM,
-];
-const BASIC: libc::c_uint =
-    libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+const TSO: libc::c_uint = libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+const USO: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
 /// A TUN device with its queues. It is gone when all queues are closed.
 #[derive(Debug)]
@@ -28,8 +22,11 @@ pub(super) struct Device {
     pub(super) index: u32,
     /// MTU in bytes.
     pub(super) mtu: u16,
-    /// What may be read and written.
+    /// What may be written.
     pub(super) offload: Offload,
+    /// TCP and UDP super-packets may be read.
+    pub(super) tso: bool,
+    pub(super) uso: bool,
     /// One for each worker.
     pub(super) queues: Vec<Queue>,
 }
@@ -99,23 +96,24 @@ fn open_queue(name: &str, flags: libc::c_int) -> Result<(File, String), Error> {
 
 impl Device {
     /// Creates a device with one queue for each worker. Fails when an interface of that name
-    /// exists. With `offload` false only single packets pass, without a virtio header.
+    /// exists. Where it may have no super-packets, single packets pass without a virtio header.
     pub(super) fn create(
         name: &str,
         mtu: u16,
         queues: usize,
-        offload: bool,
+        offloads: Offloads,
     ) -> Result<Self, Error> {
         let base = libc::IFF_TUN | libc::IFF_NO_PI;
         // A queue beside others can be attached only by somebody who asks for just that.
         let multi = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
-        let vnet = if offload { libc::IFF_VNET_HDR } else { 0 };
+        let has_vnet = offloads.tun_tso || offloads.tun_uso;
+        let vnet = if has_vnet { libc::IFF_VNET_HDR } else { 0 };
         let (first, name) = open_queue(name, base | multi | vnet | libc::IFF_TUN_EXCL)?;
         let mut files = vec![first];
         for _ in 1..queues {
             files.push(open_queue(&name, base | multi | vnet)?.0);
         }
-        let offload = negotiate(&files[0], offload);
+        let (offload, tso, uso) = negotiate(&files[0], has_vnet, offloads);
         let mut request = request(&name)?;
         request.ifr_ifru.ifru_mtu = mtu.into();
         on_interface(libc::SIOCSIFMTU, &mut request)
@@ -126,13 +124,15 @@ impl Device {
             index,
             mtu,
             offload,
+            tso,
+            uso,
             queues: files.into_iter().map(Queue).collect(),
         })
     }
 
     /// Takes over a queue of a device that somebody else has made. `mtu` is assumed where the
     /// device is in another network namespace and cannot be asked.
-    pub(super) fn adopt(tun: OwnedFd, mtu: u16) -> Result<Self, Error> {
+    pub(super) fn adopt(tun: OwnedFd, mtu: u16, offloads: Offloads) -> Result<Self, Error> {
         // SAFETY: an all-zero ifreq is a valid value of this plain C struct.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         ioctl(tun.as_fd(), libc::TUNGETIFF, &mut request).map_err(Error::TunPassed)?;
@@ -165,28 +165,38 @@ impl Device {
             (Ok(_), Ok(())) => u16::try_from(unsafe { request.ifr_ifru.ifru_mtu }).unwrap_or(mtu),
             _ => mtu,
         };
+        let (offload, tso, uso) = negotiate(&file, vnet, offloads);
         Ok(Self {
             index: found.unwrap_or(0),
             mtu,
-            offload: negotiate(&file, vnet),
+            offload,
+            tso,
+            uso,
             queues: vec![Queue(file)],
             name,
         })
     }
 }
 
-/// Asks for offloads, which only go with a virtio-net header.
-fn negotiate(queue: &File, vnet: bool) -> Offload {
-    let granted = OFFLOADS
+/// Asks for offloads, which only go with a virtio-net header: what may be written, and whether TCP
+/// and UDP super-packets may be read.
+fn negotiate(queue: &File, vnet: bool, offloads: Offloads) -> (Offload, bool, bool) {
+    let tso = if offloads.tun_tso { TSO } else { 0 };
+    let uso = if offloads.tun_uso { USO } else { 0 };
+    // Most wanted first. The kernel refuses a set that it does not know whole.
+    let granted = [tso | uso, tso, 0]
         .into_iter()
+        .map(|kinds| libc::TUN_F_CSUM | kinds)
         .filter(|_| vnet)
         .find(|flags| set_offload(queue, *flags).is_ok())
         .unwrap_or(0);
-    Offload {
+    let (tso, uso) = (granted & TSO != 0, granted & USO != 0);
+    let offload = Offload {
         vnet,
-        tcp: granted & libc::TUN_F_TSO4 != 0,
-        udp: granted & libc::TUN_F_USO4 != 0,
-    }
+        tcp: tso && offloads.tun_gro,
+        udp: uso && offloads.tun_gro,
+    };
+    (offload, tso, uso)
 }
 
 /// Asks something of the interface that `request` names; netdevice(7).

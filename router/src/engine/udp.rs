@@ -219,7 +219,8 @@ pub(super) struct Bind {
     pub(super) port: u16,
     pub(super) mark: u32,
     pub(super) workers: usize,
-    pub(super) offload: bool,
+    /// Several datagrams may arrive in one buffer.
+    pub(super) gro: bool,
 }
 
 /// Ports to try when the system chooses: one that is free for IPv4 may be taken for IPv6.
@@ -257,7 +258,7 @@ impl Underlay {
         let mut underlay = Self {
             port,
             gro: has(libc::UDP_GRO).is_ok_and(|on| on != 0),
-            gso: bind.offload && has(libc::UDP_SEGMENT).is_ok(),
+            gso: has(libc::UDP_SEGMENT).is_ok(),
             receive_buffer: size(libc::SO_RCVBUF),
             send_buffer: size(libc::SO_SNDBUF),
             steered: false,
@@ -373,7 +374,7 @@ fn open_one(family: libc::c_int, bind: Bind, port: u16, role: Role) -> io::Resul
         }
     }
     // Strangers' datagrams come one by one, so that the work of a receive call is bounded.
-    if bind.offload && role != Role::Strangers {
+    if bind.gro && role != Role::Strangers {
         // Kernels before 5.0 have no GRO; then each datagram comes alone.
         let _ = set_option(&fd, libc::SOL_UDP, libc::UDP_GRO, 1);
     }

@@ -341,15 +341,33 @@ struct Port<'a> {
     counters: &'a Counters,
 }
 
+impl Port<'_> {
+    fn lost(&self, frame: &[u8], error: &io::Error) {
+        trace!(%error, length = frame.len(), "write to the TUN device");
+        self.counters.add(Counter::DropTunWrite, 1);
+    }
+}
+
 impl TunSink for Port<'_> {
     fn write(&mut self, frame: &[u8]) {
         match self.queue.write(frame) {
             Ok(()) => self.counters.add(Counter::TunWrites, 1),
-            Err(error) => {
-                trace!(%error, length = frame.len(), "write to the TUN device");
-                self.counters.add(Counter::DropTunWrite, 1);
-            }
+            Err(error) => self.lost(frame, &error),
         }
+    }
+
+    fn write_merged(&mut self, frame: &[u8]) -> bool {
+        match self.queue.write(frame) {
+            Ok(()) => self.counters.add(Counter::TunWrites, 1),
+            // It is about the frame, not about the device or a passing trouble.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+                trace!(%error, length = frame.len(), "super-packet to the TUN device");
+                self.counters.add(Counter::TunRefused, 1);
+                return false;
+            }
+            Err(error) => self.lost(frame, &error),
+        }
+        true
     }
 }
 

@@ -34,6 +34,15 @@ impl Daemon {
             part: "endpoint".to_owned(),
             error: format!("{host}: {error}"),
         }));
+        problems.extend(self.engine.refused().iter().map(|kind| Problem {
+            part: "offloads".to_owned(),
+            error: format!(
+                "the kernel refuses {} on the TUN device (EINVAL), so they are written packet by \
+                 packet, which costs throughput: boot another kernel (6.6.44 and 6.10.3 have this \
+                 fault), or set offloads.tun_gro = false, which merges none",
+                kind.text()
+            ),
+        }));
         let mut packets = Vec::new();
         let datapaths = [
             Some(&self.kernel as &dyn Datapath),
@@ -101,6 +110,12 @@ impl Daemon {
             packets,
             engine: EngineStatus {
                 features: offloads(self.engine.features()),
+                refused: self
+                    .engine
+                    .refused()
+                    .iter()
+                    .map(|kind| kind.label())
+                    .collect(),
                 workers: self.engine.features().workers,
                 counters: self.engine.counters().into_iter().collect(),
             },
@@ -210,6 +225,7 @@ fn offloads(features: engine::Features) -> Vec<&'static str> {
         (features.vnet_header, "vnet_header"),
         (features.tso, "tso"),
         (features.uso, "uso"),
+        (features.tun_gro, "tun_gro"),
         (features.udp_gro, "udp_gro"),
         (features.udp_gso, "udp_gso"),
     ];

@@ -348,6 +348,7 @@ mod tests {
             }],
             engine: EngineStatus {
                 features: vec![],
+                refused: vec![],
                 workers: 1,
                 counters: BTreeMap::from([("spoofed", 2)]),
             },

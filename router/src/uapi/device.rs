@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::{Interface, Question, Refusal, Server, Set, SocketError, State};
-use crate::engine::{self, Engine, Failure};
+use crate::engine::{self, Engine, Failure, Offloads};
 use crate::netlink::{Change, Changes, Netlink};
 use crate::wireguard::keys::PrivateKey;
 
@@ -24,6 +24,8 @@ pub struct Options {
     pub tun: Option<OwnedFd>,
     /// A listening socket for wg(8) that is there already.
     pub socket: Option<OwnedFd>,
+    /// What may be used where the kernel has it.
+    pub offloads: Offloads,
 }
 
 /// The device could not be made, or ended badly.
@@ -73,7 +75,7 @@ pub fn run(options: Options, ready: impl FnOnce() -> io::Result<()>) -> Result<E
         let mut terminate = signal(SignalKind::terminate()).map_err(io("listen for SIGTERM"))?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(io("listen for SIGINT"))?;
         let (owner, mut questions) = mpsc::channel(16);
-        let mut device = Device::start(options.name, options.tun)?;
+        let mut device = Device::start(options.name, options.tun, options.offloads)?;
         let (name, index) = device.engine.device();
         let mut mtu = MtuWatch::new(index);
         let server = match options.socket {
@@ -109,14 +111,14 @@ pub struct Device {
 
 impl Device {
     /// Makes the device, or takes over `tun`, in the network namespace of the calling thread.
-    pub fn start(name: String, tun: Option<OwnedFd>) -> Result<Self, Error> {
+    pub fn start(name: String, tun: Option<OwnedFd>, offloads: Offloads) -> Result<Self, Error> {
         let options = engine::Options {
             device: name,
             mtu: MTU,
             listen_port: 0,
             fwmark: 0,
             workers: None,
-            offload: true,
+            offloads,
         };
         // Nobody knows this key, and while there is no other the engine has no peers.
         let nobody = PrivateKey::generate()?;

@@ -113,6 +113,7 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
             external_addresses,
             workers: interfaces.workers,
             limits,
+            offloads: raw.offloads,
             http: http?,
             http_hosts,
             socket: socket?,

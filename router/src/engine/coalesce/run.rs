@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::table::Key;
 use crate::engine::checksum;
 use crate::engine::ip::{self, Transport};
-use crate::engine::vnet::{self, Gso, Header};
+use crate::engine::vnet::{Gso, Header};
 
 /// Longest IP packet, in bytes.
 const LONGEST: usize = 65_535;
@@ -36,7 +36,16 @@ pub(super) struct Run {
     /// Whether the first packet's checksums are known to be right.
     verified: bool,
     /// Whether its last segment is shorter than the others: nothing may follow.
-    short: bool,
+    pub(super) short: bool,
+}
+
+/// What super-packets of such packets are.
+pub(super) fn kind(transport: &Transport) -> Gso {
+    match (transport.protocol, transport.is_v4()) {
+        (ip::UDP, _) => Gso::Udp,
+        (_, true) => Gso::Tcp4,
+        (_, false) => Gso::Tcp6,
+    }
 }
 
 /// Whether a packet may be part of a super-packet at all. CWR never is: it belongs to the first
@@ -96,6 +105,11 @@ impl Run {
             && head[addresses.clone()] == packet[addresses]
     }
 
+    /// Whether `packet` as its last segment would be shorter than the others.
+    pub(super) fn would_end_short(&self, packet: &[u8], transport: &Transport) -> bool {
+        packet.len() - transport.payload < self.size
+    }
+
     /// Whether `packet`, of the same flow, can be joined: its headers and checksums are right.
     /// `head` begins with the run's bytes.
     pub(super) fn accepts(&mut self, head: &[u8], packet: &[u8], transport: &Transport) -> bool {
@@ -150,11 +164,9 @@ impl Run {
     }
 
     /// Completes the headers of a super-packet, and gives its virtio header.
-    pub(super) fn finish(&self, packet: &mut [u8]) -> [u8; vnet::LEN] {
+    pub(super) fn finish(&self, packet: &mut [u8]) -> Header {
         let Transport {
-            protocol,
-            start,
-            payload,
+            protocol, start, ..
         } = self.transport;
         let length = packet.len() - start;
         self.transport.set_length(packet, packet.len());
@@ -164,16 +176,10 @@ impl Run {
         let pseudo = checksum::pseudo(&packet[self.transport.addresses()], protocol, length);
         let offset = self.transport.checksum_offset();
         packet[start + offset..start + offset + 2].copy_from_slice(&checksum::fold(pseudo));
-        let gso = match (protocol, self.transport.is_v4()) {
-            (ip::UDP, _) => Gso::Udp,
-            (_, true) => Gso::Tcp4,
-            (_, false) => Gso::Tcp6,
-        };
         Header {
-            gso,
+            gso: kind(&self.transport),
             gso_size: self.size as u16,
             checksum: Some((start as u16, offset as u16)),
         }
-        .encode(payload as u16)
     }
 }

@@ -1,13 +1,14 @@
 //! Property tests of coalescing: what comes out is what went in.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod refusing;
+
 use std::collections::{HashMap, HashSet};
 
 use super::*;
 use crate::engine::packets::{Flow, rfc1071};
 use crate::engine::segment::{SLACK, Segments};
 use crate::engine::vnet::Gso;
-use crate::wireguard::Packets as _;
 use proptest::prelude::*;
 
 const ALL: Offload = Offload {

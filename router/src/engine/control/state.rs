@@ -238,7 +238,7 @@ mod tests {
                 port: 0,
                 mark: 0,
                 workers: 2,
-                offload: false,
+                gro: false,
             },
             sockets: Vec::new(),
             overflows: Overflows::default(),

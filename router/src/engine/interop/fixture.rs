@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Error, Options, PeerSpec};
+use crate::engine::{Engine, Error, Offloads, Options, PeerSpec};
 use crate::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};
 
 /// How long a condition may take to come true on a busy machine.
@@ -171,7 +171,11 @@ impl Pair {
             listen_port: 0,
             fwmark: 0,
             workers: Some(workers),
-            offload,
+            offloads: if offload {
+                Offloads::ALL
+            } else {
+                Offloads::NONE
+            },
         };
         let engine = router.inside(|| Engine::start(options, &ours).unwrap());
         let (device, _) = engine.device();
@@ -309,7 +313,7 @@ pub(super) fn lone(name: &str, namespace: &Namespace) -> Result<Engine, Error> {
         listen_port: 0,
         fwmark: 0,
         workers: None,
-        offload: true,
+        offloads: Offloads::ALL,
     };
     namespace.inside(|| Engine::start(options, &PrivateKey::from_bytes([1; 32])))
 }

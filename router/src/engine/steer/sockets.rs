@@ -131,7 +131,7 @@ mod tests {
                 port: 0,
                 mark: 0,
                 workers,
-                offload: false,
+                gro: false,
             };
             let underlay = Underlay::bind(bind).unwrap();
             assert!(underlay.steered);

@@ -50,7 +50,7 @@ impl Bench {
             port: 0,
             mark: 0,
             workers: 1,
-            offload: false,
+            gro: false,
         })
         .unwrap();
         let client = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -255,6 +255,26 @@ fn a_turn_at_the_device_is_bounded() {
         });
         assert_eq!(reads, expected as u64);
     }
+}
+
+#[test]
+fn a_super_packet_that_the_device_refuses_is_not_lost() {
+    let mut bench = Bench::new();
+    // A timer takes no bytes at all: EINVAL.
+    // SAFETY: no pointers are passed, and nobody else has the new descriptor.
+    let timer = unsafe {
+        OwnedFd::from_raw_fd(libc::timerfd_create(
+            libc::CLOCK_MONOTONIC,
+            libc::TFD_CLOEXEC,
+        ))
+    };
+    bench.queue = Queue::from(timer);
+    let lost = bench.work(Counter::DropTunWrite, |_, port| {
+        assert!(!port.write_merged(&[0; 64]));
+    });
+    assert_eq!((lost, bench.counters.get(Counter::TunRefused)), (0, 1));
+    let lost = bench.work(Counter::DropTunWrite, |_, port| port.write(&[0; 64]));
+    assert_eq!(lost, 1);
 }
 
 #[test]
