@@ -427,7 +427,7 @@ impl Daemon {
             &self.snapshot,
             &self.tun,
             &self.facts,
-            |host, port| names.address(host, port),
+            |host, port| names.addresses(host, port).to_vec(),
         );
         self.tell_absent(&plan);
         if self.ebpf.is_none() {

@@ -13,7 +13,8 @@ pub const REFRESH: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 struct Entry {
-    address: Option<SocketAddr>,
+    /// Best first, as the resolver sorts them (RFC 6724).
+    addresses: Vec<SocketAddr>,
     error: Option<String>,
     due: Instant,
 }
@@ -38,7 +39,7 @@ impl Names {
         self.entries.retain(|key, _| wanted.contains(key));
         for key in wanted {
             self.entries.entry(key).or_insert(Entry {
-                address: None,
+                addresses: Vec::new(),
                 error: None,
                 due: now,
             });
@@ -60,7 +61,7 @@ impl Names {
         self.entries.values().map(|entry| entry.due).min()
     }
 
-    /// Takes an answer. Returns whether an address changed. An error keeps the old address.
+    /// Takes an answer. Returns whether the addresses changed. An error keeps the old ones.
     pub fn handle_answer(
         &mut self,
         host: &str,
@@ -72,18 +73,20 @@ impl Names {
             return false;
         };
         match answer {
-            // The old address stays while it is still among the answers: round robin must not
-            // move a peer.
-            Ok(all) if entry.address.is_some_and(|old| all.contains(&old)) => {
+            Ok(mut all) if !all.is_empty() => {
                 entry.error = None;
                 entry.due = now + REFRESH;
-                false
-            }
-            Ok(all) if !all.is_empty() => {
-                entry.error = None;
-                entry.due = now + REFRESH;
-                entry.address = all.first().copied();
-                true
+                // What was best before stays so while it is still among the answers: round robin
+                // must not move a peer. The resolver may name one address several times.
+                let old = &entry.addresses;
+                all.sort_by_key(|address| {
+                    old.iter().position(|o| o == address).unwrap_or(old.len())
+                });
+                let mut seen = BTreeSet::new();
+                all.retain(|address| seen.insert(*address));
+                let changed = all != entry.addresses;
+                entry.addresses = all;
+                changed
             }
             Ok(_) => {
                 entry.error = Some("the name has no address".to_owned());
@@ -96,11 +99,11 @@ impl Names {
         }
     }
 
-    /// The present address of a name.
-    pub fn address(&self, host: &str, port: u16) -> Option<SocketAddr> {
+    /// The present addresses of a name, best first.
+    pub fn addresses(&self, host: &str, port: u16) -> &[SocketAddr] {
         self.entries
             .get(&(host.to_owned(), port))
-            .and_then(|entry| entry.address)
+            .map_or(&[], |entry| &entry.addresses)
     }
 
     /// Names that did not resolve the last time, with the reason.
@@ -153,22 +156,24 @@ mod tests {
             "192.0.2.2:1".parse().unwrap(),
         );
         assert!(names.handle_answer("a", 1, Ok(vec![one, two]), now));
-        assert_eq!(names.address("a", 1), Some(one));
+        assert_eq!(names.addresses("a", 1), [one, two]);
         assert!(
             !names.handle_answer("a", 1, Ok(vec![two, one]), now),
             "round robin"
         );
         assert_eq!(names.poll_timeout(), Some(now + REFRESH));
         assert!(!names.handle_answer("a", 1, Err("gone".into()), now));
-        assert_eq!(
-            names.address("a", 1),
-            Some(one),
-            "an error keeps the old address"
-        );
+        let kept = names.addresses("a", 1);
+        assert_eq!(kept, [one, two], "an error keeps the old ones");
+        let three = "[2001:db8::3]:1".parse().unwrap();
+        let answer = vec![three, two, two, one];
+        assert!(names.handle_answer("a", 1, Ok(answer), now));
+        assert_eq!(names.addresses("a", 1), [one, two, three]);
         assert!(names.handle_answer("a", 1, Ok(vec![two]), now));
+        assert_eq!(names.addresses("a", 1), [two]);
 
         names.track(&snapshot(&["b"]), now);
-        assert_eq!(names.address("a", 1), None);
+        assert_eq!(names.addresses("a", 1), []);
         assert!(!names.handle_answer("a", 1, Ok(vec![one]), now));
     }
 }

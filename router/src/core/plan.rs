@@ -141,13 +141,13 @@ fn external(
     (external, chosen)
 }
 
-/// Derives the desired state. `endpoint` yields the present address of a DNS name and port.
+/// Derives the desired state. `resolve` yields the addresses of a DNS name and port.
 pub fn plan(
     local: &Local,
     snapshot: &Snapshot,
     tun: &Link,
     facts: &Facts,
-    endpoint: impl Fn(&str, u16) -> Option<SocketAddr>,
+    resolve: impl Fn(&str, u16) -> Vec<SocketAddr>,
 ) -> Plan {
     let overlay: BTreeSet<IpNet> = snapshot
         .peers
@@ -216,24 +216,25 @@ pub fn plan(
         peers: snapshot
             .peers
             .iter()
-            .map(|peer| peer_spec(peer, &endpoint))
+            .map(|peer| peer_spec(peer, &resolve))
             .collect(),
     }
 }
 
-/// A peer as the engine takes it. `endpoint` yields the present address of a DNS name and port.
-pub fn peer_spec(peer: &Peer, endpoint: impl Fn(&str, u16) -> Option<SocketAddr>) -> PeerSpec {
+/// A peer as the engine takes it. `resolve` yields the addresses of a DNS name and port, best first.
+pub fn peer_spec(peer: &Peer, resolve: impl Fn(&str, u16) -> Vec<SocketAddr>) -> PeerSpec {
+    let mut endpoints = match &peer.endpoint {
+        None => Vec::new(),
+        Some(Endpoint::Addr(addr)) => vec![*addr],
+        Some(Endpoint::Name { host, port }) => resolve(host, *port),
+    }
+    .into_iter();
     PeerSpec {
         public_key: peer.public_key,
         preshared_key: peer.preshared_key.clone(),
         allowed_ips: peer.allowed_ips.clone(),
-        endpoint: peer
-            .endpoint
-            .as_ref()
-            .and_then(|configured| match configured {
-                Endpoint::Addr(addr) => Some(*addr),
-                Endpoint::Name { host, port } => endpoint(host, *port),
-            }),
+        endpoint: endpoints.next(),
+        others: endpoints.collect(),
         keepalive: peer.keepalive,
     }
 }
@@ -330,7 +331,7 @@ mod tests {
             let link = facts.links.get_mut(&index).unwrap();
             link.external = vec![address.parse().unwrap()];
         }
-        let plan = plan(&local(), &snapshot(), &tun(), &facts, |_, _| None);
+        let plan = plan(&local(), &snapshot(), &tun(), &facts, |_, _| Vec::new());
         let wanted = BTreeMap::from([(2, vec!["10.0.0.5".parse().unwrap()])]);
         assert_eq!(plan.datapath.external, wanted);
         assert_eq!(plan.datapath.chosen, BTreeMap::new());
@@ -344,7 +345,7 @@ mod tests {
         link.external = vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()];
         let mut local = local();
         let external = |local: &Local| {
-            let plan = plan(local, &snapshot(), &tun(), &facts, |_, _| None);
+            let plan = plan(local, &snapshot(), &tun(), &facts, |_, _| Vec::new());
             let of = |map: BTreeMap<u32, Vec<IpAddr>>| {
                 let addresses = map.get(&2).into_iter().flatten();
                 addresses.map(IpAddr::to_string).collect::<Vec<_>>()
@@ -363,7 +364,7 @@ mod tests {
 
     #[test]
     fn auto_finds_the_uplink_and_every_interface_into_a_routed_cidr() {
-        let plan = plan(&local(), &snapshot(), &tun(), &facts(), |_, _| None);
+        let plan = plan(&local(), &snapshot(), &tun(), &facts(), |_, _| Vec::new());
         assert_eq!(plan.uplink.map(|l| l.name).as_deref(), Some("eth0"));
         let names = |links: &[Link]| links.iter().map(|l| l.name.clone()).collect::<Vec<_>>();
         assert_eq!(names(&plan.datapath.subnet), ["eth0", "eth1"]);
@@ -395,7 +396,7 @@ mod tests {
             uplink: Interface::Named("eth1".into()),
             ..local()
         };
-        let plan = plan(&local, &snapshot(), &tun(), &facts(), |_, _| None);
+        let plan = plan(&local, &snapshot(), &tun(), &facts(), |_, _| Vec::new());
         assert_eq!(plan.uplink.unwrap().index, 3);
         assert_eq!(
             plan.datapath.subnet,
@@ -408,7 +409,7 @@ mod tests {
 
     #[test]
     fn allowed_ips_and_the_tunnels_own_network_are_routed_into_the_tun() {
-        let plan = plan(&local(), &snapshot(), &tun(), &facts(), |_, _| None);
+        let plan = plan(&local(), &snapshot(), &tun(), &facts(), |_, _| Vec::new());
         let want: Vec<IpNet> = ["100.64.0.0/24", "100.64.0.2/32", "fd7a::2/128"]
             .iter()
             .map(|net| net.parse().unwrap())
@@ -419,11 +420,11 @@ mod tests {
     #[test]
     fn names_are_resolved_by_the_caller() {
         let there: SocketAddr = "198.51.100.1:7".parse().unwrap();
-        let unresolved = plan(&local(), &snapshot(), &tun(), &facts(), |_, _| None);
+        let unresolved = plan(&local(), &snapshot(), &tun(), &facts(), |_, _| Vec::new());
         assert_eq!(unresolved.peers[0].endpoint, None);
         let resolved = plan(&local(), &snapshot(), &tun(), &facts(), |host, port| {
             assert_eq!((host, port), ("laptop.example", 7));
-            Some(there)
+            vec![there]
         });
         assert_eq!(resolved.peers[0].endpoint, Some(there));
     }

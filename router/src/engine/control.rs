@@ -16,7 +16,6 @@ use tracing::info;
 
 use super::counters::{Counter, Counters};
 use super::directory::Change;
-use super::exchange;
 use super::forward::{Forwarder, Place};
 use super::refusals::{Found, Refused};
 use super::steer::TunSteering;
@@ -24,6 +23,7 @@ use super::tun::Device;
 use super::udp::{Bind, Overflows, Underlay};
 use super::worker::{Command, Waker, Worker};
 use super::{Error, Failure, Features, Options, PeerSpec, PeerStats};
+use super::{detours, exchange};
 use crate::wireguard::LocalKey;
 use crate::wireguard::keys::{PrivateKey, PublicKey};
 
@@ -169,6 +169,7 @@ impl Engine {
             .collect::<Result<Vec<_>, _>>()
             .map_err(Error::Start)?;
         let exchanges = exchange::connect(&wakers);
+        let detours = detours::start().map_err(Error::Start)?;
         let sockets: Vec<_> = underlay.sockets.into_iter().map(Arc::new).collect();
         engine.state().sockets.clone_from(&sockets);
         let parts = device
@@ -195,6 +196,8 @@ impl Engine {
                 sockets,
                 waker: waker.clone(),
                 inbox,
+                own_inbox: commands.clone(),
+                detours: detours.clone(),
                 exchange,
                 counters: counters.clone(),
                 vnet: device.offload.vnet,

@@ -45,7 +45,9 @@ pub(super) struct Change {
     pub(super) remove: Vec<PeerId>,
     /// New peers.
     pub(super) add: Vec<Setup>,
-    /// New endpoints.
+    /// New lists of where peers may be, best first.
+    pub(super) configured: Vec<(PeerId, Vec<SocketAddr>)>,
+    /// Where peers are, as somebody insists.
     pub(super) endpoints: Vec<(PeerId, SocketAddr)>,
     /// Where peers were last: sessions with them begin at once.
     pub(super) resume: Vec<(PeerId, SocketAddr)>,

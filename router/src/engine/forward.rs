@@ -18,6 +18,7 @@ use super::coalesce::{Coalescer, Offload, TunSink};
 use super::counters::{Counter, Counters};
 use super::directory::{Change, Directory, IndexHasher};
 use super::ip;
+use super::location::{Location, Way};
 use super::peer::{Peer, Peers, STAGED};
 use super::refusals::Found;
 use super::routes::PeerId;
@@ -34,6 +35,9 @@ pub(super) const TICK: Duration = Duration::from_millis(100);
 const REST_AFTER: Duration = Duration::from_secs(200);
 /// Handshakes begun by timers before packets have their turn. One costs about 0.2 ms.
 const INITIATIONS: usize = 16;
+/// Ways to peers that are judged in one tick, and how long each rests at least after that.
+const JUDGED: usize = 16;
+const JUDGE_AFTER: Duration = Duration::from_secs(1);
 /// Packets staged in one worker, all peers together.
 const STAGED_TOTAL: usize = 4096;
 
@@ -44,6 +48,8 @@ pub(super) struct Origin {
     pub(super) remote: SocketAddr,
     /// Our address that it was sent to.
     pub(super) local: Option<IpAddr>,
+    /// Index of the interface that it came in by; 0 if that is not known.
+    pub(super) interface: u32,
     /// ECN bits of the underlay packets.
     pub(super) ecn: u8,
 }
@@ -106,6 +112,8 @@ pub(super) struct Forwarder {
     /// Key exchanges since the timers had their turn.
     exchanges: usize,
     staged: usize,
+    /// Ways of peers that somebody should ask the kernel about, and then tell [`Forwarder::judge`].
+    pub(super) doubtful: Vec<(PeerId, Way)>,
     coalescer: Coalescer,
     batch: Batch,
     counters: Arc<Counters>,
@@ -133,6 +141,7 @@ impl Forwarder {
             cursor: 0,
             exchanges: 0,
             staged: 0,
+            doubtful: Vec::new(),
             coalescer: Coalescer::new(offload),
             batch: Batch::new(gso),
             counters,
@@ -183,22 +192,19 @@ impl Forwarder {
                 peer.set_preshared_key(key);
             }
         }
+        for (id, addresses) in change.configured {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.relocate(|location| location.configure(addresses));
+            }
+        }
         for (id, remote) in change.endpoints {
             if let Some(peer) = self.peers.get_mut(id) {
-                peer.set_endpoint(Endpoint {
-                    remote,
-                    local: None,
-                });
+                peer.relocate(|location| location.move_to(remote));
             }
         }
         for (id, remote) in change.resume {
             if let Some(peer) = self.peers.get_mut(id) {
-                if peer.endpoint().is_none() {
-                    peer.set_endpoint(Endpoint {
-                        remote,
-                        local: None,
-                    });
-                }
+                peer.relocate(|location| location.resume(remote));
                 self.wake(id, now);
                 self.initiate(id, now, io);
             }
@@ -431,7 +437,14 @@ impl Forwarder {
     /// Our address that a peer talked to is no longer ours.
     pub(super) fn forget_source(&mut self, id: PeerId) {
         if let Some(peer) = self.peers.get_mut(id) {
-            peer.forget_source();
+            peer.relocate(Location::forget_source);
+        }
+    }
+
+    /// Takes what has been found of a way.
+    pub(super) fn judge(&mut self, id: PeerId, way: &Way) {
+        if let Some(peer) = self.peers.get_mut(id) {
+            peer.relocate(|location| location.judge(way));
         }
     }
 

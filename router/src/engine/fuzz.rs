@@ -113,7 +113,7 @@ impl Bed {
                 public_key: peer.public(),
                 preshared_key: None,
                 index: INDEX,
-                endpoint: None,
+                endpoints: Vec::new(),
                 keepalive: None,
                 shared: Arc::new(Shared::new(peer.public())),
             }],
@@ -159,6 +159,7 @@ impl Bed {
         let origin = Origin {
             remote: ADDRESS,
             local: None,
+            interface: 0,
             ecn: 3,
         };
         let (now, wire) = (self.now, &mut self.wire);
@@ -177,6 +178,7 @@ impl Bed {
         let origin = Origin {
             remote: ADDRESS,
             local: None,
+            interface: 0,
             ecn: 0,
         };
         for (at, datagram) in sealed.all.iter().enumerate() {

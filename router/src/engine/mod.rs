@@ -11,12 +11,14 @@ mod control;
 mod counters;
 #[cfg(feature = "bench-delay")]
 mod delay;
+mod detours;
 mod directory;
 mod exchange;
 mod forward;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
 mod ip;
+mod location;
 mod outlet;
 mod peer;
 #[cfg(feature = "fuzz")]
@@ -59,6 +61,8 @@ pub struct PeerSpec {
     pub allowed_ips: Vec<IpNet>,
     /// Where to send until the peer is heard from elsewhere.
     pub endpoint: Option<SocketAddr>,
+    /// Where else it may be: tried in this order when it does not answer there.
+    pub others: Vec<SocketAddr>,
     /// Interval of persistent keepalives in seconds.
     pub keepalive: Option<u16>,
 }

@@ -1,13 +1,14 @@
 //! One peer as its worker has it.
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::PeerStats;
 use super::batch::Endpoint;
+use super::location::{Location, Way};
 use super::routes::PeerId;
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 use crate::wireguard::{LocalKey, Packets, Tunnel};
@@ -67,7 +68,8 @@ pub(super) struct Setup {
     pub(super) preshared_key: Option<PresharedKey>,
     /// Receiver indices begin with these 24 bits.
     pub(super) index: u32,
-    pub(super) endpoint: Option<SocketAddr>,
+    /// Where it may be, best first.
+    pub(super) endpoints: Vec<SocketAddr>,
     pub(super) keepalive: Option<Duration>,
     pub(super) shared: Arc<Shared>,
 }
@@ -81,7 +83,7 @@ pub(super) struct Peer {
     tunnel: Option<Box<Tunnel>>,
     /// The tunnel has yet to take `preshared_key`: at its next use, for it costs key exchanges.
     has_new_key: bool,
-    endpoint: Option<Endpoint>,
+    location: Location,
     /// Whether the kernel cuts up messages on the way to the endpoint.
     pub(super) gso: bool,
     pub(super) keepalive: Option<Duration>,
@@ -105,7 +107,7 @@ impl Peer {
             preshared_key: setup.preshared_key,
             tunnel: None,
             has_new_key: false,
-            endpoint: None,
+            location: Location::default(),
             gso: true,
             keepalive: setup.keepalive,
             staged: VecDeque::new(),
@@ -114,12 +116,7 @@ impl Peer {
             last_traversal: None,
             shared: setup.shared,
         };
-        if let Some(remote) = setup.endpoint {
-            peer.set_endpoint(Endpoint {
-                remote,
-                local: None,
-            });
-        }
+        peer.relocate(|location| location.configure(setup.endpoints));
         peer
     }
 
@@ -164,39 +161,31 @@ impl Peer {
 
     /// Where it is.
     pub(super) fn endpoint(&self) -> Option<Endpoint> {
-        self.endpoint
+        self.location.endpoint()
     }
 
-    /// Sets where it is. True when the remote address changed.
-    pub(super) fn set_endpoint(&mut self, mut endpoint: Endpoint) -> bool {
-        // An IPv6 socket of ours cannot reach ::ffff:a.b.c.d.
-        if let IpAddr::V4(address) = endpoint.remote.ip().to_canonical() {
-            endpoint.remote = (address, endpoint.remote.port()).into();
-        }
-        if self.endpoint == Some(endpoint) {
+    /// See [`Location::way_to_judge`].
+    pub(super) fn way_to_judge(&mut self, pause: Duration, now: Duration) -> Option<Way> {
+        self.location.way_to_judge(pause, now)
+    }
+
+    /// Learns something of where it is. True when it is at another address now.
+    pub(super) fn relocate(&mut self, learn: impl FnOnce(&mut Location)) -> bool {
+        let remote = |location: &Location| location.endpoint().map(|endpoint| endpoint.remote);
+        let old = remote(&self.location);
+        learn(&mut self.location);
+        let new = remote(&self.location);
+        if old == new {
             return false;
         }
-        let moved = self
+        self.gso = true;
+        let mut shared = self
+            .shared
             .endpoint
-            .is_none_or(|old| old.remote != endpoint.remote);
-        self.endpoint = Some(endpoint);
-        if moved {
-            self.gso = true;
-            let mut shared = self
-                .shared
-                .endpoint
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            *shared = Some(endpoint.remote);
-        }
-        moved
-    }
-
-    /// Forgets our address that it talks to: it is no longer ours.
-    pub(super) fn forget_source(&mut self) {
-        if let Some(endpoint) = &mut self.endpoint {
-            endpoint.local = None;
-        }
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *shared = new;
+        true
     }
 
     /// Counts authentic messages that came.

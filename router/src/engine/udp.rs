@@ -180,6 +180,13 @@ fn overflows(sockets: [&Option<OwnedFd>; 2]) -> u64 {
 }
 
 impl Sockets {
+    /// Port (host byte order) and firewall mark of what they send to a family.
+    pub(super) fn sends_as(&self, v4: bool) -> Option<(u16, u32)> {
+        let socket = if v4 { &self.v4 } else { &self.v6 }.as_ref()?;
+        let mark: libc::c_int = get_option(socket, libc::SOL_SOCKET, libc::SO_MARK).ok()?;
+        Some((local_port(socket).ok()?, mark as u32))
+    }
+
     /// Sets the firewall mark of what they send (`SO_MARK`); 0 for none.
     pub(super) fn set_mark(&self, mark: u32) -> io::Result<()> {
         [&self.v4, &self.v6]

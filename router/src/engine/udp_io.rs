@@ -155,6 +155,7 @@ impl Receiver {
             let mut origin = Origin {
                 remote,
                 local: None,
+                interface: 0,
                 ecn: 0,
             };
             let mut stride = length;
@@ -177,6 +178,7 @@ impl Receiver {
                     }
                     // in_pktinfo: index, local address, destination address.
                     (libc::SOL_IP, libc::IP_PKTINFO) => {
+                        origin.interface = int(data).map_or(0, |index| index as u32);
                         origin.local = data
                             .get(4..8)
                             .and_then(|octets| <[u8; 4]>::try_from(octets).ok())
@@ -184,6 +186,8 @@ impl Receiver {
                     }
                     // in6_pktinfo: address, index.
                     (libc::SOL_IPV6, libc::IPV6_PKTINFO) => {
+                        let index = data.get(16..).and_then(int);
+                        origin.interface = index.map_or(0, |index| index as u32);
                         origin.local = data
                             .get(..16)
                             .and_then(|octets| <[u8; 16]>::try_from(octets).ok())

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver as Inbox, Sender as Done, TryRecvError};
+use std::sync::mpsc::{Receiver as Inbox, Sender as Done, SyncSender, TryRecvError};
 use std::time::Duration;
 
 use tracing::{debug, trace};
@@ -12,10 +12,13 @@ use super::Failure;
 use super::batch::{Message, UdpSink};
 use super::coalesce::TunSink;
 use super::counters::{Counter, Counters};
+use super::detours::Question;
 use super::directory::Change;
 use super::exchange::Exchange;
 use super::forward::{self, Content, Forwarder, TICK};
+use super::location::Way;
 use super::outlet::Outlet;
+use super::routes::PeerId;
 use super::segment;
 use super::tun::Queue;
 use super::udp::Sockets;
@@ -50,6 +53,8 @@ pub(super) enum Command {
     Apply(Change, Done<()>),
     /// Talk to the underlay through these sockets, then say so.
     Rebind(Arc<Sockets>, Done<()>),
+    /// A way to a peer has been found to be, or not to be, a detour.
+    Judge(PeerId, Way),
     /// End the thread.
     Stop,
 }
@@ -92,6 +97,9 @@ pub(super) struct Worker {
     pub(super) sockets: Arc<Sockets>,
     pub(super) waker: Arc<Waker>,
     pub(super) inbox: Inbox<Command>,
+    /// For those who answer it.
+    pub(super) own_inbox: Done<Command>,
+    pub(super) detours: SyncSender<Question>,
     pub(super) exchange: Exchange,
     pub(super) counters: Arc<Counters>,
     /// Packets carry a virtio header.
@@ -186,6 +194,24 @@ impl Worker {
             {
                 next_tick = now + TICK;
             }
+            for (id, way) in self.forwarder.doubtful.drain(..) {
+                if let Some((port, mark)) = self.sockets.sends_as(way.remote.is_ipv4()) {
+                    let (inbox, waker) = (self.own_inbox.clone(), self.waker.clone());
+                    let answer = Box::new(move |way| {
+                        // A worker that has ended wants no answer.
+                        if inbox.send(Command::Judge(id, way)).is_ok() {
+                            waker.wake();
+                        }
+                    });
+                    // Where the thread is busy or gone, the present belief holds.
+                    let _ = self.detours.try_send(Question {
+                        way,
+                        port,
+                        mark,
+                        answer,
+                    });
+                }
+            }
             port.exchange.wake();
             for id in port.outlet.stale.drain(..) {
                 self.forwarder.forget_source(id);
@@ -233,6 +259,7 @@ fn obey(
                 let _ = done.send(());
             }
             Ok(Command::Rebind(sockets, done)) => return Obeyed::Rebind(sockets, done),
+            Ok(Command::Judge(id, way)) => forwarder.judge(id, &way),
             Err(TryRecvError::Empty) => return Obeyed::All,
             Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Obeyed::Stop,
         }

@@ -7,6 +7,7 @@
 mod changes;
 mod neighbours;
 pub(crate) mod nft;
+pub(crate) mod outgoing;
 mod routes;
 mod rules;
 pub(crate) mod socket;

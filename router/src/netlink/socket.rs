@@ -207,6 +207,31 @@ impl Socket {
         }
     }
 
+    /// Sends one request that is no dump, and shows `each` message that answers it.
+    pub(crate) fn ask(
+        &mut self,
+        kind: u16,
+        write: impl FnOnce(&mut wire::Payload<'_>),
+        mut each: impl FnMut(&wire::Message<'_>),
+    ) -> Result<(), Refusal> {
+        let mut batch = self.batch();
+        batch.push(kind, 0, write);
+        batch.acknowledge_newest();
+        self.transmit(&batch)?;
+        loop {
+            self.receive()?;
+            for message in wire::messages(&self.input) {
+                if message.sequence != batch.first_sequence() {
+                    continue;
+                }
+                if i32::from(message.kind) == libc::NLMSG_ERROR {
+                    return outcome(&message).map_or(Ok(()), Err);
+                }
+                each(&message);
+            }
+        }
+    }
+
     fn transmit(&mut self, batch: &Batch) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(batch.len());
         let bytes = batch.bytes();

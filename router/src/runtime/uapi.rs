@@ -129,7 +129,8 @@ impl Present<'_> {
             );
             return Err(Refusal::new(Errno::Permission, reason));
         }
-        let resolved = |peer| peer_spec(peer, |host, port| self.names.address(host, port));
+        let resolved =
+            |peer| peer_spec(peer, |host, port| self.names.addresses(host, port).to_vec());
         let specs: Vec<PeerSpec> = self.snapshot.peers.iter().map(resolved).collect();
         let key = self.local.private_key.clone();
         let before = Interface::new(key, FWMARK, specs.iter().cloned());

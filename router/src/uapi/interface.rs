@@ -217,6 +217,7 @@ impl Interface {
                 preshared_key: peer.preshared_key.clone(),
                 allowed_ips: peer.allowed_ips.iter().copied().collect(),
                 endpoint: peer.endpoint,
+                others: Vec::new(),
                 keepalive: Some(peer.keepalive).filter(|seconds| *seconds > 0),
             })
             .collect()

@@ -44,6 +44,8 @@ pub(crate) type Completed = bool;
 pub(crate) struct Tick {
     /// A message of this length is due.
     pub(crate) message: Option<usize>,
+    /// It is an initiation, since what went before has not been answered.
+    pub(crate) unanswered: bool,
     /// A handshake was tried for long enough: nothing may wait for one.
     pub(crate) gave_up: bool,
 }
@@ -440,6 +442,7 @@ impl Tunnel {
     pub(crate) fn tick(&mut self, now: Duration, out: &mut [u8; INITIATION]) -> Tick {
         let mut tick = Tick {
             message: None,
+            unanswered: false,
             gave_up: false,
         };
         if self.erase.is_some_and(|at| at <= now) {
@@ -455,7 +458,10 @@ impl Tunnel {
             && let Some(due) = self.timers.due(now)
         {
             match due {
-                Due::Initiation => tick.message = self.send_initiation(now, out),
+                Due::Initiation => {
+                    tick.message = self.send_initiation(now, out);
+                    tick.unanswered = true;
+                }
                 Due::Keepalive if self.ready(now) => {
                     if let TunnResult::WriteToNetwork(message) = self.tunn.encapsulate(&[], out) {
                         tick.message = Some(message.len());

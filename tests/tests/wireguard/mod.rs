@@ -8,6 +8,7 @@ mod roaming;
 mod router;
 mod tools;
 mod traffic;
+mod uplinks;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;

@@ -73,7 +73,10 @@ impl Engine {
         for (key, endpoint) in endpoints {
             if let Some(known) = state.peers.get_mut(key) {
                 known.spec.endpoint = Some(*endpoint);
-                changes[known.worker].endpoints.push((known.id, *endpoint));
+                known.spec.others.clear();
+                let change = &mut changes[known.worker];
+                change.configured.push((known.id, vec![*endpoint]));
+                change.endpoints.push((known.id, *endpoint));
             }
         }
         self.apply(changes)

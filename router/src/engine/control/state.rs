@@ -1,6 +1,7 @@
 //! What is in force, and what changes when it is told otherwise.
 
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -84,6 +85,11 @@ fn interval(spec: &PeerSpec) -> Option<Duration> {
         .map(|seconds| Duration::from_secs(seconds.into()))
 }
 
+/// Where a peer may be, best first.
+fn addresses(spec: &PeerSpec) -> Vec<SocketAddr> {
+    spec.endpoint.iter().chain(&spec.others).copied().collect()
+}
+
 impl State {
     /// Brings the known peers in line with `specs`, and notes for each worker what changes. Tells
     /// the receiver indices that are free now.
@@ -109,10 +115,9 @@ impl State {
         for spec in specs {
             if let Some(known) = self.peers.get_mut(&spec.public_key) {
                 let change = &mut changes[known.worker];
-                if spec.endpoint != known.spec.endpoint
-                    && let Some(endpoint) = spec.endpoint
-                {
-                    change.endpoints.push((known.id, endpoint));
+                let (old, new) = (addresses(&known.spec), addresses(spec));
+                if new != old && !new.is_empty() {
+                    change.configured.push((known.id, new));
                 }
                 if interval(spec) != interval(&known.spec) {
                     change.keepalives.push((known.id, interval(spec)));
@@ -134,7 +139,7 @@ impl State {
                 public_key: spec.public_key,
                 preshared_key: spec.preshared_key.clone(),
                 index,
-                endpoint: spec.endpoint,
+                endpoints: addresses(spec),
                 keepalive: interval(spec),
                 shared: shared.clone(),
             });
@@ -228,6 +233,7 @@ mod tests {
             preshared_key: None,
             allowed_ips: Vec::new(),
             endpoint: None,
+            others: Vec::new(),
             keepalive: None,
         }
     }

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Content, Forwarder, Origin, Port, REST_AFTER};
+use super::{Content, Forwarder, JUDGE_AFTER, JUDGED, Origin, Port, REST_AFTER, TICK};
 use crate::engine::counters::Counter;
+use crate::engine::location::Location;
 use crate::engine::peer::Staged;
 use crate::engine::routes::PeerId;
 use crate::wireguard::keys::PublicKey;
@@ -25,7 +26,13 @@ impl Forwarder {
             return;
         };
         peer.received(bytes, now);
-        if peer.set_endpoint(origin.endpoint()) {
+        let Origin {
+            remote,
+            local,
+            interface,
+            ..
+        } = *origin;
+        if peer.relocate(|location| location.heard(remote, local, interface)) {
             self.counters.add(Counter::Roamed, 1);
         }
         if completed {
@@ -35,11 +42,12 @@ impl Forwarder {
         if peer.staged.is_empty() || !peer.tunnel(&self.local).ready(now) {
             return;
         }
+        let Some(endpoint) = peer.endpoint() else {
+            return;
+        };
         let mut queue = std::mem::take(&mut peer.staged);
         self.staged -= queue.len();
-        let mut lane = self
-            .batch
-            .lane(io, origin.endpoint(), Some(id), 0, peer.gso);
+        let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso);
         let mut staged = Staged::new(&mut queue);
         let tunnel = peer.tunnel(&self.local);
         let bytes = tunnel.seal(&mut staged, now, &mut lane);
@@ -126,7 +134,9 @@ impl Forwarder {
                 self.send(id, &answer[..length], now, io);
             }
             // A cookie, for the next initiation.
-            Ok((None, _)) => {}
+            Ok((None, _)) => {
+                peer.relocate(Location::told_to_wait);
+            }
             Err(_) => self.counters.add(Counter::DropHandshake, 1),
         }
     }
@@ -174,21 +184,32 @@ impl Forwarder {
         let Some(peer) = self.peers.get_mut(id) else {
             return false;
         };
+        let rest = JUDGE_AFTER.max(TICK * (self.active.len() / JUDGED) as u32);
+        if self.doubtful.len() < JUDGED
+            && let Some(way) = peer.way_to_judge(rest, now)
+        {
+            self.doubtful.push((id, way));
+        }
         let mut out = [0; INITIATION];
         let mut ready = false;
         let mut due = None;
+        let mut unanswered = false;
         if let Some((tunnel, renewed)) = peer.existing_tunnel(&self.local) {
             self.exchanges += usize::from(renewed);
             let tick = tunnel.tick(now, &mut out);
             ready = tunnel.ready(now);
             due = tick.message;
+            unanswered = tick.unanswered;
             if tick.gave_up {
                 self.staged -= peer.staged.len();
                 peer.staged.clear();
             }
         }
         if let Some(length) = due {
-            self.exchanges += usize::from(length == INITIATION);
+            if length == INITIATION {
+                self.exchanges += 1;
+                peer.relocate(|location| location.initiates(unanswered, now));
+            }
             self.send(id, &out[..length], now, io);
         } else if peer.keepalive_due(now) {
             peer.touched(now);
@@ -236,6 +257,7 @@ impl Forwarder {
             && let Some(length) = tunnel.initiate(now, &mut out)
         {
             self.exchanges += 1;
+            peer.relocate(|location| location.initiates(false, now));
             self.send(id, &out[..length], now, io);
         }
     }

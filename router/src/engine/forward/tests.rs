@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod change;
+mod elsewhere;
 mod handshake;
 mod hostile;
 mod simulation;
@@ -28,6 +29,7 @@ const OFFLOAD: Offload = Offload {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Datagram {
     to: SocketAddr,
+    local: Option<IpAddr>,
     bytes: Vec<u8>,
     ecn: u8,
 }
@@ -70,6 +72,7 @@ impl UdpSink for Wire {
             for datagram in bytes.chunks(message.size) {
                 self.datagrams.push(Datagram {
                     to: message.endpoint.remote,
+                    local: message.endpoint.local,
                     bytes: datagram.to_vec(),
                     ecn: message.ecn,
                 });
@@ -86,6 +89,8 @@ struct End {
     shared: Arc<Shared>,
     key: PrivateKey,
     address: SocketAddr,
+    /// Our address that datagrams come to, if that is known.
+    local: Option<IpAddr>,
     now: Duration,
 }
 
@@ -114,6 +119,7 @@ impl End {
             shared,
             key,
             address: SocketAddr::from(([192, 0, 2, seed], 51820)),
+            local: None,
             now: Duration::ZERO,
         }
     }
@@ -132,7 +138,7 @@ impl End {
             preshared_key: Some(PresharedKey::from_bytes([9; 32])),
             // Even: it belongs to the first worker of one and of two.
             index: 0x0012_3400 + 2 * u32::from(self.key.public().0[0]),
-            endpoint: endpoint.then_some(them.address),
+            endpoints: endpoint.then_some(them.address).into_iter().collect(),
             keepalive: keepalive.map(Duration::from_secs),
             shared: self.shared.clone(),
         };
@@ -151,7 +157,7 @@ impl End {
             public_key: PrivateKey::from_bytes([id as u8 + 10; 32]).public(),
             preshared_key: None,
             index: id,
-            endpoint: Some(SocketAddr::from(([192, 0, 2, id as u8 + 1], 51820))),
+            endpoints: vec![SocketAddr::from(([192, 0, 2, id as u8 + 1], 51820))],
             keepalive,
             shared: self.shared.clone(),
         };
@@ -184,7 +190,8 @@ impl End {
     fn receive(&mut self, from: SocketAddr, datagram: &[u8], ecn: u8) {
         let origin = Origin {
             remote: from,
-            local: None,
+            local: self.local,
+            interface: u32::from(self.local.is_some()),
             ecn,
         };
         let (now, stride) = (self.now, datagram.len());

@@ -222,6 +222,7 @@ impl Pair {
                 "fd09::2/128".parse().unwrap(),
             ],
             endpoint: None,
+            others: Vec::new(),
             keepalive: None,
         });
         engine.set_peers(&peers).unwrap();
@@ -324,6 +325,7 @@ pub(super) fn spec(seed: u8, allowed: &str) -> PeerSpec {
         preshared_key: None,
         allowed_ips: vec![allowed.parse().unwrap()],
         endpoint: None,
+        others: Vec::new(),
         keepalive: None,
     }
 }

@@ -113,7 +113,7 @@ impl Bench {
                 public_key: key.public(),
                 preshared_key: None,
                 index: INDEX,
-                endpoint: None,
+                endpoints: Vec::new(),
                 keepalive: None,
                 shared: Arc::new(Shared::new(key.public())),
             }],

@@ -225,7 +225,7 @@ fn an_allowed_ip_moves_between_peers_who_stay_connected() {
         public_key: client.key.public(),
         preshared_key: Some(PresharedKey::from_bytes([9; 32])),
         index: 100 + id,
-        endpoint: None,
+        endpoints: Vec::new(),
         keepalive: None,
         shared: shared.clone(),
     });
