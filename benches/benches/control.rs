@@ -92,7 +92,7 @@ fn diff(c: &mut Criterion) {
                     core.want(plan);
                     let mut actions = 0;
                     while let Some(action) = core.poll_action(now) {
-                        core.handle_done(action, Ok(()), now);
+                        core.handle_done(action, Ok(Vec::new()), now);
                         actions += 1;
                     }
                     actions

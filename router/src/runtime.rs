@@ -6,7 +6,9 @@
 mod denied;
 mod ending;
 mod facts;
+mod families;
 mod fastpath;
+mod foreign;
 mod guard;
 mod lock;
 mod notify;
@@ -44,7 +46,7 @@ use crate::datapath::kernel::Kernel;
 use crate::datapath::{self, Datapath, Link};
 use crate::engine::{self, Engine};
 use crate::netlink::sysctl::{self, Sysctls};
-use crate::netlink::{self, Change, Changes, FWMARK, Netlink, RuleSpec};
+use crate::netlink::{self, Change, Changes, FWMARK, Family, Netlink, RuleSpec};
 use crate::telemetry::Metrics;
 use crate::uapi::{Question, Server};
 use crate::wireguard::keys::PublicKey;
@@ -145,6 +147,7 @@ struct Daemon {
     facts: Facts,
     /// External addresses that no subnet-side interface has, as last told.
     absent: Vec<IpAddr>,
+    ipv6: families::Watch,
 
     netlink: Netlink,
     changes: Changes,
@@ -235,6 +238,7 @@ impl Daemon {
             neighbours_due: started + NEIGHBOURS,
             facts,
             absent: Vec::new(),
+            ipv6: families::Watch::default(),
             netlink,
             changes,
             engine,
@@ -309,7 +313,11 @@ impl Daemon {
                 () = self.source.changed() => self.reload().await,
                 change = self.changes.next() => {
                     match change {
-                        Some(Change::Rule) => self.core.invalidate(Part::Rules),
+                        Some(Change::Rule) => {
+                            for family in Family::ALL {
+                                self.core.invalidate(Part::Rules(family));
+                            }
+                        }
                         Some(Change::Neighbour) => {}
                         Some(Change::Link | Change::Address | Change::Route) => {
                             self.facts_due.get_or_insert(Instant::now() + SETTLE);
@@ -353,8 +361,13 @@ impl Daemon {
         let now = Instant::now();
         if self.facts_due.is_some_and(|due| due <= now) {
             self.facts_due = None;
-            // Network managers remove routes that they do not know.
-            self.core.invalidate(Part::Routes);
+            // Network managers change what they do not know.
+            self.core.invalidate(Part::Device);
+            for family in Family::ALL {
+                self.core.invalidate(Part::Addresses(family));
+                self.core.invalidate(Part::Forwarding(family));
+                self.core.invalidate(Part::Routes(family));
+            }
             let gathered = facts::gather(&self.netlink, &self.snapshot, Some(self.tun.index)).await;
             match gathered.map(|facts| self.remember_subnet(facts, &self.snapshot)) {
                 Ok(facts) if facts != self.facts => {
@@ -368,6 +381,9 @@ impl Daemon {
                     self.facts_due = Some(now + Duration::from_secs(1));
                 }
             }
+        }
+        if self.ipv6.changed(self.facts.ipv6, &self.tun.name, now) {
+            self.facts_due.get_or_insert(now);
         }
         if self.kernel.due().is_some_and(|due| due <= now) {
             self.kernel.end_addressless(now);
@@ -385,6 +401,7 @@ impl Daemon {
                 (host, port, answer)
             });
         }
+        let mut foreign = Vec::new();
         while let Some(action) = self.core.poll_action(Instant::now()) {
             let part = action.part();
             let outcome = self.carry_out(&action).await;
@@ -392,15 +409,15 @@ impl Daemon {
                 tracing::warn!(part = part.label(), "{error}");
             }
             // Changes of our own are not told.
-            if matches!(
-                part,
-                Part::Device | Part::Forwarding | Part::Routes | Part::Rules
-            ) {
+            if !matches!(part, Part::Datapath | Part::Peers)
+                && outcome.as_ref().map_or(true, |changed| !changed.is_empty())
+            {
                 self.renew_next_hops();
             }
-            self.core.handle_done(action, outcome, Instant::now());
+            foreign.extend(self.core.handle_done(action, outcome, Instant::now()));
         }
-        if !self.ready && self.core.settled() {
+        foreign::tell(&self.tun.name, &foreign);
+        if !self.ready && self.core.ready() {
             self.ready = true;
             tracing::info!(after_ms = self.started.elapsed().as_millis(), "ready");
             notify::notify("READY=1");
@@ -412,6 +429,7 @@ impl Daemon {
             self.core.poll_timeout(),
             self.names.poll_timeout(),
             self.facts_due,
+            self.ipv6.due(),
             self.ebpf.as_ref().map(|_| self.neighbours_due),
             self.kernel.due(),
         ]
@@ -430,6 +448,14 @@ impl Daemon {
             |host, port| names.addresses(host, port).to_vec(),
         );
         self.tell_absent(&plan);
+        self.ipv6.tell(plan.without_ipv6());
+        let before = self
+            .core
+            .wanted()
+            .map_or(&[][..], |plan| &plan.vrf_problems);
+        for problem in plan.vrf_problems.iter().filter(|p| !before.contains(p)) {
+            tracing::warn!("{problem}");
+        }
         if self.ebpf.is_none() {
             plan.datapath.external.clear();
         }
@@ -453,13 +479,14 @@ impl Daemon {
         }
     }
 
-    async fn carry_out(&mut self, action: &Action) -> Result<(), String> {
+    /// Puts a part of the plan in force; what of it had to be changed, in words, as far as others may
+    /// change it.
+    async fn carry_out(&mut self, action: &Action) -> Result<Vec<String>, String> {
         let text = |error: &dyn std::error::Error| error.to_string();
         let index = self.tun.index;
         match action {
-            Action::Device { mtu, addresses } => {
-                let up = self.netlink.set_link(index, u32::from(*mtu), true).await;
-                up.map_err(|e| text(&e))?;
+            Action::Device { mtu } => {
+                let changed = self.netlink.set_link(index, u32::from(*mtu), true).await;
                 if self.ebpf.is_some()
                     && let Err(error) = sysctl::accept_local(&self.tun.name)
                 {
@@ -470,17 +497,19 @@ impl Daemon {
                         self.tun.name
                     );
                 }
-                self.netlink
-                    .sync_addresses(index, addresses)
-                    .await
-                    .map_err(|e| text(&e))
+                changed.map_err(|e| text(&e))
             }
+            Action::Addresses(family, addresses) => self
+                .netlink
+                .sync_addresses(index, *family, addresses)
+                .await
+                .map_err(|e| text(&e)),
             Action::Datapath(spec) => {
                 self.kernel.apply(spec).map_err(|e| text(&e))?;
                 let Some(ebpf) = &mut self.ebpf else {
-                    return Ok(());
+                    return Ok(Vec::new());
                 };
-                match ebpf.apply(spec) {
+                let outcome = match ebpf.apply(spec) {
                     Err(error) if self.local.datapath == DatapathMode::Auto => {
                         tracing::warn!(%error, "falling back to the kernel datapath");
                         self.datapath_reason = format!("eBPF failed: {error}");
@@ -494,26 +523,31 @@ impl Daemon {
                         Ok(())
                     }
                     outcome => outcome.map_err(|e| text(&e)),
-                }
+                };
+                outcome.map(|()| Vec::new())
             }
-            Action::Forwarding { links, ipv4, ipv6 } => self
-                .sysctls
-                .apply(links, *ipv4, *ipv6)
-                .map_err(|e| text(&e)),
-            Action::Routes(routes) => self
+            Action::Forwarding(family, links) => {
+                self.sysctls.apply(*family, links).map_err(|e| text(&e))
+            }
+            Action::Routes {
+                family,
+                device,
+                nets,
+            } => self
                 .netlink
-                .sync_routes(TABLE, index, routes)
+                .sync_routes(TABLE, *family, device.then_some(index), nets)
                 .await
                 .map_err(|e| text(&e)),
-            Action::Rules => self
+            Action::Rules(family) => self
                 .netlink
-                .sync_rules(&RuleSpec::new(TABLE))
+                .sync_rules(&RuleSpec::new(TABLE), *family)
                 .await
                 .map_err(|e| text(&e)),
             Action::Peers(peers) => {
                 self.engine.set_peers(peers).map_err(|e| text(&e))?;
                 let whereabouts = std::mem::take(&mut self.whereabouts);
-                self.engine.resume(&whereabouts).map_err(|e| text(&e))
+                let resumed = self.engine.resume(&whereabouts);
+                resumed.map(|()| Vec::new()).map_err(|e| text(&e))
             }
         }
     }

@@ -5,19 +5,24 @@
 //! applied, part by part, and hands out one [`Action`] at a time; a part that fails is tried again
 //! with a growing pause, while the others go on. No clock is read here: the caller passes `now`.
 
+mod foreign;
 mod names;
 mod plan;
+mod vrf;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
+pub use foreign::{Foreign, PATIENCE};
 pub use names::{Names, REFRESH, RETRY};
 pub use plan::{Facts, LinkFacts, Plan, peer_spec, plan};
+pub use vrf::Vrf;
 
 use crate::datapath::{Link, Spec};
 use crate::engine::PeerSpec;
+use crate::netlink::Family;
 
 /// The first pause before a failed part is tried again; it doubles up to [`LONGEST_PAUSE`].
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -25,41 +30,61 @@ pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// The parts of a plan, in the order in which they are put in force: the policy stands before
-/// forwarding is switched on, and peers come last.
+/// forwarding is switched on, and peers come last. What each family of addresses has for itself is a
+/// part of its own: what one of them cannot have never stops the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
-    /// MTU, addresses and state of the TUN device.
+    /// MTU and state of the TUN device.
     Device,
+    /// Its addresses.
+    Addresses(Family),
     /// nf_tables ruleset and eBPF programs.
     Datapath,
     /// Forwarding sysctls.
-    Forwarding,
+    Forwarding(Family),
     /// Routes of the overlay into the TUN device, in our own table.
-    Routes,
+    Routes(Family),
     /// The rules that lead to our table.
-    Rules,
+    Rules(Family),
     /// The engine's peers.
     Peers,
 }
 
 impl Part {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 11] = [
         Self::Device,
+        Self::Addresses(Family::V4),
+        Self::Addresses(Family::V6),
         Self::Datapath,
-        Self::Forwarding,
-        Self::Routes,
-        Self::Rules,
+        Self::Forwarding(Family::V4),
+        Self::Forwarding(Family::V6),
+        Self::Routes(Family::V4),
+        Self::Routes(Family::V6),
+        Self::Rules(Family::V4),
+        Self::Rules(Family::V6),
         Self::Peers,
     ];
+
+    /// The family that the part is for; `None` for both.
+    fn family(self) -> Option<Family> {
+        match self {
+            Self::Addresses(family)
+            | Self::Forwarding(family)
+            | Self::Routes(family)
+            | Self::Rules(family) => Some(family),
+            Self::Device | Self::Datapath | Self::Peers => None,
+        }
+    }
 
     /// The word for logs, metrics and `status`.
     pub fn label(self) -> &'static str {
         match self {
             Self::Device => "device",
+            Self::Addresses(_) => "addresses",
             Self::Datapath => "datapath",
-            Self::Forwarding => "forwarding",
-            Self::Routes => "routes",
-            Self::Rules => "rules",
+            Self::Forwarding(_) => "forwarding",
+            Self::Routes(_) => "routes",
+            Self::Rules(_) => "rules",
             Self::Peers => "peers",
         }
     }
@@ -68,28 +93,28 @@ impl Part {
 /// One step for the runtime; each carries the whole desired state of its part.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Give the TUN device its MTU (bytes) and addresses, and set it up.
+    /// Give the TUN device its MTU (bytes), and set it up.
     Device {
         /// MTU in bytes.
         mtu: u16,
-        /// Tunnel addresses.
-        addresses: Vec<IpNet>,
     },
+    /// Give the TUN device exactly these addresses of the family.
+    Addresses(Family, Vec<IpNet>),
     /// Make the datapath serve this.
     Datapath(Box<Spec>),
-    /// Let the kernel forward between these interfaces.
-    Forwarding {
-        /// From and to these.
-        links: Vec<Link>,
-        /// IPv4 packets.
-        ipv4: bool,
-        /// IPv6 packets.
-        ipv6: bool,
+    /// Let the kernel forward packets of the family from and to these interfaces.
+    Forwarding(Family, Vec<Link>),
+    /// Have exactly these routes of the family.
+    Routes {
+        /// The family.
+        family: Family,
+        /// Whether they lead into the TUN device, and not only nowhere.
+        device: bool,
+        /// Where to.
+        nets: Vec<IpNet>,
     },
-    /// Have exactly these routes into the TUN device.
-    Routes(Vec<IpNet>),
-    /// Have the rules that lead to our table.
-    Rules,
+    /// Have the rules of the family that lead to our table.
+    Rules(Family),
     /// Have exactly these peers.
     Peers(Vec<PeerSpec>),
 }
@@ -99,10 +124,11 @@ impl Action {
     pub fn part(&self) -> Part {
         match self {
             Self::Device { .. } => Part::Device,
+            Self::Addresses(family, _) => Part::Addresses(*family),
             Self::Datapath(_) => Part::Datapath,
-            Self::Forwarding { .. } => Part::Forwarding,
-            Self::Routes(_) => Part::Routes,
-            Self::Rules => Part::Rules,
+            Self::Forwarding(family, _) => Part::Forwarding(*family),
+            Self::Routes { family, .. } => Part::Routes(*family),
+            Self::Rules(family) => Part::Rules(*family),
             Self::Peers(_) => Part::Peers,
         }
     }
@@ -124,6 +150,9 @@ pub struct Failure {
 pub struct Core {
     wanted: Option<Plan>,
     applied: BTreeMap<Part, Action>,
+    /// What was applied, and somebody else may have changed.
+    doubted: BTreeMap<Part, Action>,
+    foreign: foreign::Ledger,
     failures: BTreeMap<Part, Failure>,
 }
 
@@ -139,7 +168,9 @@ impl Core {
 
     /// Forgets that `part` has been applied, because something outside may have changed it.
     pub fn invalidate(&mut self, part: Part) {
-        self.applied.remove(&part);
+        if let Some(action) = self.applied.remove(&part) {
+            self.doubted.insert(part, action);
+        }
     }
 
     /// The next step, or `None` when nothing is to be done before [`Core::poll_timeout`].
@@ -157,24 +188,50 @@ impl Core {
                         return None;
                     }
                 }
+                _ if self.held(&wanted).is_some_and(|until| until > now) => {}
                 _ => return Some(wanted),
             }
         }
         None
     }
 
-    /// When to call [`Core::poll_action`] again although nothing happened.
-    pub fn poll_timeout(&self) -> Option<Instant> {
-        self.failures.values().map(|failure| failure.retry_at).min()
+    /// Until when a part stays as others may have made it, if it is to be as it was.
+    fn held(&self, action: &Action) -> Option<Instant> {
+        let part = action.part();
+        let doubted = self.doubted.get(&part) == Some(action);
+        self.foreign.held_until(part).filter(|_| doubted)
     }
 
-    /// Takes the outcome of an action.
-    pub fn handle_done(&mut self, action: Action, outcome: Result<(), String>, now: Instant) {
+    /// When to call [`Core::poll_action`] again although nothing happened.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let failed = self.failures.values().map(|failure| failure.retry_at);
+        // What fails, or waits behind it, is not looked at before.
+        let blocked = [Part::Device, Part::Datapath]
+            .iter()
+            .any(|part| self.failures.contains_key(part));
+        let waiting = |action: &&Action| !blocked && !self.failures.contains_key(&action.part());
+        let held = self.doubted.values().filter(waiting);
+        failed
+            .chain(held.filter_map(|action| self.held(action)))
+            .min()
+    }
+
+    /// Takes the outcome of an action: what had to be changed, in words. Where nothing new was wanted,
+    /// somebody else had changed it.
+    pub fn handle_done(
+        &mut self,
+        action: Action,
+        outcome: Result<Vec<String>, String>,
+        now: Instant,
+    ) -> Option<Foreign> {
         let part = action.part();
         match outcome {
-            Ok(()) => {
+            Ok(changed) => {
                 self.failures.remove(&part);
+                let as_before = self.doubted.remove(&part).as_ref() == Some(&action);
                 self.applied.insert(part, action);
+                let foreign = as_before && !changed.is_empty();
+                foreign.then(|| self.foreign.note(part, changed.join(", "), now))
             }
             Err(error) => {
                 let attempts = self.failures.get(&part).map_or(0, |f| f.attempts) + 1;
@@ -189,8 +246,14 @@ impl Core {
                         retry_at: now + pause,
                     },
                 );
+                None
             }
         }
+    }
+
+    /// The parts that others change again and again.
+    pub fn contested(&self, now: Instant) -> impl Iterator<Item = (Part, &Foreign)> {
+        self.foreign.contested(now)
     }
 
     /// What could not be put in force.
@@ -205,6 +268,24 @@ impl Core {
                 .iter()
                 .all(|part| self.applied.get(part) == Some(&plan.action(*part)))
         })
+    }
+
+    /// Whether the router does what it can: all is in force that is for both families, and all of one
+    /// family of those that are asked for; what the other cannot have has been tried.
+    pub fn ready(&self) -> bool {
+        let Some(plan) = &self.wanted else {
+            return false;
+        };
+        let is_applied = |part: &Part| self.applied.get(part) == Some(&plan.action(*part));
+        let whole = |family| {
+            let mut parts = Part::ALL.iter().filter(|p| p.family() == Some(family));
+            parts.all(is_applied)
+        };
+        let tried = Part::ALL.iter().all(|part| {
+            is_applied(part) || (part.family().is_some() && self.failures.contains_key(part))
+        });
+        let asked: Vec<Family> = Family::ALL.into_iter().filter(|f| plan.asks(*f)).collect();
+        tried && (asked.is_empty() || asked.into_iter().any(whole))
     }
 
     /// The desired state, once there is one.
@@ -225,12 +306,14 @@ mod tests {
             let outcome = if fail == Some(part) {
                 Err("no".to_owned())
             } else {
-                Ok(())
+                Ok(Vec::new())
             };
             core.handle_done(action, outcome, now);
         }
         parts
     }
+
+    const ROUTES: Part = Part::Routes(Family::V4);
 
     fn some_plan() -> Plan {
         Plan {
@@ -262,9 +345,9 @@ mod tests {
             tunnel_routes: vec!["10.9.0.0/24".parse().unwrap()],
             ..some_plan()
         });
-        assert_eq!(run_all(&mut core, now, None), [Part::Routes]);
-        core.invalidate(Part::Rules);
-        assert_eq!(run_all(&mut core, now, None), [Part::Rules]);
+        assert_eq!(run_all(&mut core, now, None), [ROUTES]);
+        core.invalidate(Part::Rules(Family::V6));
+        assert_eq!(run_all(&mut core, now, None), [Part::Rules(Family::V6)]);
     }
 
     #[test]
@@ -272,25 +355,25 @@ mod tests {
         let mut core = Core::default();
         let mut now = Instant::now();
         core.want(some_plan());
-        run_all(&mut core, now, Some(Part::Routes));
+        run_all(&mut core, now, Some(ROUTES));
         assert!(!core.settled());
         assert_eq!(
             core.failures()
                 .map(|(p, f)| (p, f.attempts))
                 .collect::<Vec<_>>(),
-            [(Part::Routes, 1)]
+            [(ROUTES, 1)]
         );
         assert_eq!(core.poll_timeout(), Some(now + FIRST_PAUSE));
         now += FIRST_PAUSE;
-        assert_eq!(run_all(&mut core, now, Some(Part::Routes)), [Part::Routes]);
+        assert_eq!(run_all(&mut core, now, Some(ROUTES)), [ROUTES]);
         assert_eq!(core.poll_timeout(), Some(now + 2 * FIRST_PAUSE));
         for _ in 0..20 {
             now = core.poll_timeout().unwrap();
-            run_all(&mut core, now, Some(Part::Routes));
+            run_all(&mut core, now, Some(ROUTES));
         }
         assert_eq!(core.poll_timeout(), Some(now + LONGEST_PAUSE));
         now += LONGEST_PAUSE;
-        assert_eq!(run_all(&mut core, now, None), [Part::Routes]);
+        assert_eq!(run_all(&mut core, now, None), [ROUTES]);
         assert!(core.settled());
         assert_eq!(core.poll_timeout(), None);
     }
@@ -301,7 +384,35 @@ mod tests {
         let now = Instant::now();
         core.want(some_plan());
         let tried = run_all(&mut core, now, Some(Part::Datapath));
-        assert_eq!(tried, [Part::Device, Part::Datapath]);
+        let [v4, v6] = Family::ALL.map(Part::Addresses);
+        assert_eq!(tried, [Part::Device, v4, v6, Part::Datapath]);
+    }
+
+    #[test]
+    fn what_one_family_cannot_have_does_not_stop_the_other() {
+        let now = Instant::now();
+        let plan = |nets: &[&str]| Plan {
+            addresses: nets.iter().map(|net| net.parse().unwrap()).collect(),
+            ..some_plan()
+        };
+        let both = plan(&["100.64.0.1/24", "fd64::1/64"]);
+        for of in [Part::Addresses, Part::Forwarding, Part::Routes, Part::Rules] {
+            let mut core = Core::default();
+            core.want(both.clone());
+            assert!(!core.ready());
+            let tried = run_all(&mut core, now, Some(of(Family::V6)));
+            assert_eq!(tried, Part::ALL);
+            assert!(core.ready() && !core.settled());
+            // All that is asked for is not there.
+            let mut core = Core::default();
+            core.want(plan(&["100.64.0.1/24"]));
+            run_all(&mut core, now, Some(of(Family::V4)));
+            assert!(!core.ready());
+        }
+        let mut core = Core::default();
+        core.want(both);
+        run_all(&mut core, now, Some(Part::Peers));
+        assert!(!core.ready());
     }
 
     #[test]
@@ -314,6 +425,8 @@ mod tests {
             mtu: 1400,
             ..some_plan()
         });
-        assert_eq!(run_all(&mut core, now, None), Part::ALL);
+        let addresses = |part: &Part| matches!(part, Part::Addresses(_));
+        let all = Part::ALL.into_iter().filter(|part| !addresses(part));
+        assert_eq!(run_all(&mut core, now, None), Vec::from_iter(all));
     }
 }

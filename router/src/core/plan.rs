@@ -5,11 +5,14 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
+use super::vrf::{self, Vrf};
 use super::{Action, Part};
 use crate::config::{Interface, Local};
 use crate::control::{Endpoint, Peer, Snapshot};
 use crate::datapath::{Link, Spec};
 use crate::engine::PeerSpec;
+use crate::netlink::Family;
+use crate::netlink::sysctl::Ipv6;
 
 /// What the kernel says of the network, without our own TUN device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,6 +29,12 @@ pub struct Facts {
     /// packets of its flows come by the old one until the network's own routing has followed, and as
     /// long as sources are translated to its address.
     pub former: BTreeSet<u32>,
+    /// Whether our own TUN device can have IPv6.
+    pub ipv6: Ipv6,
+    /// The VRFs of those interfaces that are in one, by the interface's index.
+    pub vrfs: BTreeMap<u32, Vrf>,
+    /// Whether UDP sockets outside of VRFs hear what comes in by one (`udp_l3mdev_accept`).
+    pub vrfs_heard: bool,
 }
 
 /// One interface.
@@ -78,8 +87,12 @@ pub struct Plan {
     pub mtu: u16,
     /// Tunnel addresses.
     pub addresses: Vec<IpNet>,
+    /// Whether the TUN device can have IPv6.
+    pub ipv6: Ipv6,
     /// The uplink, if there is one now.
     pub uplink: Option<Link>,
+    /// What does not work since an interface is in a VRF, with the mend.
+    pub vrf_problems: Vec<String>,
     /// Routes into the TUN device.
     pub tunnel_routes: Vec<IpNet>,
     /// Interfaces that forward.
@@ -94,22 +107,71 @@ impl Plan {
     /// The action that puts `part` of this plan in force.
     pub fn action(&self, part: Part) -> Action {
         match part {
-            Part::Device => Action::Device {
-                mtu: self.mtu,
-                addresses: self.addresses.clone(),
-            },
+            Part::Device => Action::Device { mtu: self.mtu },
+            Part::Addresses(family) => {
+                let possible = family == Family::V4 || self.ipv6 == Ipv6::On;
+                let wanted = self.addresses.iter().filter(|_| possible);
+                Action::Addresses(family, of_family(wanted, family))
+            }
             Part::Datapath => Action::Datapath(Box::new(self.datapath.clone())),
-            Part::Forwarding => Action::Forwarding {
-                links: self.forwarding.clone(),
+            Part::Forwarding(family) => {
                 // What the overlay has no address of cannot be forwarded.
-                ipv4: self.datapath.overlay.iter().any(|net| net.addr().is_ipv4()),
-                ipv6: self.datapath.overlay.iter().any(|net| net.addr().is_ipv6()),
-            },
-            Part::Routes => Action::Routes(self.tunnel_routes.clone()),
-            Part::Rules => Action::Rules,
+                let overlay = &self.datapath.overlay;
+                let forwards = overlay.iter().any(|net| Family::of(net.addr()) == family);
+                let links = self.forwarding.iter().filter(|_| forwards);
+                Action::Forwarding(family, links.cloned().collect())
+            }
+            Part::Routes(family) => {
+                let ipv6 = match family {
+                    Family::V4 => Ipv6::On,
+                    Family::V6 => self.ipv6,
+                };
+                let wanted = self.tunnel_routes.iter().filter(|_| ipv6 != Ipv6::Absent);
+                Action::Routes {
+                    family,
+                    device: ipv6 == Ipv6::On,
+                    nets: of_family(wanted, family),
+                }
+            }
+            Part::Rules(family) => Action::Rules(family),
             Part::Peers => Action::Peers(self.peers.clone()),
         }
     }
+
+    /// Whether anything of this family is to be carried.
+    pub fn asks(&self, family: Family) -> bool {
+        let nets = self.addresses.iter().chain(&self.datapath.overlay);
+        nets.chain(&self.tunnel_routes)
+            .any(|net| Family::of(net.addr()) == family)
+    }
+
+    /// What the machine does not let us do for a family, with the mend.
+    pub fn without_ipv6(&self) -> Option<String> {
+        let name = &self.tun.name;
+        let (why, mend) = match self.ipv6 {
+            Ipv6::On => return None,
+            Ipv6::Off => (
+                format!("IPv6 is switched off on {name} (net.ipv6.conf.{name}.disable_ipv6 = 1)"),
+                "switch it on there (0), and the router takes it up by itself",
+            ),
+            Ipv6::Absent => (
+                "this kernel runs without IPv6".to_owned(),
+                "start it without ipv6.disable=1, or with the module ipv6",
+            ),
+        };
+        self.asks(Family::V6).then(|| {
+            format!(
+                "{why}: this router carries IPv4 only, and nothing that is configured for IPv6; \
+                 {mend}, or take the IPv6 addresses and networks out of the configuration"
+            )
+        })
+    }
+}
+
+fn of_family<'a>(nets: impl Iterator<Item = &'a IpNet>, family: Family) -> Vec<IpNet> {
+    nets.filter(|net| Family::of(net.addr()) == family)
+        .copied()
+        .collect()
 }
 
 /// What sources are translated to toward the subnet-side interfaces, by interface index: all of it,
@@ -182,10 +244,13 @@ pub fn plan(
     let own: BTreeSet<IpAddr> = local.addresses.iter().map(IpNet::addr).collect();
     let connected: BTreeSet<IpNet> = local.addresses.iter().map(IpNet::trunc).collect();
     let host_route = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
+    let vrf_problems = vrf::problems(snapshot, tun, facts, uplink.as_ref(), &subnet);
     Plan {
         tun: tun.clone(),
         mtu: local.mtu,
+        vrf_problems,
         addresses: local.addresses.clone(),
+        ipv6: facts.ipv6,
         uplink,
         // The kernel makes the connected route of each tunnel address itself, but in the main
         // table, which another table's less specific route must not hide: ours comes first.
@@ -287,7 +352,7 @@ mod tests {
             default_link: Some(2),
             gateways: BTreeSet::new(),
             egress: BTreeMap::from([("10.0.0.0/16".parse().unwrap(), 2)]),
-            former: BTreeSet::new(),
+            ..Facts::default()
         }
     }
 
@@ -377,7 +442,7 @@ mod tests {
         facts.egress.clear();
         facts.former.insert(4);
         let subnet = |local: &Local| {
-            let plan = plan(local, &snapshot(), &tun(), &facts, |_, _| None);
+            let plan = plan(local, &snapshot(), &tun(), &facts, |_, _| Vec::new());
             let links = plan.datapath.subnet.into_iter();
             links.map(|link| link.index).collect::<Vec<_>>()
         };
@@ -415,6 +480,34 @@ mod tests {
             .map(|net| net.parse().unwrap())
             .collect();
         assert_eq!(plan.tunnel_routes, want);
+    }
+
+    #[test]
+    fn without_ipv6_its_networks_lead_nowhere_else() {
+        let of = |ipv6| {
+            let facts = Facts { ipv6, ..facts() };
+            plan(&local(), &snapshot(), &tun(), &facts, |_, _| Vec::new())
+        };
+        let routes = |plan: &Plan, family| match plan.action(Part::Routes(family)) {
+            Action::Routes { device, nets, .. } => (device, nets.len()),
+            _ => unreachable!(),
+        };
+        let addresses = |plan: &Plan, family| match plan.action(Part::Addresses(family)) {
+            Action::Addresses(_, nets) => nets.len(),
+            _ => unreachable!(),
+        };
+        for (ipv6, v6_routes, v6_addresses) in [
+            (Ipv6::On, (true, 1), 1),
+            (Ipv6::Off, (false, 1), 0),
+            (Ipv6::Absent, (false, 0), 0),
+        ] {
+            let plan = of(ipv6);
+            assert_eq!(routes(&plan, Family::V6), v6_routes);
+            assert_eq!(addresses(&plan, Family::V6), v6_addresses);
+            assert_eq!(routes(&plan, Family::V4), (true, 2));
+            assert_eq!(addresses(&plan, Family::V4), 1);
+            assert_eq!(plan.without_ipv6().is_some(), ipv6 != Ipv6::On);
+        }
     }
 
     #[test]

@@ -31,6 +31,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::AsyncSocket as _;
 
 pub use changes::{Change, Changes};
+pub use nft::Family;
 pub use routes::NextHop;
 pub use rules::{FWMARK, Priorities, RuleSpec};
 
@@ -40,6 +41,9 @@ use socket::{Refusal, Socket};
 /// The routing protocol number of every route and rule that Sluice makes, by which leftovers are
 /// known. `rtnetlink.h` and iproute2's `rt_protos` leave it free.
 pub const PROTOCOL: u8 = 81;
+
+/// Below this MTU in bytes a device has no IPv6 (RFC 8200 section 5).
+const IPV6_MIN_MTU: u32 = 1280;
 
 /// A failure, worded for an operator.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -214,13 +218,44 @@ impl Netlink {
 
     /// Gives our own device its MTU (bytes) and sets it up or down. The kernel makes no link-local
     /// address on it: nothing in the tunnel would answer its solicitations.
-    pub async fn set_link(&self, index: u32, mtu: u32, up: bool) -> Result<(), Error> {
+    ///
+    /// Returns what of it had to be changed, in words.
+    pub async fn set_link(&self, index: u32, mtu: u32, up: bool) -> Result<Vec<String>, Error> {
         let doing = format!("set MTU {mtu} and state of interface {index}");
+        let mut changed = Vec::new();
         let mut message = LinkMessage::default();
         message.header.index = index;
-        // Without IPv6 in the kernel, or below its smallest MTU (RFC 8200 section 5), the
-        // attribute would be refused.
-        if mtu >= 1280 && std::path::Path::new("/proc/sys/net/ipv6").exists() {
+        if let Some(info) = self.link_by_index(index).await? {
+            if info.mtu != mtu {
+                changed.push(format!("the MTU was {} instead of {mtu}", info.mtu));
+            }
+            if info.up != up {
+                let state = |up| if up { "up" } else { "down" };
+                changed.push(format!(
+                    "it was {} instead of {}",
+                    state(info.up),
+                    state(up)
+                ));
+            }
+            // The kernel tells everybody of what is set, though it was so already.
+            if changed.is_empty() {
+                return Ok(changed);
+            }
+            // The device has lost IPv6 with all of its settings, and gets it anew: while it is down,
+            // lest the kernel make an address meanwhile.
+            if info.mtu < IPV6_MIN_MTU && mtu >= IPV6_MIN_MTU {
+                let mut wider = message.clone();
+                wider.attributes = vec![LinkAttribute::Mtu(mtu)];
+                wider.header.change_mask = LinkFlags::Up;
+                for attributes in [Vec::new(), wider.attributes.clone()] {
+                    wider.attributes = attributes;
+                    let request = RouteNetlinkMessage::SetLink(wider.clone());
+                    self.request(request, NLM_F_ACK, &doing).await?;
+                }
+            }
+        }
+        // Without IPv6 in the kernel, or below its smallest MTU, the attribute would be refused.
+        if mtu >= IPV6_MIN_MTU && std::path::Path::new("/proc/sys/net/ipv6").exists() {
             let mode = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
             message.attributes = vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
                 vec![mode],
@@ -239,14 +274,23 @@ impl Netlink {
             LinkFlags::empty()
         };
         let request = RouteNetlinkMessage::SetLink(message);
-        self.request(request, NLM_F_ACK, &doing).await.map(drop)
+        self.request(request, NLM_F_ACK, &doing).await?;
+        Ok(changed)
     }
 
-    /// Gives our own device exactly these addresses. Addresses that the kernel made itself (IPv6
-    /// link-local ones) stay.
-    pub async fn sync_addresses(&self, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
+    /// Gives our own device exactly these addresses of one family. Addresses that the kernel made
+    /// itself (IPv6 link-local ones) stay. Returns what had to be changed, in words.
+    pub async fn sync_addresses(
+        &self,
+        index: u32,
+        family: Family,
+        wanted: &[IpNet],
+    ) -> Result<Vec<String>, Error> {
+        let mut changed = Vec::new();
         let on_it = |messages: Vec<AddressMessage>| {
-            let ours = messages.into_iter().filter(|m| m.header.index == index);
+            let ours = messages.into_iter().filter(move |m| {
+                m.header.index == index && m.header.family == address_family(family)
+            });
             ours.filter_map(|m| Some((address_of(&m)?, m)))
         };
         for (address, message) in on_it(self.address_messages().await?) {
@@ -260,8 +304,10 @@ impl Netlink {
                 Err(error) if error.errno == libc::EADDRNOTAVAIL => {}
                 outcome => drop(outcome?),
             }
+            changed.push(format!("it had {address}"));
         }
-        let mut missing = wanted.to_vec();
+        let ours = wanted.iter().filter(|net| Family::of(net.addr()) == family);
+        let mut missing: Vec<IpNet> = ours.copied().collect();
         for (address, _) in on_it(self.address_messages().await?) {
             missing.retain(|wanted| *wanted != address);
         }
@@ -270,8 +316,9 @@ impl Netlink {
             let doing = format!("add address {address} to interface {index}");
             self.request(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, &doing)
                 .await?;
+            changed.push(format!("it did not have {address}"));
         }
-        Ok(())
+        Ok(changed)
     }
 
     /// Sends one request and gathers its answers.
@@ -373,9 +420,13 @@ fn address_message(index: u32, address: IpNet) -> AddressMessage {
 }
 
 fn family_of(address: IpAddr) -> AddressFamily {
-    match address {
-        IpAddr::V4(_) => AddressFamily::Inet,
-        IpAddr::V6(_) => AddressFamily::Inet6,
+    address_family(Family::of(address))
+}
+
+fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
     }
 }
 

@@ -13,7 +13,7 @@ use netlink_packet_route::route::{
 
 use super::socket::{Refusal, Socket};
 use super::wire::{self, Payload};
-use super::{Error, FWMARK, Netlink, PROTOCOL, address_from, family_of};
+use super::{Error, FWMARK, Family, Netlink, PROTOCOL, address_from, family_of};
 use crate::datapath::Link;
 
 /// Routes per datagram: enough that the system call does not count, few enough that the refusals
@@ -34,13 +34,22 @@ pub struct NextHop {
 }
 
 impl Netlink {
-    /// Makes `table` hold exactly these routes into the interface `index`, without touching those
-    /// that are right already, or routes of others. Behind them lie routes that drop in silence, as
-    /// few as hold the same addresses: when the interface is gone, packets for peers go nowhere
-    /// else.
-    pub async fn sync_routes(&self, table: u32, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
-        let wanted = wanted.to_vec();
-        self.in_bulk(move |socket| sync(socket, table, index, wanted))
+    /// Makes `table` hold exactly these routes of one family into the interface `index`, without
+    /// touching those that are right already, or routes of others. Behind them lie routes that drop
+    /// in silence, as few as hold the same addresses: when the interface is gone, or where there is
+    /// no `index` because it cannot carry this family, packets for peers go nowhere else.
+    ///
+    /// Returns what had to be changed, in words.
+    pub async fn sync_routes(
+        &self,
+        table: u32,
+        family: Family,
+        index: Option<u32>,
+        wanted: &[IpNet],
+    ) -> Result<Vec<String>, Error> {
+        let ours = wanted.iter().filter(|net| Family::of(net.addr()) == family);
+        let wanted = ours.copied().collect();
+        self.in_bulk(move |socket| sync(socket, table, family, index, wanted))
             .await
     }
 
@@ -48,17 +57,20 @@ impl Netlink {
     /// with the interface.
     pub async fn release_routes(&self, table: u32) -> Result<(), Error> {
         let work = move |socket: &mut Socket| {
-            let mut held = present(socket, table)?;
-            held.retain(|(_, target)| *target == Target::Nowhere);
-            remove(socket, table, &held)
+            for family in Family::ALL {
+                let mut held = present(socket, table, family)?;
+                held.retain(|(_, target)| *target == Target::Nowhere);
+                remove(socket, table, &held)?;
+            }
+            Ok(())
         };
         self.in_bulk(work).await
     }
 
-    async fn in_bulk(
+    async fn in_bulk<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&mut Socket) -> Result<(), Error> + Send + 'static,
-    ) -> Result<(), Error> {
+        work: impl FnOnce(&mut Socket) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
         let bulk = self.bulk.clone();
         let work = move || work(&mut bulk.lock().unwrap_or_else(PoisonError::into_inner));
         match tokio::task::spawn_blocking(work).await {
@@ -70,13 +82,23 @@ impl Netlink {
     /// The next hop toward `address` for underlay and subnet packets, as if our table were not
     /// there. `None` without a route, and when the address is the router's own.
     pub async fn route_to(&self, address: IpAddr) -> Result<Option<NextHop>, Error> {
+        self.look_up(address, RouteAttribute::Mark(FWMARK)).await
+    }
+
+    /// The next hop toward `address` for packets of the VRF with this index.
+    pub async fn route_within(&self, address: IpAddr, vrf: u32) -> Result<Option<NextHop>, Error> {
+        self.look_up(address, RouteAttribute::Oif(vrf)).await
+    }
+
+    async fn look_up(
+        &self,
+        address: IpAddr,
+        way: RouteAttribute,
+    ) -> Result<Option<NextHop>, Error> {
         let mut request = RouteMessage::default();
         request.header.address_family = family_of(address);
         request.header.destination_prefix_length = if address.is_ipv4() { 32 } else { 128 };
-        request.attributes = vec![
-            RouteAttribute::Destination(address.into()),
-            RouteAttribute::Mark(FWMARK),
-        ];
+        request.attributes = vec![RouteAttribute::Destination(address.into()), way];
         let request = RouteNetlinkMessage::GetRoute(request);
         let doing = format!("look up the route to {address}");
         match self.request(request, 0, &doing).await {
@@ -261,33 +283,31 @@ fn write_route(payload: &mut Payload<'_>, table: u32, target: Target, net: IpNet
     }
 }
 
-/// Our routes in `table`, and where each leads.
-fn present(socket: &mut Socket, table: u32) -> Result<Vec<(IpNet, Target)>, Error> {
-    let mut routes = Vec::new();
-    for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-        let request = |payload: &mut Payload<'_>| {
-            payload.fixed(&[family, 0, 0, 0, 0, PROTOCOL, 0, 0, 0, 0, 0, 0]);
-            payload.u32(uapi::RTA_TABLE, table);
-        };
-        let answer = match socket.dump(uapi::RTM_GETROUTE, request) {
-            Ok(answer) => answer,
-            // The kernel makes a table when it gets its first route.
-            Err(refusal)
-                if matches!(
-                    refusal.errno,
-                    libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP
-                ) =>
-            {
-                continue;
-            }
-            Err(refusal) => return Err(Error::refused("list our routes", refusal)),
-        };
-        routes.extend(
-            wire::messages(&answer)
-                .filter_map(|message| read_route(message.payload, family, table)),
-        );
+/// Our routes of one family in `table`, and where each leads.
+fn present(socket: &mut Socket, table: u32, family: Family) -> Result<Vec<(IpNet, Target)>, Error> {
+    let family = match family {
+        Family::V4 => libc::AF_INET as u8,
+        Family::V6 => libc::AF_INET6 as u8,
+    };
+    let request = |payload: &mut Payload<'_>| {
+        payload.fixed(&[family, 0, 0, 0, 0, PROTOCOL, 0, 0, 0, 0, 0, 0]);
+        payload.u32(uapi::RTA_TABLE, table);
+    };
+    match socket.dump(uapi::RTM_GETROUTE, request) {
+        Ok(answer) => Ok(wire::messages(&answer)
+            .filter_map(|message| read_route(message.payload, family, table))
+            .collect()),
+        // The kernel makes a table when it gets its first route.
+        Err(refusal)
+            if matches!(
+                refusal.errno,
+                libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP
+            ) =>
+        {
+            Ok(Vec::new())
+        }
+        Err(refusal) => Err(Error::refused("list our routes", refusal)),
     }
-    Ok(routes)
 }
 
 fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, Target)> {
@@ -314,14 +334,31 @@ fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, Target)>
     Some((net, target))
 }
 
-fn sync(socket: &mut Socket, table: u32, index: u32, wanted: Vec<IpNet>) -> Result<(), Error> {
-    let into = |net: IpNet| (net.trunc(), Target::Device(index));
+fn sync(
+    socket: &mut Socket,
+    table: u32,
+    family: Family,
+    index: Option<u32>,
+    wanted: Vec<IpNet>,
+) -> Result<Vec<String>, Error> {
+    let into = |net: IpNet| Some((net.trunc(), Target::Device(index?)));
     let nowhere = IpNet::aggregate(&wanted)
         .into_iter()
         .map(|net| (net, Target::Nowhere));
-    let mut missing: HashSet<_> = wanted.into_iter().map(into).chain(nowhere).collect();
-    let mut surplus = present(socket, table)?;
+    let mut missing: HashSet<_> = wanted.into_iter().filter_map(into).chain(nowhere).collect();
+    let mut surplus = present(socket, table, family)?;
     surplus.retain(|route| !missing.remove(route));
+    let of = |count: usize, state: &str, first: Option<&(IpNet, Target)>| {
+        let (net, _) = first?;
+        Some(match count {
+            1 => format!("the route to {net} was {state}"),
+            _ => format!("{count} routes were {state}, that to {net} among them"),
+        })
+    };
+    let changed = [
+        of(missing.len(), "missing", missing.iter().next()),
+        of(surplus.len(), "there", surplus.first()),
+    ];
     let is_last = |(_, target): &(IpNet, Target)| *target == Target::Nowhere;
     let (last, first): (Vec<_>, Vec<_>) = surplus.into_iter().partition(is_last);
     let (safety, then): (Vec<_>, Vec<_>) = missing.into_iter().partition(is_last);
@@ -329,7 +366,8 @@ fn sync(socket: &mut Socket, table: u32, index: u32, wanted: Vec<IpNet>) -> Resu
     add(socket, table, &safety)?;
     remove(socket, table, &first)?;
     add(socket, table, &then)?;
-    remove(socket, table, &last)
+    remove(socket, table, &last)?;
+    Ok(changed.into_iter().flatten().collect())
 }
 
 fn remove(socket: &mut Socket, table: u32, routes: &[(IpNet, Target)]) -> Result<(), Error> {

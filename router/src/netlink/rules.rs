@@ -5,7 +5,7 @@ use netlink_packet_route::route::RouteProtocol;
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::{Error, Netlink, PROTOCOL};
+use super::{Error, Family, Netlink, PROTOCOL, address_family};
 
 /// The mark of underlay packets, one bit: packets that bear it never look up our tables.
 ///
@@ -162,39 +162,42 @@ impl Rule {
     }
 }
 
-const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
-
 impl Netlink {
-    /// Makes the rules that lead to our table, for both families, and removes others of ours.
-    /// A kernel without IPv6 has none for IPv6.
-    pub async fn sync_rules(&self, spec: &RuleSpec) -> Result<(), Error> {
-        for family in FAMILIES {
-            let mut missing = spec.wanted().to_vec();
-            let Some(present) = self.own_rules(spec, family).await? else {
-                continue;
-            };
-            for message in present {
-                let same = Rule::read(&message)
-                    .and_then(|rule| missing.iter().position(|wanted| *wanted == rule));
-                match same {
-                    Some(at) => drop(missing.swap_remove(at)),
-                    None => self.remove_rule(message).await?,
-                }
-            }
-            for rule in missing {
-                let request = RouteNetlinkMessage::NewRule(rule.message(family));
-                let doing = format!("add {}", rule.text());
-                self.request(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, &doing)
-                    .await?;
+    /// Makes the rules of one family that lead to our table, and removes others of ours. A kernel
+    /// without IPv6 has none for IPv6. Returns what had to be changed, in words.
+    pub async fn sync_rules(&self, spec: &RuleSpec, family: Family) -> Result<Vec<String>, Error> {
+        let name = match family {
+            Family::V4 => "IPv4",
+            Family::V6 => "IPv6",
+        };
+        let family = address_family(family);
+        let mut changed = Vec::new();
+        let mut missing = spec.wanted().to_vec();
+        let Some(present) = self.own_rules(spec, family).await? else {
+            return Ok(changed);
+        };
+        for message in present {
+            let same = Rule::read(&message)
+                .and_then(|rule| missing.iter().position(|wanted| *wanted == rule));
+            match same {
+                Some(at) => drop(missing.swap_remove(at)),
+                None => self.remove_rule(message).await?,
             }
         }
-        Ok(())
+        for rule in missing {
+            let request = RouteNetlinkMessage::NewRule(rule.message(family));
+            let doing = format!("add {name} {}", rule.text());
+            self.request(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, &doing)
+                .await?;
+            changed.push(format!("{name}: {} was missing", rule.text()));
+        }
+        Ok(changed)
     }
 
     /// Removes the rules of [`Netlink::sync_rules`]; returns how many there were.
     pub async fn remove_rules(&self, spec: &RuleSpec) -> Result<usize, Error> {
         let mut removed = 0;
-        for family in FAMILIES {
+        for family in Family::ALL.map(address_family) {
             for message in self.own_rules(spec, family).await?.unwrap_or_default() {
                 self.remove_rule(message).await?;
                 removed += 1;

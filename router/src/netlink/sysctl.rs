@@ -11,6 +11,7 @@
 //! (`addrconf_fixup_forwarding` in net/ipv6/addrconf.c); `accept_ra = 2` keeps them, so it is set
 //! on every interface that has 1. Where an interface does not forward, 2 means the same as 1.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -18,10 +19,13 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::Family;
 use crate::datapath::Link;
 
 const V6_ALL_FORWARDING: &str = "net/ipv6/conf/all/forwarding";
 const V6_CONF: &str = "net/ipv6/conf";
+const V4: &str = "net/ipv4/";
+const V6: &str = "net/ipv6/";
 const BOOT_ID: &str = "kernel/random/boot_id";
 
 /// A failure with a sysctl or with the journal.
@@ -47,6 +51,38 @@ pub fn accept_local(device: &str) -> io::Result<()> {
         format!("/proc/sys/net/ipv4/conf/{device}/accept_local"),
         "1",
     )
+}
+
+/// Whether a device can have IPv6.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ipv6 {
+    /// It can.
+    #[default]
+    On,
+    /// Somebody has switched it off on this device (`disable_ipv6`).
+    Off,
+    /// The kernel has none: not built in, not loaded, or started with `ipv6.disable=1`.
+    Absent,
+}
+
+/// Whether `device` can have IPv6, in the network namespace of the calling thread.
+pub fn ipv6_of(device: &str) -> Ipv6 {
+    ipv6_at(Path::new("/proc/sys"), device)
+}
+
+/// Whether a switch is on, named by its path below `/proc/sys`.
+pub fn is_set(path: &str) -> bool {
+    read(&Path::new("/proc/sys").join(path)).is_some_and(|value| value != "0")
+}
+
+fn ipv6_at(root: &Path, device: &str) -> Ipv6 {
+    let conf = root.join(V6_CONF);
+    match read(&conf.join(device).join("disable_ipv6")).as_deref() {
+        Some("0") => Ipv6::On,
+        Some(_) => Ipv6::Off,
+        None if conf.exists() => Ipv6::On,
+        None => Ipv6::Absent,
+    }
 }
 
 /// One changed value. Paths are relative to `/proc/sys`; an interface name may hold dots, so the
@@ -80,6 +116,8 @@ pub struct Sysctls {
     root: PathBuf,
     file: PathBuf,
     journal: Journal,
+    /// Values that were as wanted when they were last looked at.
+    right: BTreeSet<String>,
 }
 
 impl Sysctls {
@@ -103,33 +141,50 @@ impl Sysctls {
             root: root.to_owned(),
             file: file.to_owned(),
             journal,
+            right: BTreeSet::new(),
         }
     }
 
-    /// Lets the kernel forward from and to these interfaces, for the families asked for, and
-    /// restores what is no longer asked for.
-    pub fn apply(&mut self, links: &[Link], ipv4: bool, ipv6: bool) -> Result<(), Error> {
+    /// Lets the kernel forward packets of one family from and to these interfaces, and restores what
+    /// is no longer asked for. Returns, in words, what was right before and had to be set again.
+    pub fn apply(&mut self, family: Family, links: &[Link]) -> Result<Vec<String>, Error> {
         let mut wanted = Vec::new();
-        for link in links {
-            if ipv4 {
-                self.want_v4(&link.name, &mut wanted);
+        let folder = match family {
+            Family::V4 => {
+                for link in links {
+                    self.want_v4(&link.name, &mut wanted);
+                }
+                V4
             }
-        }
-        if ipv6 {
-            self.want_v6(links, &mut wanted);
-        }
-        self.restore_where(|setting| wanted.iter().all(|w| w.path != setting.path));
+            Family::V6 => {
+                if !links.is_empty() {
+                    self.want_v6(links, &mut wanted);
+                }
+                V6
+            }
+        };
+        self.restore_where(|setting| {
+            setting.path.starts_with(folder) && wanted.iter().all(|w| w.path != setting.path)
+        });
         self.note(&wanted)?;
-        let mut refused = Vec::new();
+        let (mut refused, mut changed) = (Vec::new(), Vec::new());
         for want in &wanted {
             match self.set(want) {
-                Ok(()) => {}
+                Ok(false) => {}
+                Ok(true) if self.right.contains(&want.path) => {
+                    changed.push(format!("/proc/sys/{} was not {}", want.path, want.value));
+                }
+                Ok(true) => {}
                 Err(error) if want.needed => refused.push(want.text(&error)),
                 Err(error) => tracing::warn!("cannot set {}", want.text(&error)),
             }
         }
+        let there = wanted.into_iter().map(|want| want.path);
+        let there: Vec<_> = there.filter(|path| self.value(path).is_some()).collect();
+        self.right.retain(|path| !path.starts_with(folder));
+        self.right.extend(there);
         if refused.is_empty() {
-            Ok(())
+            Ok(changed)
         } else {
             Err(Error::Refused(refused))
         }
@@ -232,12 +287,13 @@ impl Sysctls {
         })
     }
 
-    fn set(&self, want: &Wanted) -> io::Result<()> {
+    /// Whether there was something to set.
+    fn set(&self, want: &Wanted) -> io::Result<bool> {
         match self.value(&want.path) {
-            Some(value) if value == want.value => Ok(()),
+            Some(value) if value == want.value => Ok(false),
             // The interface is gone; the change of links brings us here again.
-            None => Ok(()),
-            Some(_) => fs::write(self.root.join(&want.path), want.value),
+            None => Ok(false),
+            Some(_) => fs::write(self.root.join(&want.path), want.value).map(|()| true),
         }
     }
 

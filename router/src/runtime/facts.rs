@@ -6,8 +6,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 
 use crate::control::Snapshot;
-use crate::core::{Facts, LinkFacts};
-use crate::netlink::{self, Netlink};
+use crate::core::{Facts, LinkFacts, Vrf};
+use crate::netlink::{self, LinkInfo, Netlink, sysctl};
+
+/// So many networks of the overlay a VRF is asked about: one that is missing is enough to tell.
+const MOST_ASKED: usize = 8;
 
 /// Gathers the facts. Our own TUN device and the loopback are left out: neither is a subnet side.
 pub(super) async fn gather(
@@ -16,7 +19,13 @@ pub(super) async fn gather(
     tun: Option<u32>,
 ) -> Result<Facts, netlink::Error> {
     let mut links = BTreeMap::new();
-    for info in netlink.links().await? {
+    let mut own_name = None;
+    let infos = netlink.links().await?;
+    let vrfs = vrfs(netlink, &infos, snapshot, tun).await?;
+    for info in infos {
+        if Some(info.link.index) == tun {
+            own_name = Some(info.link.name.clone());
+        }
         if Some(info.link.index) != tun && info.link.name != "lo" {
             let facts = LinkFacts {
                 name: info.link.name,
@@ -65,7 +74,53 @@ pub(super) async fn gather(
         gateways,
         egress,
         former: BTreeSet::new(),
+        vrfs,
+        vrfs_heard: sysctl::is_set("net/ipv4/udp_l3mdev_accept"),
+        // What a new device begins with, as long as there is none.
+        ipv6: sysctl::ipv6_of(own_name.as_deref().unwrap_or("default")),
     })
+}
+
+/// The VRFs, by the index of each interface in one.
+async fn vrfs(
+    netlink: &Netlink,
+    infos: &[LinkInfo],
+    snapshot: &Snapshot,
+    tun: Option<u32>,
+) -> Result<BTreeMap<u32, Vrf>, netlink::Error> {
+    let mut members = BTreeMap::new();
+    let vrfs = infos.iter().filter(|i| i.kind.as_deref() == Some("vrf"));
+    for vrf in vrfs {
+        let mut astray = Vec::new();
+        // As long as there is no TUN device, nothing can lead there.
+        if let Some(tun) = tun {
+            let nets: BTreeSet<IpNet> = snapshot
+                .peers
+                .iter()
+                .flat_map(|p| &p.allowed_ips)
+                .copied()
+                .collect();
+            for net in IpNet::aggregate(&Vec::from_iter(nets))
+                .into_iter()
+                .take(MOST_ASKED)
+            {
+                let hop = netlink
+                    .route_within(first_host(&net), vrf.link.index)
+                    .await?;
+                if hop.is_none_or(|hop| hop.link.index != tun) {
+                    astray.push(net);
+                }
+            }
+        }
+        let vrf_of_them = Vrf {
+            name: vrf.link.name.clone(),
+            astray,
+        };
+        for member in infos.iter().filter(|i| i.master == Some(vrf.link.index)) {
+            members.insert(member.link.index, vrf_of_them.clone());
+        }
+    }
+    Ok(members)
 }
 
 fn is_link_local(address: IpAddr) -> bool {

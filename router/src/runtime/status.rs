@@ -26,6 +26,16 @@ impl Daemon {
                 error: failure.error.clone(),
             })
             .collect();
+        problems.extend(self.contested());
+        let vrf = self.core.wanted().map(|plan| &plan.vrf_problems);
+        problems.extend(vrf.into_iter().flatten().map(|error| Problem {
+            part: "vrf".to_owned(),
+            error: error.clone(),
+        }));
+        problems.extend(self.ipv6.problem().map(|error| Problem {
+            part: "ipv6".to_owned(),
+            error: error.to_owned(),
+        }));
         problems.extend(self.reload_problems.iter().map(|error| Problem {
             part: "config".to_owned(),
             error: error.clone(),

@@ -6,11 +6,28 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use ipnet::IpNet;
 use lab::{Host, Lab};
-use router::netlink::{Change, FWMARK, Netlink, RuleSpec};
+use router::netlink::{Change, Error, FWMARK, Family, Netlink, RuleSpec};
 
 use super::connect;
 
 const TABLE: u32 = 51820;
+
+/// Both families' at once.
+async fn sync_routes(netlink: &Netlink, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
+    for family in Family::ALL {
+        netlink
+            .sync_routes(TABLE, family, Some(index), wanted)
+            .await?;
+    }
+    Ok(())
+}
+
+async fn sync_rules(netlink: &Netlink, spec: &RuleSpec) -> Result<(), Error> {
+    for family in Family::ALL {
+        netlink.sync_rules(spec, family).await?;
+    }
+    Ok(())
+}
 
 fn nets(texts: &[&str]) -> Vec<IpNet> {
     texts.iter().map(|text| text.parse().unwrap()).collect()
@@ -95,7 +112,9 @@ fn our_device_gets_exactly_its_addresses() {
                 nets(&["100.64.0.9/24", "fd7a::2/128"]),
                 nets(&[]),
             ] {
-                netlink.sync_addresses(tun, &wanted).await?;
+                for family in Family::ALL {
+                    netlink.sync_addresses(tun, family, &wanted).await?;
+                }
                 assert_eq!(on_tun().await?, wanted);
             }
             let left = netlink.addresses().await?;
@@ -129,7 +148,7 @@ fn routes_are_changed_where_they_differ_and_others_stay() {
             let tun = index(&netlink, "tun0").await?;
             let eth = index(&netlink, "eth0").await?;
             let first = nets(&["100.64.0.2/32", "10.9.0.0/16", "0.0.0.0/0", "fd7a::2/128"]);
-            netlink.sync_routes(TABLE, tun, &first).await?;
+            sync_routes(&netlink, tun, &first).await?;
             assert_eq!(
                 lines(&table("-4")?),
                 [
@@ -152,7 +171,7 @@ fn routes_are_changed_where_they_differ_and_others_stay() {
                 "route change 10.9.0.0/16 dev tun0 table {TABLE} proto 81 scope link mtu 1300"
             ))?;
             let second = nets(&["100.64.0.2/32", "::/0", "10.9.0.0/16"]);
-            netlink.sync_routes(TABLE, tun, &second).await?;
+            sync_routes(&netlink, tun, &second).await?;
             assert_eq!(
                 lines(&table("-4")?),
                 [
@@ -172,10 +191,9 @@ fn routes_are_changed_where_they_differ_and_others_stay() {
                 "{v6:?}"
             );
 
-            netlink.sync_routes(TABLE, eth, &second).await?;
+            sync_routes(&netlink, eth, &second).await?;
             assert!(!table("-4")?.contains("tun0"), "they moved to eth0");
-            let error = netlink
-                .sync_routes(TABLE, tun, &nets(&["10.8.0.0/16"]))
+            let error = sync_routes(&netlink, tun, &nets(&["10.8.0.0/16"]))
                 .await
                 .unwrap_err()
                 .to_string();
@@ -186,7 +204,7 @@ fn routes_are_changed_where_they_differ_and_others_stay() {
             );
 
             router.ip(&format!("route del 10.8.0.0/16 table {TABLE}"))?;
-            netlink.sync_routes(TABLE, tun, &[]).await?;
+            sync_routes(&netlink, tun, &[]).await?;
             assert_eq!((table("-4")?, table("-6")?), (String::new(), String::new()));
             Ok(())
         })
@@ -205,7 +223,7 @@ fn a_hundred_thousand_routes() {
             let tun = index(&netlink, "tun0").await?;
             let timed = async |what: &str, wanted: &[IpNet]| -> anyhow::Result<()> {
                 let begun = Instant::now();
-                netlink.sync_routes(TABLE, tun, wanted).await?;
+                sync_routes(&netlink, tun, wanted).await?;
                 println!("{what}: {:?}", begun.elapsed());
                 let count = |family: &str| -> anyhow::Result<usize> {
                     let text = router.ip(&format!("{family} route show table {TABLE}"))?;
@@ -234,9 +252,9 @@ fn rules_lead_overlay_packets_to_our_table_and_never_the_underlay() {
         connect(&router, async |netlink, _| {
             let tun = index(&netlink, "tun0").await?;
             let routes = nets(&["100.64.0.2/32", "0.0.0.0/0", "fd7a::2/128", "::/0"]);
-            netlink.sync_routes(TABLE, tun, &routes).await?;
+            sync_routes(&netlink, tun, &routes).await?;
             for _ in 0..2 {
-                netlink.sync_rules(&spec).await?;
+                sync_rules(&netlink, &spec).await?;
                 let added = rules()?.lines().count() - before.lines().count();
                 assert_eq!(added, 6, "{}", rules()?);
             }
@@ -273,15 +291,15 @@ fn rules_lead_overlay_packets_to_our_table_and_never_the_underlay() {
             ..spec
         };
         connect(&router, async |netlink, _| {
-            netlink.sync_rules(&spec).await?;
+            sync_rules(&netlink, &spec).await?;
             assert!(!rules()?.contains("5151:"), "{}", rules()?);
             assert_eq!(rules()?.matches("5150:").count(), 2);
             assert_eq!(netlink.remove_rules(&spec).await?, 6);
             assert_eq!(rules()?, before);
             assert_eq!(netlink.remove_rules(&spec).await?, 0);
             // A second router on the machine, with a table of its own.
-            netlink.sync_rules(&other).await?;
-            netlink.sync_rules(&spec).await?;
+            sync_rules(&netlink, &other).await?;
+            sync_rules(&netlink, &spec).await?;
             netlink.remove_rules(&spec).await?;
             assert_eq!(rules()?.matches("lookup 51999").count(), 4, "{}", rules()?);
             Ok(())
@@ -298,10 +316,8 @@ fn next_hops_are_found_as_if_our_table_were_not_there() {
         router.ip("route add default via 192.0.2.253 metric 500")?;
         connect(&router, async |netlink, _| {
             let tun = index(&netlink, "tun0").await?;
-            netlink
-                .sync_routes(TABLE, tun, &nets(&["0.0.0.0/0", "::/0"]))
-                .await?;
-            netlink.sync_rules(&RuleSpec::new(TABLE)).await?;
+            sync_routes(&netlink, tun, &nets(&["0.0.0.0/0", "::/0"])).await?;
+            sync_rules(&netlink, &RuleSpec::new(TABLE)).await?;
             let to = async |address: &str| netlink.route_to(address.parse().unwrap()).await;
             for (address, gateway, source, mtu) in [
                 ("198.51.100.1", Some("192.0.2.254"), "192.0.2.1", None),
@@ -365,10 +381,8 @@ fn changes_by_others_are_told_and_our_own_are_not() {
             };
             neighbour(100)?;
             until(Change::Neighbour).await?;
-            netlink
-                .sync_routes(TABLE, tun, &nets(&["10.9.0.0/16", "fd7a::/64"]))
-                .await?;
-            netlink.sync_rules(&RuleSpec::new(TABLE)).await?;
+            sync_routes(&netlink, tun, &nets(&["10.9.0.0/16", "fd7a::/64"])).await?;
+            sync_rules(&netlink, &RuleSpec::new(TABLE)).await?;
             neighbour(101)?;
             let seen = until(Change::Neighbour).await?;
             assert!(

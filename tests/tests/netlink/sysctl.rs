@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use lab::{Host, Lab, wait_until};
 use router::datapath::Link;
+use router::netlink::Family;
 use router::netlink::sysctl::Sysctls;
 
 const SOON: Duration = Duration::from_secs(10);
@@ -53,7 +54,9 @@ fn the_interfaces_concerned_forward_and_get_their_values_back() {
         };
         let before = values()?;
         let links = [link("eth0.100")];
-        router.enter(|| Sysctls::open(&journal).apply(&links, true, true))??;
+        for family in Family::ALL {
+            router.enter(|| Sysctls::open(&journal).apply(family, &links))??;
+        }
         assert_eq!(values()?[..4], ["1", "2", "0", "0"]);
         let force = "ipv6/conf/eth0.100/force_forwarding";
         match value(&router, force) {
@@ -100,7 +103,7 @@ fn advertised_default_routes_stay_when_forwarding_begins_and_ends() {
         router.sysctl("net/ipv6/conf/eth1/forwarding", "0")?;
         learn()?;
         for _ in 0..2 {
-            router.enter(|| Sysctls::open(&journal).apply(&[link("eth1")], false, true))??;
+            router.enter(|| Sysctls::open(&journal).apply(Family::V6, &[link("eth1")]))??;
             assert!(has_default(&router));
             router.enter(|| Sysctls::open(&journal).restore())??;
             assert!(has_default(&router));

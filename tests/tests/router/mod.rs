@@ -1,5 +1,6 @@
 //! The router as a whole: a laptop with Debian's wireguard-go, Sluice, and a VPC behind it.
 
+mod beside;
 mod flood;
 mod guard;
 mod lifecycle;

@@ -16,7 +16,8 @@ pub(crate) use expression::{
     BROADCAST, Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Ct, MULTICAST, Meta, REG, REG_2,
     REG_3, Reject, Rule, Verdict, WORD,
 };
-pub(crate) use transaction::{Family, Flows, Hook, Span, Transaction};
+pub use transaction::Family;
+pub(crate) use transaction::{Flows, Hook, Span, Transaction};
 pub(crate) use watch::Watch;
 
 use super::Error;

@@ -1,5 +1,7 @@
 //! A transaction: the contents of one table, message by message.
 
+use std::net::IpAddr;
+
 use super::elements::INTERVAL_END;
 use super::expression::{Rule, Verdict, write_verdict};
 use super::{
@@ -9,10 +11,10 @@ use super::{
 use crate::netlink::socket::{Refusal, Socket};
 use crate::netlink::wire::{Batch, Payload};
 
-/// The family of the addresses in a set, with their length in bytes and nft's number of the type,
-/// by which `nft list` shows the elements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Family {
+/// A family of addresses. In a set, it gives their length in bytes and nft's number of the type, by
+/// which `nft list` shows the elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
     /// IPv4.
     V4,
     /// IPv6.
@@ -20,6 +22,17 @@ pub(crate) enum Family {
 }
 
 impl Family {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// That of an address.
+    pub fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
     /// `NFPROTO_IPV4` or `NFPROTO_IPV6`.
     pub(crate) fn protocol(self) -> u8 {
         match self {

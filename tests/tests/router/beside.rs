@@ -1,0 +1,189 @@
+//! Others on the same machine: who switches a family off, or has a hand in our device.
+
+use std::net::SocketAddr;
+use std::os::unix::net::UnixDatagram;
+
+use anyhow::{Context as _, ensure};
+use lab::site::{Arms, Client, ENDPOINT_V6, Running, SERVER, Site, config};
+use lab::sluice::{Config, Sluice};
+use lab::{Host, Lab, http, poll, wait_until};
+
+use super::{HTTP, Path, SOON, on_every_path, serve};
+
+on_every_path!(
+    ipv4_works_without_ipv6_until_that_comes_back,
+    what_others_change_of_the_device_is_put_back,
+);
+
+/// The problems in the status, as one text; `None` as long as it does not answer.
+fn problems(sluice: &Sluice) -> Option<String> {
+    let status = sluice.status().ok()?;
+    let problems = status["problems"].as_array()?;
+    let all: Vec<String> = problems.iter().map(ToString::to_string).collect();
+    Some(all.join("\n"))
+}
+
+fn healthy(sluice: &Sluice) -> anyhow::Result<()> {
+    wait_until(SOON, "health", || {
+        problems(sluice).is_some_and(|all| all.is_empty())
+    })
+}
+
+/// The laptop gets the server's page.
+fn serves(site: &Site, family: usize) -> anyhow::Result<()> {
+    let server = SocketAddr::new(SERVER[family], HTTP);
+    wait_until(SOON, "the page", || {
+        http::get(&site.laptop, server, "/").is_ok()
+    })
+}
+
+fn warnings(sluice: &Sluice) -> Vec<String> {
+    let log = sluice.log();
+    let lines = log.lines().filter(|line| line.contains("WARN"));
+    lines.map(str::to_owned).collect()
+}
+
+fn switch_ipv6(router: &Host, on: bool) -> anyhow::Result<()> {
+    for name in ["default", "all"] {
+        let key = format!("net/ipv6/conf/{name}/disable_ipv6");
+        router.sysctl(&key, if on { "0" } else { "1" })?;
+    }
+    if on {
+        // They went with it.
+        let wan = ENDPOINT_V6.ip();
+        router.ip(&format!("address add {wan}/64 dev wan nodad"))?;
+        router.ip("address add 2001:db8:30::10/64 dev lan nodad")?;
+        router.route("default", "2001:db8:51::254")?;
+        router.route("2001:db8:20::/56", "2001:db8:30::1")?;
+    }
+    Ok(())
+}
+
+fn site(lab: &Lab, path: Path) -> anyhow::Result<(Site, Client, Config)> {
+    let site = Site::new(lab, Arms::Two)?;
+    if !path.snat() {
+        site.route_overlay()?;
+    }
+    let client = Client::new("laptop", 2)?;
+    let config = config(&[&client], path.datapath(), path.snat())?;
+    Ok((site, client, config))
+}
+
+fn ipv4_works_without_ipv6_until_that_comes_back(path: Path) {
+    lab::test(|lab| {
+        let (site, client, mut config) = site(lab, path)?;
+        let socket = lab.folder().join("notify");
+        let manager = UnixDatagram::bind(&socket)?;
+        manager.set_nonblocking(true)?;
+        config.notify = Some(socket);
+        switch_ipv6(&site.router, false)?;
+        let sluice = site.router.sluice_unsettled(&config)?;
+        let ready = poll(SOON, "word to the service manager", || {
+            let mut buffer = [0; 64];
+            let len = manager.recv(&mut buffer).ok()?;
+            Some(String::from_utf8_lossy(&buffer[..len]).into_owned())
+        })?;
+        ensure!(ready == "READY=1", "{ready}");
+        let _tunnel = client.connect(&site.laptop, &config.key)?;
+        let _servers = serve(&site.server)?;
+        serves(&site, 0)?;
+        for round in 1..=2 {
+            let told = problems(&sluice).context("a status")?;
+            ensure!(told.lines().count() == 1, "{told}");
+            ensure!(
+                told.contains("disable_ipv6") && told.contains("IPv4 only"),
+                "{told}"
+            );
+            let warned = warnings(&sluice);
+            let of_it = warned.iter().filter(|line| line.contains("disable_ipv6"));
+            ensure!(of_it.count() == round, "{warned:#?}");
+            ensure!(warned.len() == round, "{warned:#?}");
+
+            switch_ipv6(&site.router, true)?;
+            healthy(&sluice)?;
+            serves(&site, 1)?;
+            serves(&site, 0)?;
+
+            switch_ipv6(&site.router, false)?;
+            wait_until(SOON, "the problem", || {
+                problems(&sluice).is_some_and(|all| all.contains("disable_ipv6"))
+            })?;
+            serves(&site, 0)?;
+        }
+        sluice.stop()
+    });
+}
+
+fn what_others_change_of_the_device_is_put_back(path: Path) {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+        let router = &run.site.router;
+        let _servers = serve(&run.site.server)?;
+        for family in 0..2 {
+            serves(&run.site, family)?;
+        }
+        let before = router.footprint()?;
+        for (change, told) in [
+            ("address flush dev sluice0", "did not have 100.64.0.1/24"),
+            ("link set sluice0 mtu 1500", "1500 instead of 1420"),
+            ("link set sluice0 mtu 1200", "1200 instead of 1420"),
+            ("link set sluice0 down", "down instead of up"),
+        ] {
+            let known = warnings(&run.sluice).len();
+            router.ip(change)?;
+            if change.ends_with("down") {
+                // By hand, as somebody would who does not know that the address goes with it.
+                router.ip("link set sluice0 up")?;
+            }
+            let mut left = Vec::new();
+            let back = wait_until(SOON, "all of it", || {
+                let all = router
+                    .footprint()
+                    .map_or(Vec::new(), |now| before.difference(&now));
+                // Packets are counted meanwhile.
+                let counted = |line: &&String| line.contains("packets ");
+                left = all.iter().filter(|line| !counted(line)).cloned().collect();
+                left.is_empty() && warnings(&run.sluice).len() > known
+            });
+            back.with_context(|| format!("{change}: {}\n{}", left.join("\n"), run.sluice.log()))?;
+            for family in 0..2 {
+                serves(&run.site, family)?;
+            }
+            let warned = warnings(&run.sluice).split_off(known);
+            ensure!(
+                warned.iter().all(|line| line.contains("somebody else")),
+                "{warned:#?}"
+            );
+            let told = if change.ends_with("down") {
+                "did not have fd64::1/64"
+            } else {
+                told
+            };
+            ensure!(warned.iter().any(|line| line.contains(told)), "{warned:#?}");
+            healthy(&run.sluice)?;
+        }
+        run.sluice.stop()
+    });
+}
+
+/// Who changes it again and again is told, and not fought without end.
+#[test]
+fn nobody_is_fought_without_end() {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, "kernel", true)?;
+        let router = &run.site.router;
+        let contested = || problems(&run.sluice).is_some_and(|all| all.contains("times in a row"));
+        for _ in 0..6 {
+            ensure!(!contested());
+            router.ip("link set sluice0 down")?;
+            wait_until(SOON, "it to be up", || {
+                let shown = router.ip("link show sluice0").unwrap_or_default();
+                shown.contains(",UP")
+            })?;
+        }
+        wait_until(SOON, "the problem", contested)?;
+        let log = run.sluice.log();
+        ensure!(log.contains("again and again"), "{log}");
+        run.sluice.stop()
+    });
+}
