@@ -15,8 +15,13 @@ pub const FWMARK: u32 = 0x2000;
 
 /// The main routing table.
 const MAIN: u32 = libc::RT_TABLE_MAIN as u32;
+/// The table of the machine's own addresses.
+const LOCAL: u32 = libc::RT_TABLE_LOCAL as u32;
 
-/// Priorities of our rules.
+/// Priorities of our rules, as long as none of them comes before the rule that leads to the machine's
+/// own addresses. That is the kernel's first; set-ups of VRFs move it behind the VRFs' rule, to 32765
+/// (Documentation/networking/vrf.rst), and ours follow. Of several with one priority, the kernel asks
+/// the one first that was added first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Priorities {
     /// Our table without its default route: before the machine's own policy routing, which would
@@ -58,9 +63,10 @@ impl RuleSpec {
         }
     }
 
-    fn wanted(&self) -> [Rule; 3] {
-        let rule = |priority, table, suppress_default| Rule {
-            priority,
+    /// The rules, where that to the machine's own addresses has priority `local`.
+    fn wanted(&self, local: u32) -> [Rule; 3] {
+        let rule = |priority: u32, table, suppress_default| Rule {
+            priority: priority.max(local),
             table,
             fwmark: self.fwmark,
             suppress_default,
@@ -85,8 +91,101 @@ impl RuleSpec {
                 _ => {}
             }
         }
-        ours && (table == self.table || (table == MAIN && priority == self.priorities.default))
+        ours && (table == self.table || (table == MAIN && priority >= self.priorities.default))
     }
+}
+
+/// What is to be done so that the rules are there and in order.
+#[derive(Debug, Default, PartialEq)]
+struct Change {
+    /// First.
+    remove: Vec<RuleMessage>,
+    /// Then, one after the other.
+    add: Vec<Rule>,
+    /// What was wrong, in words.
+    wrong: Vec<String>,
+}
+
+impl RuleSpec {
+    /// Compares the rules of one family, in the kernel's order.
+    fn compare(&self, present: Vec<RuleMessage>) -> Change {
+        let at_local = present.iter().position(leads_to_own_addresses);
+        let local = at_local.map_or(0, |at| priority(&present[at]));
+        let wanted = self.wanted(local);
+        let mut found: [Option<RuleMessage>; 3] = [None, None, None];
+        let mut change = Change::default();
+        let mut next = 0;
+        for (at, message) in present.into_iter().enumerate() {
+            if !self.owns(&message) {
+                continue;
+            }
+            let rule = Rule::read(&message);
+            let place = (next..wanted.len()).find(|place| Some(wanted[*place]) == rule);
+            match place {
+                Some(place) if at_local.is_none_or(|local| at > local) => {
+                    found[place] = Some(message);
+                    next = place + 1;
+                }
+                _ => {
+                    change.wrong.push(format!(
+                        "a rule of priority {} was there or out of place",
+                        priority(&message)
+                    ));
+                    change.remove.push(message);
+                }
+            }
+        }
+        for (rule, found) in wanted.into_iter().zip(found) {
+            // What is added comes behind those with its priority: they have to be added after it.
+            let behind = change
+                .add
+                .last()
+                .is_some_and(|added| added.priority == rule.priority);
+            match found {
+                Some(_) if !behind => {}
+                Some(message) => {
+                    change.remove.push(message);
+                    change.add.push(rule);
+                }
+                None => {
+                    change.wrong.push(format!("{} was missing", rule.text()));
+                    change.add.push(rule);
+                }
+            }
+        }
+        change
+    }
+}
+
+/// Whether this is the rule by which the kernel knows packets for itself: for all packets, without a
+/// condition.
+fn leads_to_own_addresses(message: &RuleMessage) -> bool {
+    let header = &message.header;
+    let mut table = u32::from(header.table);
+    let mut conditions = header.src_len != 0 || header.dst_len != 0 || header.tos != 0;
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Table(value) => table = *value,
+            RuleAttribute::Iifname(_) | RuleAttribute::Oifname(_) | RuleAttribute::FwMark(_) => {
+                conditions = true;
+            }
+            _ => {}
+        }
+    }
+    header.action == RuleAction::ToTable
+        && !header.flags.contains(RuleFlags::Invert)
+        && table == LOCAL
+        && !conditions
+}
+
+/// A rule's priority; the kernel leaves 0 out.
+fn priority(message: &RuleMessage) -> u32 {
+    let attributes = message.attributes.iter();
+    let mut priorities = attributes.filter_map(|attribute| match attribute {
+        RuleAttribute::Priority(value) => Some(*value),
+        _ => None,
+    });
+    priorities.next().unwrap_or(0)
 }
 
 /// One rule: packets without the mark look up a table.
@@ -171,34 +270,29 @@ impl Netlink {
             Family::V6 => "IPv6",
         };
         let family = address_family(family);
-        let mut changed = Vec::new();
-        let mut missing = spec.wanted().to_vec();
-        let Some(present) = self.own_rules(spec, family).await? else {
-            return Ok(changed);
+        let Some(present) = self.rules(family).await? else {
+            return Ok(Vec::new());
         };
-        for message in present {
-            let same = Rule::read(&message)
-                .and_then(|rule| missing.iter().position(|wanted| *wanted == rule));
-            match same {
-                Some(at) => drop(missing.swap_remove(at)),
-                None => self.remove_rule(message).await?,
-            }
+        let change = spec.compare(present);
+        for message in change.remove {
+            self.remove_rule(message).await?;
         }
-        for rule in missing {
+        for rule in change.add {
             let request = RouteNetlinkMessage::NewRule(rule.message(family));
             let doing = format!("add {name} {}", rule.text());
             self.request(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, &doing)
                 .await?;
-            changed.push(format!("{name}: {} was missing", rule.text()));
         }
-        Ok(changed)
+        let wrong = change.wrong.into_iter();
+        Ok(wrong.map(|what| format!("{name}: {what}")).collect())
     }
 
     /// Removes the rules of [`Netlink::sync_rules`]; returns how many there were.
     pub async fn remove_rules(&self, spec: &RuleSpec) -> Result<usize, Error> {
         let mut removed = 0;
         for family in Family::ALL.map(address_family) {
-            for message in self.own_rules(spec, family).await?.unwrap_or_default() {
+            let present = self.rules(family).await?.unwrap_or_default();
+            for message in present.into_iter().filter(|message| spec.owns(message)) {
                 self.remove_rule(message).await?;
                 removed += 1;
             }
@@ -215,12 +309,8 @@ impl Netlink {
         }
     }
 
-    /// Our rules of one family; `None` when the kernel lacks the family.
-    async fn own_rules(
-        &self,
-        spec: &RuleSpec,
-        family: AddressFamily,
-    ) -> Result<Option<Vec<RuleMessage>>, Error> {
+    /// The rules of one family, in the kernel's order; `None` when it lacks the family.
+    async fn rules(&self, family: AddressFamily) -> Result<Option<Vec<RuleMessage>>, Error> {
         let mut request = RuleMessage::default();
         request.header.family = family;
         let request = RouteNetlinkMessage::GetRule(request);
@@ -252,10 +342,10 @@ impl Netlink {
         {
             return Ok(None);
         }
-        let ours = messages
+        let of_family = messages
             .into_iter()
-            .filter(|message| message.header.family == family && spec.owns(message));
-        Ok(Some(ours.collect()))
+            .filter(|message| message.header.family == family);
+        Ok(Some(of_family.collect()))
     }
 }
 
@@ -267,7 +357,7 @@ mod tests {
     #[test]
     fn a_rule_is_read_as_it_was_written_and_known_as_ours() {
         let spec = RuleSpec::new(51820);
-        for rule in spec.wanted() {
+        for rule in spec.wanted(0) {
             let message = rule.message(AddressFamily::Inet);
             assert_eq!(Rule::read(&message), Some(rule));
             assert!(spec.owns(&message));
@@ -279,7 +369,7 @@ mod tests {
     #[test]
     fn rules_of_others_are_not_ours() {
         let spec = RuleSpec::new(51820);
-        let mut message = spec.wanted()[0].message(AddressFamily::Inet);
+        let mut message = spec.wanted(0)[0].message(AddressFamily::Inet);
         message
             .attributes
             .retain(|a| !matches!(a, RuleAttribute::Protocol(_)));
@@ -292,7 +382,7 @@ mod tests {
 
     #[test]
     fn a_rule_of_another_shape_is_not_taken_for_a_wanted_one() {
-        let rule = RuleSpec::new(51820).wanted()[2];
+        let rule = RuleSpec::new(51820).wanted(0)[2];
         let mut message = rule.message(AddressFamily::Inet6);
         message.header.flags = RuleFlags::empty();
         assert_eq!(Rule::read(&message), None);
@@ -301,5 +391,103 @@ mod tests {
             .attributes
             .push(RuleAttribute::Iifname("eth0".into()));
         assert_eq!(Rule::read(&message), None);
+    }
+
+    fn kernels(table: u32, priority: u32) -> RuleMessage {
+        let mut message = RuleMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.action = RuleAction::ToTable;
+        message.attributes = vec![RuleAttribute::Table(table)];
+        if priority != 0 {
+            message
+                .attributes
+                .insert(0, RuleAttribute::Priority(priority));
+        }
+        message
+    }
+
+    /// What the kernel has after a change: it puts a rule behind those with its priority.
+    fn after(mut present: Vec<RuleMessage>, change: Change) -> Vec<RuleMessage> {
+        present.retain(|message| !change.remove.contains(message));
+        for rule in change.add {
+            let behind = |message: &RuleMessage| priority(message) > rule.priority;
+            let at = present.iter().position(behind).unwrap_or(present.len());
+            present.insert(at, rule.message(AddressFamily::Inet));
+        }
+        present
+    }
+
+    #[test]
+    fn our_rules_stand_behind_the_way_to_our_own_addresses_wherever_it_is() {
+        let spec = RuleSpec::new(51820);
+        let main = || kernels(MAIN, 32766);
+        let mut present = vec![kernels(LOCAL, 0), main()];
+        for (local, wanted) in [
+            (0, [5150, 32764, 32765]),
+            (1000, [5150, 32764, 32765]),
+            (32765, [32765; 3]),
+            (6000, [6000, 32764, 32765]),
+            (32764, [32764, 32764, 32765]),
+            (0, [5150, 32764, 32765]),
+        ] {
+            // Moved as `ip` does: the new one behind those with its priority, then the old one goes.
+            present.retain(|message| !leads_to_own_addresses(message));
+            let at = present
+                .iter()
+                .position(|message| priority(message) > local)
+                .unwrap_or(present.len());
+            present.insert(at, kernels(LOCAL, local));
+            let change = spec.compare(present.clone());
+            present = after(present, change);
+            let at = |wanted: &dyn Fn(&RuleMessage) -> bool| present.iter().position(wanted);
+            let rules = spec.wanted(local);
+            assert_eq!(rules.map(|rule| rule.priority), wanted);
+            let places = rules.map(|rule| at(&|m| Rule::read(m) == Some(rule)).unwrap());
+            assert!(places.is_sorted(), "{local}: {places:?}");
+            assert!(at(&leads_to_own_addresses).unwrap() < places[0], "{local}");
+            assert!(places[2] < at(&|m| *m == main()).unwrap(), "{local}");
+            assert_eq!(present.len(), 5, "{local}");
+            assert_eq!(spec.compare(present.clone()), Change::default(), "{local}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_in_the_middle_comes_back_in_order() {
+        let spec = RuleSpec::new(51820);
+        let whole: Vec<_> = [kernels(LOCAL, 32765)]
+            .into_iter()
+            .chain(
+                spec.wanted(32765)
+                    .map(|rule| rule.message(AddressFamily::Inet)),
+            )
+            .chain([kernels(MAIN, 32766)])
+            .collect();
+        for missing in 1..=3 {
+            let mut present = whole.clone();
+            present.remove(missing);
+            let change = spec.compare(present.clone());
+            assert_eq!(change.wrong.len(), 1, "{:?}", change.wrong);
+            assert_eq!(after(present, change), whole);
+        }
+        // Made anew in its place, `local` comes behind ours.
+        let mut present = whole.clone();
+        let local = present.remove(0);
+        present.insert(3, local);
+        let change = spec.compare(present.clone());
+        assert_eq!(after(present, change), whole);
+    }
+
+    #[test]
+    fn a_rule_with_a_condition_is_not_the_way_to_our_own_addresses() {
+        assert!(leads_to_own_addresses(&kernels(LOCAL, 0)));
+        assert!(!leads_to_own_addresses(&kernels(MAIN, 0)));
+        let mut message = kernels(LOCAL, 7);
+        message
+            .attributes
+            .push(RuleAttribute::Iifname("eth0".into()));
+        assert!(!leads_to_own_addresses(&message));
+        let mut message = kernels(LOCAL, 7);
+        message.header.src_len = 8;
+        assert!(!leads_to_own_addresses(&message));
     }
 }

@@ -1,10 +1,11 @@
-//! Others on the same machine: who switches a family off, or has a hand in our device.
+//! Others on the same machine: who switches a family off, moves the kernel's rules, or
+//! has a hand in our device.
 
 use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
 
 use anyhow::{Context as _, ensure};
-use lab::site::{Arms, Client, ENDPOINT_V6, Running, SERVER, Site, config};
+use lab::site::{Arms, Client, ENDPOINT_V6, ROUTER, Running, SERVER, Site, config};
 use lab::sluice::{Config, Sluice};
 use lab::{Host, Lab, http, poll, wait_until};
 
@@ -12,6 +13,7 @@ use super::{HTTP, Path, SOON, on_every_path, serve};
 
 on_every_path!(
     ipv4_works_without_ipv6_until_that_comes_back,
+    our_rules_come_behind_the_local_one,
     what_others_change_of_the_device_is_put_back,
 );
 
@@ -111,6 +113,51 @@ fn ipv4_works_without_ipv6_until_that_comes_back(path: Path) {
             serves(&site, 0)?;
         }
         sluice.stop()
+    });
+}
+
+/// As set-ups of VRFs do.
+fn move_local(router: &Host, from: u32, to: u32) -> anyhow::Result<()> {
+    for family in ["-4", "-6"] {
+        router.ip(&format!("{family} rule add priority {to} lookup local"))?;
+        router.ip(&format!("{family} rule del priority {from} lookup local"))?;
+    }
+    Ok(())
+}
+
+fn our_rules_come_behind_the_local_one(path: Path) {
+    lab::test(|lab| {
+        let (site, client, config) = site(lab, path)?;
+        let router = &site.router;
+        move_local(router, 0, 32765)?;
+        let before = router.footprint()?;
+        let sluice = router.sluice(&config)?;
+        let _tunnel = client.connect(&site.laptop, &config.key)?;
+        let _servers = serve(&site.server)?;
+        for (from, to) in [(32765, 0), (0, 6000), (6000, 32765)] {
+            for family in 0..2 {
+                serves(&site, family)?;
+                // To the router itself, by the tunnel and by the internet.
+                ensure!(site.laptop.pings(&ROUTER[family].to_string(), &[])?);
+            }
+            ensure!(site.laptop.pings(&ENDPOINT_V6.ip().to_string(), &[])?);
+            move_local(router, from, to)?;
+            wait_until(SOON, "our rules to follow", || {
+                let rules =
+                    ["-4", "-6"].map(|f| router.ip(&format!("{f} rule")).unwrap_or_default());
+                rules.iter().all(|rules| {
+                    let ours = rules.find("lookup 51820");
+                    ours.is_some() && rules.find("lookup local") < ours
+                })
+            })?;
+        }
+        for family in 0..2 {
+            serves(&site, family)?;
+        }
+        sluice.stop()?;
+        let left = before.difference(&router.footprint()?);
+        ensure!(left.is_empty(), "left:\n{}", left.join("\n"));
+        Ok(())
     });
 }
 
