@@ -1,7 +1,7 @@
-//! Others on the same machine: who switches a family off, moves the kernel's rules, or
-//! has a hand in our device.
+//! Others on the same machine: who switches a family off, moves the kernel's rules, takes ours away,
+//! or has a hand in our device.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixDatagram;
 
 use anyhow::{Context as _, ensure};
@@ -14,6 +14,7 @@ use super::{HTTP, Path, SOON, on_every_path, serve};
 on_every_path!(
     ipv4_works_without_ipv6_until_that_comes_back,
     our_rules_come_behind_the_local_one,
+    without_its_rules_nothing_leaves_in_the_clear,
     what_others_change_of_the_device_is_put_back,
 );
 
@@ -158,6 +159,80 @@ fn our_rules_come_behind_the_local_one(path: Path) {
         let left = before.difference(&router.footprint()?);
         ensure!(left.is_empty(), "left:\n{}", left.join("\n"));
         Ok(())
+    });
+}
+
+fn without_its_rules_nothing_leaves_in_the_clear(path: Path) {
+    lab::test(|lab| {
+        const BEHIND: [(&str, &str); 2] = [
+            ("192.168.77.0/24", "192.168.77.5"),
+            ("fd77::/64", "fd77::5"),
+        ];
+        let (site, client, mut config) = site(lab, path)?;
+        // What is behind the laptop, and not in the tunnel's own network, of which the kernel has a
+        // route itself.
+        let nets = BEHIND.map(|(net, _)| net.to_owned());
+        config.peers[0].allowed_ips.extend(nets);
+        let router = &site.router;
+        let sluice = router.sluice(&config)?;
+        let _tunnel = client.connect(&site.laptop, &config.key)?;
+        let core = site.core.as_ref().context("two arms")?;
+        for ((net, _), via) in BEHIND.iter().zip(["10.30.0.10", "2001:db8:30::10"]) {
+            core.route(net, via)?;
+        }
+        // What the router forwards for others still leaves: by it the capture is known to see.
+        core.route("203.0.113.0/24", "10.30.0.10")?;
+        core.route("2001:db8:113::/64", "2001:db8:30::10")?;
+        let others = ["203.0.113.10", "2001:db8:113::10"];
+        let _servers = serve(&site.server)?;
+        for family in 0..2 {
+            serves(&site, family)?;
+        }
+        let wan = router.capture("wan")?;
+        let rules = || -> anyhow::Result<usize> {
+            let all = router.ip("-4 rule")? + &router.ip("-6 rule")?;
+            Ok(all.matches("lookup 51820").count())
+        };
+        ensure!(rules()? == 4);
+        // So that it cannot put them back.
+        let id = sluice.id().to_string();
+        router.run(["kill", "-STOP", &id])?;
+        for (family, priority) in ["-4", "-6"]
+            .into_iter()
+            .flat_map(|family| [5150, 32764, 32765].map(|priority| (family, priority)))
+        {
+            router.ip(&format!("{family} rule del priority {priority}"))?;
+        }
+        ensure!(rules()? == 0);
+        for family in 0..2 {
+            let peer = BEHIND[family].1.parse::<IpAddr>()?;
+            for host in [&site.server, router] {
+                let to_peer = host.udp_socket(match family {
+                    0 => "0.0.0.0:0".parse()?,
+                    _ => "[::]:0".parse()?,
+                })?;
+                for _ in 0..3 {
+                    // Our own kernel may refuse it, which is as good.
+                    let _ = to_peer.send_to(b"for the peer", (peer, 9));
+                }
+                to_peer.send_to(b"for another", (others[family], 9))?;
+                let other = others[family].parse::<IpAddr>()?;
+                let mut leaked = 0;
+                wan.find(SOON, "what others may send", |packet| {
+                    leaked += usize::from(packet.destination == peer);
+                    (packet.destination == other).then_some(())
+                })?;
+                ensure!(leaked == 0, "{leaked} to {peer} from {}", host.name());
+            }
+        }
+        router.run(["kill", "-CONT", &id])?;
+        wait_until(SOON, "the rules", || rules().is_ok_and(|count| count == 4))?;
+        for family in 0..2 {
+            serves(&site, family)?;
+        }
+        let dropped = sluice.packets("kernel_to_overlay", "drop_astray")?;
+        ensure!(dropped >= 6, "{dropped} told");
+        sluice.stop()
     });
 }
 

@@ -4,6 +4,7 @@
 //! An accept in our table does not overrule a drop in another one, where Docker or a host firewall
 //! may refuse to forward: see [`other_firewalls`].
 
+mod astray;
 mod away;
 mod clamp;
 mod denied;

@@ -3,7 +3,9 @@
 //! | chain | on | does |
 //! |---|---|---|
 //! | `spoofed` | all that comes in | keeps what the eBPF programs hand over out of connection tracking; drops sources that are no peer's |
-//! | `forward` | all that passes through | sends to `from_overlay` or `to_overlay`; leaves the rest alone |
+//! | `forward` | all that passes through | sends to `from_overlay` or `to_overlay`, the rest to `astray` |
+//! | `output` | what the machine itself sends | sends to `astray` |
+//! | `astray` | what leaves by another than the TUN device | drops what is for a peer, see `astray` |
 //! | `from_overlay` | from a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones to routed CIDRs, or to a peer if the policy has let them |
 //! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones from routed CIDRs, if the policy lets them |
 //! | `permit` | all that comes from the TUN device, once there are rules | ends new flows that no rule allows, also those to the router itself |
@@ -24,6 +26,7 @@
 
 use router_ebpf::abi::HANDED_OVER;
 
+use super::astray::{self, ASTRAY};
 use super::clamp;
 use super::denied;
 use super::policy::Compiled;
@@ -57,7 +60,11 @@ pub(super) struct Named {
     pub(super) verdict: &'static str,
 }
 
-const fn named(name: &'static str, program: &'static str, verdict: &'static str) -> Named {
+pub(super) const fn named(
+    name: &'static str,
+    program: &'static str,
+    verdict: &'static str,
+) -> Named {
     Named {
         name,
         program,
@@ -82,6 +89,7 @@ pub(super) const COUNTERS: &[Named] = &[
     TO.reject_policy,
     TO.drop_not_routed,
     TO.drop_invalid,
+    ASTRAY,
 ];
 
 /// Counters of one direction.
@@ -213,6 +221,7 @@ pub(super) fn write(
     tx.base_chain("translate", Hook::SourceNat);
 
     let tun = spec.tun.index.to_ne_bytes();
+    astray::write(tx, spec, &families, &tun);
     tx.rule("spoofed", |r| {
         handed_over(r).no_track().verdict(Verdict::Accept);
     });
@@ -231,6 +240,7 @@ pub(super) fn write(
         r.meta(Meta::Oif, REG).cmp(Cmp::Eq, REG, &tun);
         r.verdict(Verdict::Jump("to_overlay"));
     });
+    astray::guard(tx, "forward", &tun);
     clamp::write(tx, "clamp_from", spec.mtu, FROM.clamped);
     clamp::write(tx, "clamp_to", spec.mtu, TO.clamped);
     write_from_overlay(tx, &families, &tun, restricted);
@@ -391,6 +401,10 @@ fn write_from_overlay(
 ) {
     let chain = "from_overlay";
     clamp::syn(tx, chain, "clamp_from");
+    if restricted {
+        // Else no flow from peer to peer is known.
+        astray::guard(tx, chain, tun);
+    }
     tx.rule(chain, |r| {
         decide(handed_over(r), FROM.forwarded, Verdict::Accept)
     });

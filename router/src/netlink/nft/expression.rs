@@ -26,11 +26,16 @@ pub(crate) enum Meta {
     Iif,
     /// Index of the interface it leaves by; host order.
     Oif,
+    /// Kind of the interface it leaves by ([`LOOPBACK`] and the like); two bytes, host order.
+    OifKind,
     /// 2 for IPv4, 10 for IPv6; one byte.
     NfProto,
     /// IP protocol behind all extension headers; one byte.
     L4Proto,
 }
+
+/// `ARPHRD_LOOPBACK` of linux/if_arp.h, as [`Meta::OifKind`] tells it.
+pub(crate) const LOOPBACK: u16 = 772;
 
 /// What connection tracking tells.
 #[derive(Clone, Copy, Debug)]
@@ -99,6 +104,8 @@ pub(crate) enum Verdict<'a> {
     Jump(&'a str),
     /// Into a chain for good.
     Goto(&'a str),
+    /// Back to the chain that has jumped here.
+    Return,
 }
 
 /// The expressions of a rule under construction.
@@ -126,6 +133,7 @@ impl<'a, 'b> Rule<'a, 'b> {
             Meta::Mark => 3,
             Meta::Iif => 4,
             Meta::Oif => 5,
+            Meta::OifKind => 9,
             Meta::NfProto => 15,
             Meta::L4Proto => 16,
         };
@@ -392,6 +400,7 @@ pub(super) fn write_verdict(data: &mut Payload<'_>, verdict: Verdict<'_>) {
         Verdict::Accept => (1, None),
         Verdict::Jump(chain) => (-3, Some(chain)),
         Verdict::Goto(chain) => (-4, Some(chain)),
+        Verdict::Return => (-5, None),
     };
     data.nested(2, |verdict| {
         verdict.be32(1, code.cast_unsigned());

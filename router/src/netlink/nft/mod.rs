@@ -13,8 +13,8 @@ mod watch;
 use std::collections::BTreeMap;
 
 pub(crate) use expression::{
-    BROADCAST, Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Ct, MULTICAST, Meta, REG, REG_2,
-    REG_3, Reject, Rule, Verdict, WORD,
+    BROADCAST, Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Ct, LOOPBACK, MULTICAST, Meta, REG,
+    REG_2, REG_3, Reject, Rule, Verdict, WORD,
 };
 pub use transaction::Family;
 pub(crate) use transaction::{Flows, Hook, Span, Transaction};

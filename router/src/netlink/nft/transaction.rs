@@ -105,6 +105,8 @@ pub(crate) enum Hook {
     BeforeTranslation,
     /// On packets that pass through.
     Forward,
+    /// On packets of the machine's own.
+    Output,
     /// Where the first packet of a flow is given its source translation.
     SourceNat,
 }
@@ -115,6 +117,7 @@ impl Hook {
             Self::Raw => ("filter", 0, -300),
             Self::BeforeTranslation => ("filter", 0, -150),
             Self::Forward => ("filter", 2, 0),
+            Self::Output => ("filter", 3, 0),
             Self::SourceNat => ("nat", 4, 100),
         }
     }
