@@ -39,11 +39,12 @@ fn world() -> World {
         mtu: MTU as u32,
         generation: 1,
         flows_per_source: 10,
+        flows_from_subnet: 10,
         kept_ports: [1024, u16::MAX],
         ..Settings::default()
     });
     world.ingress = [TUN, NIC];
-    world.overlay = vec![Prefix::cidr(Address::v4([100, 64, 0, 0]), 10)];
+    world.overlay = vec![(Prefix::cidr(Address::v4([100, 64, 0, 0]), 10), 1)];
     let route = Route { flags: Route::SNAT };
     world.routes = vec![(Prefix::cidr(Address::v4([10, 0, 0, 0]), 8), route)];
     let mut link = Link {

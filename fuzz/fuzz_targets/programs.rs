@@ -35,6 +35,7 @@ fn world(flags: u8) -> World {
         generation: 1,
         bank: u32::from(flags >> 1 & 1),
         flows_per_source: 8,
+        flows_from_subnet: 12,
         kept_ports: [1024, 60_999],
         ports: [2000, 2003],
         ..Settings::default()
@@ -45,7 +46,7 @@ fn world(flags: u8) -> World {
     world.routes = [[4, 0, 0, 0], [6, 0, 0, 0]]
         .map(|family| everything(family, snat))
         .into();
-    world.overlay = world.routes.iter().map(|(prefix, _)| *prefix).collect();
+    world.overlay = world.routes.iter().map(|(prefix, _)| (*prefix, 1)).collect();
     world.rules = Box::new(|tuple| (tuple.ports[1][1] < 200).then_some(1));
     let mut link = Link {
         mtu: 1500,

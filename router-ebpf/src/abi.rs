@@ -27,7 +27,7 @@ pub use flows::*;
 pub use settled::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 9;
+pub const ABI_VERSION: u32 = 10;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";
@@ -119,7 +119,7 @@ impl Side {
 /// The data of an LPM key; family and IPv4 address share the first eight bytes, which the kernel
 /// compares in one step.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address {
     /// 4 or 6, then zeros.
     pub family: [u8; 4],
@@ -209,14 +209,14 @@ pub struct Settings {
     pub generation: u32,
     /// The bank of the policy in force (see [`crate::policy`]); zero: there are no rules.
     pub bank: u32,
-    /// Most flows that one overlay address may have.
+    /// Most flows of a family that one peer may open, and one host of the subnet side.
     pub flows_per_source: u32,
     /// First and last port, host byte order, that a translated flow may keep from its source.
     pub kept_ports: [u16; 2],
     /// First and last port, host byte order, of those that translated flows get otherwise.
     pub ports: [u16; 2],
-    /// Zero.
-    pub reserved: u32,
+    /// Most flows of a family that the subnet side may open, all hosts together.
+    pub flows_from_subnet: u32,
 }
 
 impl Settings {
@@ -232,6 +232,9 @@ impl Settings {
 pub struct Overlay {
     /// [`Overlay::OWN`].
     pub flags: u32,
+    /// Number of the peer whose allowed IP it is; the same for all of one peer's, and another for each
+    /// peer, as long as they stay.
+    pub peer: u32,
 }
 
 impl Overlay {
@@ -287,9 +290,9 @@ layout! {
     Prefix: 24, align 8 { len: 0, address: 4 }
     Settings: 40, align 4 {
         abi_version: 0, flags: 4, tun: 8, mtu: 12, generation: 16, bank: 20, flows_per_source: 24,
-        kept_ports: 28, ports: 32, reserved: 36
+        kept_ports: 28, ports: 32, flows_from_subnet: 36
     }
-    Overlay: 4, align 4 { flags: 0 }
+    Overlay: 8, align 4 { flags: 0, peer: 4 }
     Route: 4, align 4 { flags: 0 }
     Link: 168, align 4 { mtu: 0, v4_count: 4, v6_count: 5, reserved: 6, v4: 8, v6: 40 }
     Counter: 16, align 8 { packets: 0, bytes: 8 }
@@ -315,6 +318,7 @@ mod pod {
         Link,
         Counter,
         Denied,
+        Account,
         Key4,
         Key6,
         Flow,

@@ -1,6 +1,8 @@
 //! What becomes of a parsed packet. No packet byte is changed here.
 
-use crate::abi::{Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple};
+use crate::abi::{
+    Account, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple,
+};
 use crate::answer::Answer;
 use crate::flow::{self, Entry};
 use crate::fragment;
@@ -32,8 +34,9 @@ pub trait Tables {
     /// Any number.
     fn random(&self) -> u32;
 
-    /// Whether `address` is one of a peer's allowed IPs and not the router's own.
-    fn in_overlay(&self, address: &Prefix) -> bool;
+    /// Number of the peer that `address` belongs to; `None`: it is in no allowed IPs, or the router's
+    /// own.
+    fn peer(&self, address: &Prefix) -> Option<u32>;
 
     /// The advertised route with the longest prefix that contains `address`.
     fn route(&self, address: &Prefix) -> Option<Route>;
@@ -57,11 +60,11 @@ pub trait Tables {
     /// Takes an entry out of the flow table.
     fn remove_flow(&self, side: Side, tuple: &Tuple);
 
-    /// Counts one more flow of an overlay address, unless it has `limit` already.
-    fn take_place(&self, overlay: &Prefix, limit: u32) -> bool;
+    /// Counts one more flow of an account, unless it has `limit` already.
+    fn take_place(&self, account: &Account, limit: u32) -> bool;
 
     /// Takes back what [`Tables::take_place`] has counted.
-    fn give_place_back(&self, overlay: &Prefix);
+    fn give_place_back(&self, account: &Account);
 
     /// Whether a socket of the router itself would get a packet with `tuple` that comes in.
     fn is_socket(&self, tuple: &Tuple) -> bool;
@@ -248,7 +251,11 @@ pub fn decide<F: Frame, T: Tables>(
         Some(entry) => entry,
         None => {
             // Soon said of the underlay, which on many routers is most of what comes in here.
-            if side == Side::Subnet && !tables.in_overlay(&Prefix::host(packet.tuple.destination)) {
+            if side == Side::Subnet
+                && tables
+                    .peer(&Prefix::host(packet.tuple.destination))
+                    .is_none()
+            {
                 return Err(Verdict::PassUnrelated);
             }
             tables.open(side, packet)?;

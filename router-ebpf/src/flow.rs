@@ -3,7 +3,7 @@
 mod entry;
 pub mod external;
 
-use crate::abi::{Address, Flow, Link, Prefix, Route, Settings, Side, Tuple};
+use crate::abi::{Account, Address, Flow, Link, Prefix, Route, Settings, Side, Tuple};
 use crate::decide::{Refused, Tables, refuse};
 use crate::packet::{ACK, FIN, Packet, RST, SYN, Transport};
 use crate::verdict::Verdict;
@@ -15,20 +15,24 @@ const PROBES: u32 = 32;
 /// How far in bytes behind the last acknowledgement an RST is believed: what may be on the way.
 const RESET_WINDOW: u32 = 1 << 20;
 
-/// The route between the two ends of `tuple` as the program of `side` sees it; else why the fast
-/// path has nothing to do with it.
+/// The route between the two ends of `tuple` as the program of `side` sees it, and the number of the
+/// peer at its end; else why the fast path has nothing to do with it.
 #[inline(always)]
-pub(crate) fn route<T: Tables>(side: Side, tuple: &Tuple, tables: &T) -> Result<Route, Verdict> {
+pub(crate) fn route<T: Tables>(
+    side: Side,
+    tuple: &Tuple,
+    tables: &T,
+) -> Result<(Route, u32), Verdict> {
     let (overlay, subnet) = match side {
         Side::Overlay => (&tuple.source, &tuple.destination),
         Side::Subnet => (&tuple.destination, &tuple.source),
     };
-    if !tables.in_overlay(&Prefix::host(*overlay)) {
+    let Some(peer) = tables.peer(&Prefix::host(*overlay)) else {
         return Err(match side {
             Side::Overlay => Verdict::DropSpoofed,
             Side::Subnet => Verdict::PassUnrelated,
         });
-    }
+    };
     let route = tables
         .route(&Prefix::host(*subnet))
         .ok_or(Verdict::SlowNotRouted)?;
@@ -37,7 +41,7 @@ pub(crate) fn route<T: Tables>(side: Side, tuple: &Tuple, tables: &T) -> Result<
     }
     check_scope(overlay)?;
     check_scope(subnet)?;
-    Ok(route)
+    Ok((route, peer))
 }
 
 /// Addresses that a router must not forward, or forwards by rules of its own (RFC 1812, RFC 4007).
@@ -58,11 +62,15 @@ pub(crate) fn check_scope(address: &Address) -> Result<(), Verdict> {
     }
 }
 
-/// Entries in the making; too large for the stack of a program.
+/// A flow in the making; too large for the stack of a program.
 #[derive(Default)]
 pub struct Draft {
     overlay: Flow,
     subnet: Flow,
+    /// That of packets from the overlay.
+    tuple: Tuple,
+    /// Who opens it, and all of that side.
+    accounts: [Account; 2],
 }
 
 /// Makes all of an entry zero. Of a value of zeros LLVM makes a call for BPF, which goes byte by byte.
@@ -92,7 +100,7 @@ pub fn open<T: Tables>(
         _ => {}
     }
     let tuple = &packet.tuple;
-    let route = route(side, tuple, tables)?;
+    let (route, peer) = route(side, tuple, tables)?;
     if packet.ttl <= 1 {
         return Err(Verdict::SlowTtl);
     }
@@ -103,7 +111,12 @@ pub fn open<T: Tables>(
     let clause = tables.permits(tuple, settings)?;
     let hop = tables.next_hop(packet, packet.header_len, settings)?;
     let now = tables.now();
-    let Draft { overlay, subnet } = draft;
+    let Draft {
+        overlay,
+        subnet,
+        tuple: forward,
+        accounts: [opener, all],
+    } = draft;
     for entry in [&mut *overlay, &mut *subnet] {
         clear(entry);
         entry.last_used = now;
@@ -131,9 +144,6 @@ pub fn open<T: Tables>(
             } else {
                 overlay.address = tuple.source.octets;
             }
-            counted(&tuple.source, tables, settings, || {
-                add(tuple, overlay, subnet, tables, settings)
-            })?;
         }
         Side::Subnet => {
             if hop.link != settings.tun || tables.link(tables.ingress()).is_none() {
@@ -146,12 +156,28 @@ pub fn open<T: Tables>(
             subnet.address = tuple.destination.octets;
             subnet.port = tuple.ports[1];
             subnet.flags = Flow::FROM_SUBNET;
-            let tuple = tuple.reversed();
-            counted(&tuple.source, tables, settings, || {
-                add(&tuple, overlay, subnet, tables, settings)
-            })?;
         }
     }
+    // What the subnet opens is not on the peer's account: it has no say in who sends to it.
+    let from_subnet = side == Side::Subnet;
+    if from_subnet {
+        *forward = tuple.reversed();
+        *opener = Account::host(&tuple.source);
+        *all = Account::subnet(&tuple.source);
+        if !tables.take_place(all, settings.flows_from_subnet) {
+            return Err(Verdict::DropSourceLimit);
+        }
+    } else {
+        *forward = *tuple;
+        *opener = Account::peer(peer, &tuple.source);
+    }
+    let added = counted(opener, settings.flows_per_source, tables, || {
+        add(forward, overlay, subnet, tables, settings)
+    });
+    if from_subnet && added != Ok(true) {
+        tables.give_place_back(all);
+    }
+    added?;
     tables.count_clause(clause, settings);
     Ok(())
 }
@@ -187,23 +213,22 @@ fn path_mtu(path: u32, link: &Link, settings: &Settings) -> u16 {
     }
 }
 
-/// Runs `add` with one flow of `overlay` more counted.
+/// Runs `add`, which says whether it has added a flow, with one more counted for `account`.
 #[inline(always)]
 fn counted<T: Tables>(
-    overlay: &Address,
+    account: &Account,
+    limit: u32,
     tables: &T,
-    settings: &Settings,
     add: impl FnOnce() -> Result<bool, Verdict>,
-) -> Result<(), Verdict> {
-    let overlay = Prefix::host(*overlay);
-    if !tables.take_place(&overlay, settings.flows_per_source) {
+) -> Result<bool, Verdict> {
+    if !tables.take_place(account, limit) {
         return Err(Verdict::DropSourceLimit);
     }
     let added = add();
     if added != Ok(true) {
-        tables.give_place_back(&overlay);
+        tables.give_place_back(account);
     }
-    added.map(|_| ())
+    added
 }
 
 /// Adds both entries of a flow whose packets from the overlay have `tuple`. The reply's entry comes

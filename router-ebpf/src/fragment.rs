@@ -34,7 +34,7 @@ pub fn follow<T: Tables>(side: Side, packet: &mut Packet, tables: &T) -> Result<
         return Ok(fragment.flags & Fragment::STACK != 0);
     }
     // It came before the first one.
-    let route = flow::route(side, &packet.tuple, tables)?;
+    let (route, _) = flow::route(side, &packet.tuple, tables)?;
     if side == Side::Overlay && route.flags & Route::SNAT != 0 {
         // By the time that the ports are known, the kernel would have it under another port.
         return Err(Verdict::DropFragment);

@@ -74,7 +74,7 @@ pub(crate) fn concerned<F: Frame, T: Tables>(
     frame: &F,
     tables: &T,
 ) -> Result<(), Verdict> {
-    if side == Side::Overlay && !tables.in_overlay(&Prefix::host(packet.tuple.source)) {
+    if side == Side::Overlay && tables.peer(&Prefix::host(packet.tuple.source)).is_none() {
         return Err(Verdict::DropSpoofed);
     }
     // The packet came through the other program, the other way.

@@ -54,14 +54,17 @@ pub(crate) fn router(snat: bool) -> World {
         flags: Settings::FIB_MTU,
         generation: 1,
         flows_per_source: LIMIT,
+        flows_from_subnet: 2 * LIMIT,
         kept_ports: [1024, 60_999],
         ports: [2000, 2015],
         ..Settings::default()
     });
     world.ingress = [TUN, NIC];
     for family in FAMILIES {
-        for peer in family.peers {
-            world.overlay.push(Prefix::host(address(ip(peer))));
+        for (number, peer) in (1..).zip(family.peers) {
+            world
+                .overlay
+                .push((Prefix::host(address(ip(peer))), number));
         }
         for server in family.servers {
             let flags = if snat { Route::SNAT } else { 0 };

@@ -76,7 +76,7 @@ verdicts! {
     DropSpoofed Drop "drop_spoofed" "From the tunnel, with a source that is no peer's.";
     DropMalformed Drop "drop_malformed" "From the tunnel, and not a whole IP packet.";
     DropPolicy Drop "drop_policy" "Of a flow that no rule of the policy allows.";
-    DropSourceLimit Drop "drop_source_limit" "A new flow of an overlay address that has as many as it may.";
+    DropSourceLimit Drop "drop_source_limit" "A new flow of a peer, or of the subnet side, that has as many as it may.";
     DropTableFull Drop "drop_table_full" "A new flow, and the flow table is full.";
     DropNatExhausted Drop "drop_nat_exhausted" "A new flow, and no port is free to translate it to.";
     DropFragment Drop "drop_fragment" "A fragment that came before the first one, which has the ports.";

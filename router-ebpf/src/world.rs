@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::abi::{
-    Address, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple,
+    Account, Address, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple,
 };
 use crate::answer;
 use crate::decide::{Exit, Forward, Hop, Refused, Tables, decide};
@@ -28,8 +28,8 @@ pub struct World {
     pub settings: Settings,
     /// Interface that the packets of each side come in by.
     pub ingress: [u32; 2],
-    /// The peers' allowed IPs.
-    pub overlay: Vec<Prefix>,
+    /// The peers' allowed IPs, each with the number of its peer.
+    pub overlay: Vec<(Prefix, u32)>,
     /// The router's own addresses.
     pub own: Vec<Address>,
     /// The advertised routes.
@@ -52,7 +52,7 @@ pub struct World {
     flows: RefCell<HashMap<(Side, Tuple), Place>>,
     /// Entries that were taken out: as in the kernel, whoever found one may still look at it.
     removed: RefCell<Vec<Place>>,
-    sources: RefCell<HashMap<Address, u32>>,
+    sources: RefCell<HashMap<Account, u32>>,
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
 }
 
@@ -117,11 +117,23 @@ impl World {
                 self.flows.get_mut().remove(&(other_side, other));
             }
         }
-        let sources = self.sources.get_mut();
-        sources.clear();
-        for (side, tuple) in self.flows.get_mut().keys() {
-            if *side == Side::Overlay {
-                *sources.entry(tuple.source).or_default() += 1;
+        self.sources.get_mut().clear();
+        for (side, tuple, flow) in self.flows() {
+            if side != Side::Overlay {
+                continue;
+            }
+            let accounts = if flow.flags & Flow::FROM_SUBNET != 0 {
+                let host = &tuple.destination;
+                [Some(Account::host(host)), Some(Account::subnet(host))]
+            } else {
+                let number = self.view(side).peer(&Prefix::host(tuple.source));
+                [
+                    number.map(|number| Account::peer(number, &tuple.source)),
+                    None,
+                ]
+            };
+            for account in accounts.into_iter().flatten() {
+                *self.sources.get_mut().entry(account).or_default() += 1;
             }
         }
     }
@@ -192,10 +204,11 @@ impl Tables for View<'_> {
         state.rotate_left(16)
     }
 
-    fn in_overlay(&self, address: &Prefix) -> bool {
-        let overlay = &self.world.overlay;
-        overlay.iter().any(|cidr| contains(cidr, address))
-            && !self.world.own.contains(&address.address)
+    fn peer(&self, address: &Prefix) -> Option<u32> {
+        let overlay = self.world.overlay.iter();
+        let around = overlay.filter(|(cidr, _)| contains(cidr, address));
+        let (_, peer) = around.max_by_key(|(cidr, _)| cidr.len)?;
+        (!self.world.own.contains(&address.address)).then_some(*peer)
     }
 
     fn route(&self, address: &Prefix) -> Option<Route> {
@@ -246,16 +259,16 @@ impl Tables for View<'_> {
         }
     }
 
-    fn take_place(&self, overlay: &Prefix, limit: u32) -> bool {
+    fn take_place(&self, account: &Account, limit: u32) -> bool {
         let mut sources = self.world.sources.borrow_mut();
-        let count = sources.entry(overlay.address).or_default();
+        let count = sources.entry(*account).or_default();
         let room = *count < limit;
         *count += u32::from(room);
         room
     }
 
-    fn give_place_back(&self, overlay: &Prefix) {
-        if let Some(count) = self.world.sources.borrow_mut().get_mut(&overlay.address) {
+    fn give_place_back(&self, account: &Account) {
+        if let Some(count) = self.world.sources.borrow_mut().get_mut(account) {
             *count = count.saturating_sub(1);
         }
     }

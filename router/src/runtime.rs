@@ -40,8 +40,8 @@ use crate::api;
 use crate::config::{self, Config, DatapathMode, Local};
 use crate::control::Snapshot;
 use crate::control::file::FileSource;
-use crate::core::{Action, Core, Facts, Names, Part};
-use crate::datapath::ebpf::Ebpf;
+use crate::core::{Action, Core, Facts, Names, Part, PeerNumbers};
+use crate::datapath::ebpf::{AtLimit, Ebpf};
 use crate::datapath::kernel::Kernel;
 use crate::datapath::{self, Datapath, Link};
 use crate::engine::{self, Engine};
@@ -141,6 +141,9 @@ struct Daemon {
 
     core: Core,
     names: Names,
+    numbers: PeerNumbers,
+    /// Who had as many flows as it may, as last told.
+    at_limit: Vec<AtLimit>,
     lookups: JoinSet<(String, u16, Result<Vec<SocketAddr>, String>)>,
     facts_due: Option<Instant>,
     neighbours_due: Instant,
@@ -233,6 +236,8 @@ impl Daemon {
             reload_problems: Vec::new(),
             core: Core::default(),
             names: Names::default(),
+            numbers: PeerNumbers::default(),
+            at_limit: Vec::new(),
             lookups: JoinSet::new(),
             facts_due: None,
             neighbours_due: started + NEIGHBOURS,
@@ -391,6 +396,7 @@ impl Daemon {
         if self.neighbours_due <= now {
             self.neighbours_due = now + NEIGHBOURS;
             self.look_after_neighbours().await;
+            self.tell_at_limit();
         }
         while let Some((host, port)) = self.names.poll_due(now) {
             self.lookups.spawn(async move {
@@ -447,6 +453,7 @@ impl Daemon {
             &self.facts,
             |host, port| names.addresses(host, port).to_vec(),
         );
+        plan.datapath.peers = self.numbers.assign(&self.snapshot.peers);
         self.tell_absent(&plan);
         self.ipv6.tell(plan.without_ipv6());
         let before = self

@@ -49,7 +49,7 @@ pub struct Config {
     pub workers: Option<usize>,
     /// Most flows of a family; `None` for the router's own limit.
     pub flows: Option<u32>,
-    /// Most flows of one overlay address; `None` for the router's own limit.
+    /// Most flows of one peer; `None` for the router's own limit.
     pub flows_per_source: Option<u32>,
     /// Where metrics are served over TCP.
     pub metrics: Option<SocketAddr>,

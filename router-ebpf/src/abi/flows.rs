@@ -12,8 +12,8 @@ use super::{Address, Side};
 pub const FLOWS4: &str = "FLOWS4";
 /// Map of the IPv6 flows (hash from [`Key6`] to [`Flow`]).
 pub const FLOWS6: &str = "FLOWS6";
-/// Map of the number of flows that an overlay address has opened (hash from [`Address`] to `u32`).
-/// The programs count up, user space counts anew with every sweep.
+/// Map of the number of flows that a peer or a host of the subnet side has opened (hash from
+/// [`Account`] to `u32`). The programs count up, user space counts anew with every sweep.
 pub const SOURCES: &str = "SOURCES";
 /// Map from the first fragment of a packet to those behind it (LRU hash from [`FragmentKey`] to
 /// [`Fragment`]).
@@ -40,17 +40,72 @@ impl Budget {
 pub const DEFAULT_FLOWS: u32 = 1 << 18;
 /// Entries of [`FLOWS4`] and [`FLOWS6`] for [`DEFAULT_FLOWS`].
 pub const DEFAULT_ENTRIES: usize = 2 * DEFAULT_FLOWS as usize;
-/// Most overlay addresses whose flows are counted; those beyond have no limit of their own.
+/// Most accounts whose flows are counted; those beyond have no limit of their own.
 pub const MAX_SOURCES: usize = 1 << 16;
 /// Fragmented packets that are remembered at a time.
 pub const MAX_FRAGMENTS: usize = 1 << 13;
 /// Most external addresses of a link and a family.
 pub const MAX_EXTERNAL: usize = 8;
 
+/// A key of [`SOURCES`]: who opened the flows that are counted together, those of one family. Aligned, so
+/// that programs fill it word by word.
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Account {
+    /// [`Account::PEER`], [`Account::HOST`] or [`Account::SUBNET`].
+    pub kind: u8,
+    /// 4 or 6.
+    pub family: u8,
+    /// Zero.
+    pub reserved: [u8; 2],
+    /// The peer's number ([`super::Overlay::peer`]) in the first four bytes, in host byte order; the host's
+    /// address as in [`Address::octets`]; or zeros.
+    pub id: [u8; 16],
+}
+
+impl Account {
+    /// `kind`: a peer.
+    pub const PEER: u8 = 1;
+    /// `kind`: a host of the subnet side.
+    pub const HOST: u8 = 2;
+    /// `kind`: all of the subnet side.
+    pub const SUBNET: u8 = 3;
+
+    #[inline(always)]
+    const fn new(kind: u8, family: u8, id: [u8; 16]) -> Self {
+        Self {
+            kind,
+            family,
+            reserved: [0; 2],
+            id,
+        }
+    }
+
+    /// The account of the peer with this number, of flows of the family of `address`.
+    #[inline(always)]
+    pub const fn peer(number: u32, address: &Address) -> Self {
+        let [a, b, c, d] = number.to_ne_bytes();
+        let id = [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        Self::new(Self::PEER, address.family[0], id)
+    }
+
+    /// The account of a host of the subnet side.
+    #[inline(always)]
+    pub const fn host(address: &Address) -> Self {
+        Self::new(Self::HOST, address.family[0], address.octets)
+    }
+
+    /// The account of all hosts of the subnet side of the family of `address`.
+    #[inline(always)]
+    pub const fn subnet(address: &Address) -> Self {
+        Self::new(Self::SUBNET, address.family[0], [0; 16])
+    }
+}
+
 /// What a packet belongs to. An ICMP echo has its identifier in place of the port on the overlay
 /// side, and [`Tuple::ASKED_BY_OVERLAY`] or [`Tuple::ASKED_BY_SUBNET`] in place of the other.
 #[repr(C, align(8))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tuple {
     /// Source address.
     pub source: Address,
@@ -310,6 +365,7 @@ impl Fragment {
 }
 
 layout! {
+    Account: 20, align 4 { kind: 0, family: 1, reserved: 2, id: 4 }
     Key4: 16, align 8 { source: 0, destination: 4, ports: 8, protocol: 12, side: 13, reserved: 14 }
     Key6: 40, align 8 { source: 0, destination: 16, ports: 32, protocol: 36, side: 37, reserved: 38 }
     Flow: 56, align 8 {

@@ -13,9 +13,9 @@ use aya_ebpf::helpers;
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{
-    Address, Budget, Counter, DENIED_SIZE, Denied, Flow, Fragment, FragmentKey, Link, MAX_COUNTERS,
-    MAX_FRAGMENTS, MAX_LINKS, MAX_OVERLAY, MAX_ROUTES, MAX_SOURCES, Overlay, Prefix, Route,
-    Settings, Side, Tuple,
+    Account, Address, Budget, Counter, DENIED_SIZE, Denied, Flow, Fragment, FragmentKey, Link,
+    MAX_COUNTERS, MAX_FRAGMENTS, MAX_LINKS, MAX_OVERLAY, MAX_ROUTES, MAX_SOURCES, Overlay, Prefix,
+    Route, Settings, Side, Tuple,
 };
 use router_ebpf::decide::{Hop, Refused, Tables, fib_failure};
 use router_ebpf::flow::Entry;
@@ -59,7 +59,7 @@ static POLICY_SETS: HashMap<u32, Set, MAX_SETS, { BPF_F_NO_PREALLOC as usize }> 
 static POLICY_HITS: PerCpuArray<u64, MAX_HITS> = PerCpuArray::new();
 
 #[btf_map]
-static SOURCES: HashMap<Address, u32, MAX_SOURCES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+static SOURCES: HashMap<Account, u32, MAX_SOURCES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 #[btf_map]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment, MAX_FRAGMENTS> = LruHashMap::new();
 #[btf_map]
@@ -201,10 +201,9 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn in_overlay(&self, address: &Prefix) -> bool {
-        OVERLAY
-            .get(key(address))
-            .is_some_and(|found| found.flags & Overlay::OWN == 0)
+    fn peer(&self, address: &Prefix) -> Option<u32> {
+        let found = OVERLAY.get(key(address))?;
+        (found.flags & Overlay::OWN == 0).then_some(found.peer)
     }
 
     #[inline(always)]
@@ -254,8 +253,8 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(never)]
-    fn take_place(&self, overlay: &Prefix, limit: u32) -> bool {
-        if let Some(count) = SOURCES.get_ptr_mut(overlay.address) {
+    fn take_place(&self, account: &Account, limit: u32) -> bool {
+        if let Some(count) = SOURCES.get_ptr_mut(account) {
             // SAFETY: the entry's memory stays. BPF has no atomic addition here, so a count of two
             // CPUs at a time may be lost: user space counts anew.
             unsafe {
@@ -265,15 +264,15 @@ impl Tables for Maps<'_> {
                 *count += 1;
             }
         } else {
-            // Where there is no room for another source, it has no limit of its own.
-            let _ = SOURCES.insert(overlay.address, 1, BPF_NOEXIST.into());
+            // Where there is no room for another account, it has no limit of its own.
+            let _ = SOURCES.insert(account, 1, BPF_NOEXIST.into());
         }
         true
     }
 
     #[inline(never)]
-    fn give_place_back(&self, overlay: &Prefix) {
-        if let Some(count) = SOURCES.get_ptr_mut(overlay.address) {
+    fn give_place_back(&self, account: &Account) {
+        if let Some(count) = SOURCES.get_ptr_mut(account) {
             // SAFETY: as in `take_place`.
             unsafe { *count = (*count).saturating_sub(1) };
         }

@@ -23,12 +23,13 @@ fn router(route: u32) -> World {
         flags: Settings::FIB_MTU,
         generation: 1,
         flows_per_source: 10,
+        flows_from_subnet: 10,
         ports: [1024, 2047],
         kept_ports: [1024, u16::MAX],
         ..Settings::default()
     });
     world.ingress = [TUN, NIC];
-    world.overlay = vec![v4([100, 0, 0, 0])];
+    world.overlay = vec![(v4([100, 0, 0, 0]), 1)];
     world.routes = vec![(v4([10, 0, 0, 0]), Route { flags: route })];
     let link = Link {
         mtu: 1500,

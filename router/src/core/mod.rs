@@ -7,6 +7,7 @@
 
 mod foreign;
 mod names;
+mod numbers;
 mod plan;
 mod vrf;
 
@@ -17,6 +18,7 @@ use ipnet::IpNet;
 
 pub use foreign::{Foreign, PATIENCE};
 pub use names::{Names, REFRESH, RETRY};
+pub use numbers::PeerNumbers;
 pub use plan::{Facts, LinkFacts, Plan, peer_spec, plan};
 pub use vrf::Vrf;
 

@@ -270,6 +270,8 @@ pub fn plan(
             mtu: local.mtu,
             subnet: subnet.into_iter().collect(),
             overlay: overlay.into_iter().collect(),
+            // Numbers outlive plans: whoever keeps them fills this in.
+            peers: BTreeMap::new(),
             own,
             routes: snapshot.routes.clone(),
             policy: snapshot.policy.clone(),

@@ -11,10 +11,18 @@ use super::FLOWS_PER_SOURCE;
 pub struct Limits {
     /// Most flows of each family.
     pub flows: u32,
-    /// Most flows that one overlay address may open.
+    /// Most flows of each family that one peer may open, and one host of the subnet side.
     pub flows_per_source: u32,
     /// How long an idle flow is kept.
     pub timeouts: Timeouts,
+}
+
+impl Limits {
+    /// Most flows of each family that the hosts of the subnet side may open together: half of the table,
+    /// so that they cannot lock the peers out.
+    pub fn flows_from_subnet(&self) -> u32 {
+        self.flows / 2
+    }
 }
 
 impl Default for Limits {

@@ -35,7 +35,7 @@ pub const KEPT_NAT_PORTS: RangeInclusive<u16> = 1_024..=60_999;
 /// from [`SLOW_NAT_PORTS`] and from those that Linux gives to the router's own sockets.
 pub const FAST_NAT_PORTS: RangeInclusive<u16> = 1_024..=32_767;
 
-/// Flows that one overlay address may have unless the configuration says otherwise.
+/// Flows of each family that one peer may open unless the configuration says otherwise.
 pub const FLOWS_PER_SOURCE: u32 = 16_384;
 
 /// One way of carrying clear packets.
@@ -85,6 +85,9 @@ pub struct Spec {
     pub subnet: Vec<Link>,
     /// The peers' allowed IPs: who may appear as a source from the TUN and as a destination into it.
     pub overlay: Vec<IpNet>,
+    /// The number of the peer whose allowed IP it is, by allowed IP: limits count by it. Those that are
+    /// not named are all of peer zero.
+    pub peers: BTreeMap<IpNet, u32>,
     /// The router's own overlay addresses, of which none is a peer's, whatever allowed IPs contain.
     pub own: BTreeSet<IpAddr>,
     /// Advertised routes.
@@ -108,6 +111,11 @@ pub struct Spec {
 }
 
 impl Spec {
+    /// The number of the peer that has an allowed IP.
+    pub fn peer(&self, allowed: &IpNet) -> u32 {
+        self.peers.get(allowed).copied().unwrap_or_default()
+    }
+
     /// The ports that the kernel gives to flows which it masquerades.
     pub fn kernel_nat_ports(&self) -> RangeInclusive<u16> {
         let all = if self.external.is_empty() {

@@ -2,7 +2,7 @@
 
 use super::{Daemon, Error};
 use crate::config::DatapathMode;
-use crate::datapath::ebpf::{Ebpf, Options, Pins};
+use crate::datapath::ebpf::{AtLimit, Ebpf, Opener, Options, Pins};
 use crate::datapath::limits::Limits;
 
 impl Daemon {
@@ -22,6 +22,45 @@ impl Daemon {
         if let Err(error) = self.netlink.probe_neighbours(&used).await {
             tracing::warn!(%error, "the next hops of flows were not looked after");
         }
+    }
+
+    /// Tells, once, who has as many flows as it may.
+    pub(super) fn tell_at_limit(&mut self) {
+        let report = self.ebpf.as_ref().and_then(Ebpf::flow_report);
+        let at_limit = report.map(|report| report.at_limit).unwrap_or_default();
+        for one in at_limit.iter().filter(|one| !self.at_limit.contains(one)) {
+            tracing::warn!("{}", self.at_limit_text(one));
+        }
+        self.at_limit = at_limit;
+    }
+
+    /// One sentence about one that has as many flows as it may.
+    pub(super) fn at_limit_text(&self, at_limit: &AtLimit) -> String {
+        let who = match at_limit.opener {
+            Opener::Peer(number) => {
+                let peer = self.numbers.find(number, &self.snapshot.peers);
+                let name = peer.map(|peer| {
+                    let name = peer.name.as_ref().map(|name| format!("{name:?}"));
+                    name.unwrap_or_else(|| peer.public_key.to_string())
+                });
+                format!("peer {}", name.unwrap_or_else(|| number.to_string()))
+            }
+            Opener::Host(address) => format!("host {address} of the subnet side"),
+            Opener::Subnet => "the subnet side".to_owned(),
+        };
+        let family = if at_limit.ipv4 { "IPv4" } else { "IPv6" };
+        let (limit, mend) = (
+            at_limit.limit,
+            match at_limit.opener {
+                Opener::Subnet => "a larger datapath.flows",
+                _ => "a larger datapath.flows_per_source",
+            },
+        );
+        format!(
+            "{who} has opened {limit} {family} flows, as many as it may: packets of further ones are \
+             dropped. See `sluice flows` for what they are; a scan or a flood is to be stopped there, \
+             what is well takes {mend}"
+        )
     }
 }
 

@@ -15,6 +15,9 @@ use crate::datapath::{Datapath, slow_reason};
 use crate::engine::{self, PeerStats};
 use crate::wireguard::keys::PublicKey;
 
+/// How many of those that have as many flows as they may are named.
+const NAMED_AT_LIMIT: usize = 16;
+
 impl Daemon {
     /// What the router is, does and suffers from, now.
     pub(super) fn status(&self) -> Status {
@@ -158,6 +161,12 @@ impl Daemon {
                     table.flows, table.capacity
                 ));
             }
+        }
+        let named = report.at_limit.iter().take(NAMED_AT_LIMIT);
+        named.for_each(|at_limit| problem(self.at_limit_text(at_limit)));
+        let more = report.at_limit.len().saturating_sub(NAMED_AT_LIMIT);
+        if more > 0 {
+            problem(format!("{more} more have opened as many flows as they may"));
         }
         let ended = report.ended;
         Some(FlowStatus {

@@ -77,7 +77,7 @@ fn the_object_keeps_its_contract() {
                 2 * 4096,
             ),
         ),
-        (abi::OVERLAY, (trie, 24, 4, 1 << 18)),
+        (abi::OVERLAY, (trie, 24, 8, 1 << 18)),
         (abi::ROUTES, (trie, 24, 4, 1 << 14)),
         (abi::LINKS, (hash, 4, 168, 256)),
         (
@@ -108,5 +108,5 @@ fn a_change_of_the_contract_changes_its_version() {
         size_of::<abi::Slot4>(),
         size_of::<abi::Slot6>(),
     );
-    assert_eq!((abi::ABI_VERSION, layout), (9, (29, 40, 24, 56, 64, 96)));
+    assert_eq!((abi::ABI_VERSION, layout), (10, (29, 40, 24, 56, 64, 96)));
 }

@@ -108,7 +108,8 @@ fn world(fixture: &Fixture, settings: Settings) -> World {
     let (tun, nic) = (spec.tun.index, spec.subnet[0].index);
     let mut world = World::new(settings);
     world.ingress = [tun, nic];
-    world.overlay = spec.overlay.iter().map(prefix).collect();
+    let numbered = |net| (prefix(net), spec.peer(net));
+    world.overlay = spec.overlay.iter().map(numbered).collect();
     world.own = spec.own.iter().map(|own| address(*own)).collect();
     let routes = spec.routes.iter().map(|route| {
         let snat = if route.snat { Route::SNAT } else { 0 };

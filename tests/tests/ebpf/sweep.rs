@@ -1,19 +1,20 @@
 //! The flow table under its sweeper, in the kernel.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use aya::Pod;
 use aya::maps::{HashMap, Map, MapData};
+use ipnet::IpNet;
 use lab::wait_until;
 use router::control::{Destination, Rule};
 use router::datapath::Datapath;
 use router::datapath::ebpf::{Ebpf, FlowFilter, Options};
 use router::datapath::limits::{Limits, Timeouts};
-use router_ebpf::abi::{Address, Flow, Key4, Side, Tuple};
+use router_ebpf::abi::{Account, Address, Flow, Key4, Side, Tuple};
 
 use super::fixture::*;
 
@@ -88,7 +89,7 @@ fn rule(from: &str) -> Rule {
 fn idle_and_forbidden_flows_end_and_all_others_stay() {
     lab::test(|lab| {
         router(lab)?.enter(|| {
-            let spec = Fixture::new(None)?.spec;
+            let mut spec = Fixture::new(None)?.spec;
             let mut ebpf = Ebpf::load_with(Options {
                 limits: Limits {
                     flows: 1 << 16,
@@ -105,20 +106,23 @@ fn idle_and_forbidden_flows_end_and_all_others_stay() {
             let tables = ebpf.flows();
             let [v4, _, sources] = tables.maps();
             let mut flows = map::<Key4, Flow>(v4)?;
-            let mut counts = map::<Address, u32>(sources)?;
+            let mut counts = map::<Account, u32>(sources)?;
+            let account = |peer: u8| Account::peer(peer.into(), &Address::v4([0; 4]));
             for peer in 1..=SOURCES {
                 for port in 0..FLOWS {
                     // Every third one has been idle since the boot; the others will not be.
                     let last_used = if port % 3 == 0 { 0 } else { now() + HOUR };
                     add(&mut flows, &tuple(peer, port), last_used)?;
                 }
-                counts.insert(Address::v4([100, 64, 0, peer]), 7, 0)?;
+                counts.insert(account(peer), 7, 0)?;
+                let own = IpNet::from(IpAddr::from([100, 64, 0, peer]));
+                spec.overlay.push(own);
+                spec.peers.insert(own, peer.into());
             }
             // One that has no flows any more.
-            counts.insert(Address::v4([100, 64, 0, 99]), 7, 0)?;
+            counts.insert(account(99), 7, 0)?;
 
             // A change of the policy has the table swept at once.
-            let mut spec = spec;
             spec.policy.rules = vec![rule("100.64.0.2/32"), rule("100.64.0.3/32")];
             ebpf.apply(&spec)?;
             let report = || ebpf.flow_report().context("nobody sweeps");
@@ -139,9 +143,13 @@ fn idle_and_forbidden_flows_end_and_all_others_stay() {
                 "half a flow is left"
             );
 
-            let counted: BTreeMap<Address, u32> = counts.iter().collect::<Result<_, _>>()?;
-            let wanted = [2, 3].map(|peer| (Address::v4([100, 64, 0, peer]), each as u32));
-            ensure!(counted == BTreeMap::from(wanted), "{counted:?}");
+            let counted = || -> anyhow::Result<BTreeMap<Account, u32>> {
+                Ok(counts.iter().collect::<Result<_, _>>()?)
+            };
+            let wanted = BTreeMap::from([2, 3].map(|peer| (account(peer), each as u32)));
+            wait_until(Duration::from_secs(20), "the sweep to count", || {
+                counted().is_ok_and(|counted| counted == wanted)
+            })?;
 
             let (listed, more) = tables.list(&FlowFilter::default(), usize::MAX)?;
             ensure!(listed.len() as u64 == 2 * each && !more);

@@ -30,7 +30,7 @@ pub(super) fn limits(raw: &Datapath<'_>, problems: &mut Problems<'_>) -> Limits 
         raw.flows_per_source,
         "datapath.flows_per_source",
         1..=*FLOWS.end(),
-        "number of flows of one overlay address",
+        "number of flows of one peer",
         default.flows_per_source,
     );
     let mut timeout = |number: Option<At<i64>>, key, what: &str, least: Duration, default| {

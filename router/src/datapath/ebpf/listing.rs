@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use router_ebpf::abi::{Address, Flow, Key4, Key6, Side, Tuple};
+use router_ebpf::abi::{Account, Address, Flow, Key4, Key6, Side, Tuple};
 use router_ebpf::packet::{ICMP, ICMPV6, TCP};
 
 use super::flows::{Key, Read, Table, partner};
@@ -64,7 +64,7 @@ impl FlowFilter {
 pub struct FlowTables {
     pub(super) v4: Flows<Key4>,
     pub(super) v6: Flows<Key6>,
-    pub(super) sources: Table<Address, u32>,
+    pub(super) sources: Table<Account, u32>,
 }
 
 impl std::fmt::Debug for FlowTables {
@@ -74,7 +74,7 @@ impl std::fmt::Debug for FlowTables {
 }
 
 impl FlowTables {
-    /// The maps themselves, for tests and measurements: IPv4 flows, IPv6 flows, sources.
+    /// The maps themselves, for tests and measurements: IPv4 flows, IPv6 flows, accounts.
     pub fn maps(&self) -> [BorrowedFd<'_>; 3] {
         [self.v4.table.fd(), self.v6.table.fd(), self.sources.fd()]
     }

@@ -3,6 +3,7 @@
 //! Attachments and maps are held by file descriptors. What is to outlive the daemon is pinned (see
 //! [`Pins`]), or (clsact) found again by name, so that nothing of ours outlives it unnoticed.
 
+mod accounts;
 mod attach;
 mod banks;
 mod clsact;
@@ -33,6 +34,7 @@ use aya::util::KernelVersion;
 use router_ebpf::abi::{self, Address, Side};
 use router_ebpf::verdict::Verdict;
 
+pub use accounts::{AtLimit, Opener};
 pub use attach::AttachMode;
 pub use denied::{DeniedPacket, DeniedPackets};
 pub use listing::{FlowFilter, FlowTables, FlowView};
@@ -42,6 +44,7 @@ pub use sweeper::{Ended, FamilyReport, FlowReport};
 
 use super::limits::Limits;
 use super::{Counter, Datapath, Error, Link, Spec};
+use accounts::Owners;
 use attach::{Attachment, Owner};
 use flows::Table;
 use settled::Flows;
@@ -171,7 +174,7 @@ impl Ebpf {
                 Err(error.to_string())
             }
         });
-        let tables = Tables::take(&mut programs, options.limits.flows_per_source)?;
+        let tables = Tables::take(&mut programs, options.limits)?;
         let flows = FlowTables {
             v4: Flows::take(&mut programs, abi::FLOWS4)?,
             v6: Flows::take(&mut programs, abi::FLOWS6)?,
@@ -313,6 +316,13 @@ impl Ebpf {
         if let Some(sweeper) = &self.sweeper {
             if let Some(policy) = changed {
                 sweeper.judge(Law::Policy(policy));
+            }
+            let known = self.spec.as_ref();
+            if known
+                .is_none_or(|known| (&known.overlay, &known.peers) != (&spec.overlay, &spec.peers))
+            {
+                let nets = spec.overlay.iter().map(|net| (*net, spec.peer(net)));
+                sweeper.judge(Law::Owners(Owners::new(nets)));
             }
             if self.spec.as_ref().map(external_addresses) != Some(external_addresses(spec)) {
                 sweeper.judge(Law::Addresses(external_addresses(spec)));

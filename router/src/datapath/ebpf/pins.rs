@@ -18,10 +18,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Array, Map, MapData, MapInfo, MapType};
-use router_ebpf::abi::{
-    ABI_VERSION, Address, FLOWS4, FLOWS6, Flow, Key4, Key6, MAX_SOURCES, SETTINGS, SOURCES,
-    Settings,
-};
+use router_ebpf::abi::{ABI_VERSION, FLOWS4, FLOWS6, Flow, Key4, Key6, SETTINGS, Settings};
 
 use super::clsact;
 
@@ -34,7 +31,7 @@ const FOLDER: &str = "sluice";
 /// Names of pinned attachments begin so; the interface's index follows.
 const LINK: &str = "from_subnet-";
 /// The maps that go on.
-const TABLES: [&str; 3] = [FLOWS4, FLOWS6, SOURCES];
+const TABLES: [&str; 2] = [FLOWS4, FLOWS6];
 /// `BPF_F_NO_PREALLOC` of linux/bpf.h, which all of them have.
 const NO_PREALLOC: u32 = 1;
 
@@ -114,12 +111,6 @@ impl Pins {
         for (name, key, value, entries) in [
             (FLOWS4, size_of::<Key4>(), size_of::<Flow>(), entries),
             (FLOWS6, size_of::<Key6>(), size_of::<Flow>(), entries),
-            (
-                SOURCES,
-                size_of::<Address>(),
-                size_of::<u32>(),
-                MAX_SOURCES as u32,
-            ),
         ] {
             let failed = |error| format!("{name} cannot be read: {error}");
             let info = MapInfo::from_pin(self.path(name)).map_err(failed)?;

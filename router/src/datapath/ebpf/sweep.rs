@@ -1,6 +1,6 @@
 //! Which flows end, and when: one pass over the flow table.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher as _};
 use std::io;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use router_ebpf::abi::{Address, Flow, Prefix, Side, Tuple};
 use router_ebpf::packet::{ICMP, ICMPV6, TCP};
 use router_ebpf::policy::NewFlow;
 
-use super::flows::{Key, Store, in_batches, partner};
+use super::flows::{Key, Store, partner};
 use super::policy::Compiled;
 use super::settled::Settle;
 use crate::datapath::limits::Timeouts;
@@ -68,8 +68,10 @@ pub(super) struct Tally {
     pub(super) strays: u64,
     /// Entries that are settled, of each flow up to two.
     pub(super) settled: u64,
-    /// Flows of each overlay address.
+    /// Flows that each overlay address has opened.
     pub(super) sources: HashMap<Address, u32>,
+    /// Flows that each host of the subnet side has opened.
+    pub(super) hosts: HashMap<Address, u32>,
     /// Interface and hardware address of the next hops in use.
     pub(super) next_hops: HashSet<(u32, [u8; 6])>,
 }
@@ -250,7 +252,12 @@ impl<K: Key> Sweep<K> {
             }
         }
         tally.flows += 1;
-        *tally.sources.entry(tuple.source).or_default() += 1;
+        let (openers, opener) = if flow.flags & Flow::FROM_SUBNET == 0 {
+            (&mut tally.sources, tuple.source)
+        } else {
+            (&mut tally.hosts, tuple.destination)
+        };
+        *openers.entry(opener).or_default() += 1;
         if flow.link != 0 && idle(now, flow.last_used) < IN_USE {
             let [a, b, c, d, e, f, ..] = flow.hardware;
             tally.next_hops.insert((flow.link, [a, b, c, d, e, f]));
@@ -355,32 +362,6 @@ fn end<K: Key>(store: &mut impl Store<K, Flow>, key: &K, flow: &Flow) -> io::Res
 
 fn idle(now: u64, last_used: u64) -> Duration {
     Duration::from_nanos(now.saturating_sub(last_used))
-}
-
-/// Sets the number of flows of each source to what was counted. The programs count up meanwhile:
-/// what is lost thereby, the next pass finds.
-pub(super) fn recount(
-    store: &mut impl Store<Address, u32>,
-    counted: &HashMap<Address, u32>,
-) -> io::Result<()> {
-    let mut wrong = BTreeMap::new();
-    in_batches(store, |_, entries| {
-        for (source, count) in entries {
-            let real = counted.get(source).copied().unwrap_or(0);
-            if real != *count || real == 0 {
-                wrong.insert(*source, real);
-            }
-        }
-        Ok(())
-    })?;
-    for (source, real) in wrong {
-        if real == 0 {
-            store.remove(&source)?;
-        } else {
-            store.put(&source, &real)?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -8,13 +8,14 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use aya::maps::MapError;
-use router_ebpf::abi::{Address, Key4, Key6};
+use router_ebpf::abi::{Account, Address, Key4, Key6};
 
+use super::accounts::{AtLimit, Owners, recount};
 use super::flows::{Key, Store, Table, in_batches};
 use super::listing::FlowTables;
 use super::policy::Compiled;
 use super::settled::{Settle, Settler};
-use super::sweep::{SETTLING, Sweep, Tally, recount};
+use super::sweep::{SETTLING, Sweep, Tally};
 use crate::datapath::limits::Limits;
 
 /// From the end of one pass to the beginning of the next, at most...
@@ -38,6 +39,8 @@ pub struct FlowReport {
     pub error: Option<String>,
     /// Interface index and hardware address of the next hops that flows use.
     pub next_hops: HashSet<(u32, [u8; 6])>,
+    /// Who had as many flows as it may, and so gets no new ones.
+    pub at_limit: Vec<AtLimit>,
 }
 
 /// The flows of one address family.
@@ -82,7 +85,7 @@ impl Ended {
 pub(super) struct Maps {
     pub(super) v4: Settler<Key4>,
     pub(super) v6: Settler<Key6>,
-    pub(super) sources: Table<Address, u32>,
+    pub(super) sources: Table<Account, u32>,
 }
 
 impl Maps {
@@ -150,6 +153,8 @@ pub(super) enum Law {
     Policy(Arc<Compiled>),
     /// What translated flows may have as their external address.
     Addresses(HashSet<Address>),
+    /// Whose flows are counted together.
+    Owners(Owners),
     /// None: the next daemon goes on with the table.
     Left,
 }
@@ -171,7 +176,8 @@ impl Sweeper {
             maps,
             v4: Sweep::new(limits.timeouts, limits.flows),
             v6: Sweep::new(limits.timeouts, limits.flows),
-            capacity: limits.flows.into(),
+            limits: *limits,
+            owners: Owners::default(),
             report: Arc::clone(&report),
         };
         let thread = thread::Builder::new()
@@ -217,7 +223,8 @@ struct Work {
     maps: Maps,
     v4: Sweep<Key4>,
     v6: Sweep<Key6>,
-    capacity: u64,
+    limits: Limits,
+    owners: Owners,
     report: Arc<Mutex<FlowReport>>,
 }
 
@@ -248,6 +255,7 @@ impl Work {
                         self.v4.know(Arc::clone(&addresses));
                         self.v6.know(addresses);
                     }
+                    Law::Owners(owners) => self.owners = owners,
                     Law::Left => {
                         if let Err(error) = self.maps.refresh() {
                             tracing::warn!(%error, "the flow table is left as it was some seconds ago");
@@ -259,26 +267,27 @@ impl Work {
         }
     }
 
-    fn pass(&mut self, policy: Option<&Compiled>) -> io::Result<[Tally; 2]> {
+    fn pass(&mut self, policy: Option<&Compiled>) -> io::Result<([Tally; 2], Vec<AtLimit>)> {
         let v4 = self.v4.pass(&mut self.maps.v4, monotonic()?, policy)?;
         let v6 = self.v6.pass(&mut self.maps.v6, monotonic()?, policy)?;
-        let mut counted = v4.sources.clone();
-        // The families have no address in common.
-        counted.extend(&v6.sources);
-        recount(&mut self.maps.sources, &counted)?;
-        Ok([v4, v6])
+        // The families have no account in common.
+        let mut counted = self.owners.accounts(&v4);
+        counted.extend(self.owners.accounts(&v6));
+        let at_limit = recount(&mut self.maps.sources, &counted, &self.limits)?;
+        Ok(([v4, v6], at_limit))
     }
 
-    fn publish(&self, outcome: io::Result<[Tally; 2]>, took: Duration) {
+    fn publish(&self, outcome: io::Result<([Tally; 2], Vec<AtLimit>)>, took: Duration) {
         let mut report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
         report.took = took;
         match outcome {
-            Ok([v4, v6]) => {
+            Ok(([v4, v6], at_limit)) => {
+                report.at_limit = at_limit;
                 let families = [(&v4, self.v4.pressure()), (&v6, self.v6.pressure())];
                 report.families = families.map(|(tally, pressure)| FamilyReport {
                     flows: tally.flows,
                     settled: tally.settled,
-                    capacity: self.capacity,
+                    capacity: self.limits.flows.into(),
                     pressure,
                 });
                 report.ended.add(&v4);

@@ -18,6 +18,7 @@ use super::banks::Banks;
 use super::policy::Compiled;
 use super::{failed, take_map};
 use crate::control::{Denied, Route, RouteMode};
+use crate::datapath::limits::Limits;
 use crate::datapath::{Error, FAST_NAT_PORTS, KEPT_NAT_PORTS, Spec};
 
 /// Since this kernel a FIB lookup answers with the path's MTU.
@@ -29,7 +30,7 @@ pub(super) struct Tables {
     /// What is in `settings`.
     current: Settings,
     policy: Banks,
-    flows_per_source: u32,
+    limits: Limits,
     overlay: Mirror<Prefix, abi::Overlay, LpmTrie<MapData, Address, abi::Overlay>>,
     routes: Mirror<Prefix, abi::Route, LpmTrie<MapData, Address, abi::Route>>,
     links: Mirror<u32, abi::Link, HashMap<MapData, u32, abi::Link>>,
@@ -37,14 +38,14 @@ pub(super) struct Tables {
 
 impl Tables {
     /// Takes the maps out of the loaded object.
-    pub(super) fn take(programs: &mut aya::Ebpf, flows_per_source: u32) -> Result<Self, Error> {
+    pub(super) fn take(programs: &mut aya::Ebpf, limits: Limits) -> Result<Self, Error> {
         let settings: Array<_, Settings> = take_map(programs, abi::SETTINGS)?;
         let current = settings.get(&0, 0);
         Ok(Self {
             settings,
             current: current.map_err(|error| failed("read the eBPF settings", error))?,
             policy: Banks::take(programs)?,
-            flows_per_source,
+            limits,
             overlay: Mirror::new(
                 take_map(programs, abi::OVERLAY)?,
                 "overlay CIDRs",
@@ -64,11 +65,14 @@ impl Tables {
         let overlay = spec
             .overlay
             .iter()
-            .map(|cidr| (prefix(cidr), abi::Overlay::default()))
+            .map(|cidr| {
+                let peer = spec.peer(cidr);
+                (prefix(cidr), abi::Overlay { flags: 0, peer })
+            })
             // Later ones replace those before.
             .chain(spec.own.iter().map(|own| {
                 let flags = abi::Overlay::OWN;
-                (Prefix::host(address(*own)), abi::Overlay { flags })
+                (Prefix::host(address(*own)), abi::Overlay { flags, peer: 0 })
             }))
             .collect();
         let routes = spec
@@ -98,7 +102,8 @@ impl Tables {
         self.write(Settings {
             generation,
             bank,
-            flows_per_source: self.flows_per_source,
+            flows_per_source: self.limits.flows_per_source,
+            flows_from_subnet: self.limits.flows_from_subnet(),
             ..settings(spec)
         })?;
         Ok(self.policy.commit())

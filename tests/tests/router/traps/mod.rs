@@ -4,6 +4,7 @@ mod errors;
 mod flows;
 mod fragments;
 mod frames;
+mod limits;
 mod mtu;
 mod restart;
 mod services;
