@@ -125,12 +125,12 @@ pub trait Tables {
         flow::probe_mtu(packet, entry, self)
     }
 
-    /// [`flow::is_believed`].
-    fn is_believed(&self, side: Side, packet: &Packet, entry: Entry<'_>) -> bool
+    /// [`flow::look_across`].
+    fn look_across(&self, side: Side, packet: &Packet, entry: Entry<'_>) -> bool
     where
         Self: Sized,
     {
-        flow::is_believed(side, packet, entry, self)
+        flow::look_across(side, packet, entry, self)
     }
 
     /// [`fragment::lead`].

@@ -394,7 +394,8 @@ pub(crate) fn touch<T: Tables>(side: Side, packet: &Packet, entry: Entry<'_>, ta
     if flags & (SYN | FIN | RST) == 0 && seen & (Flow::ACK | Flow::RST) == Flow::ACK {
         return;
     }
-    let resets = flags & RST != 0 && tables.is_believed(side, packet, entry);
+    let begins = flags & (SYN | ACK) == SYN && seen != 0;
+    let resets = (flags & RST != 0 || begins) && tables.look_across(side, packet, entry);
     let now = seen_after(seen, flags, resets);
     if now != seen {
         entry.set_tcp(now);
@@ -421,14 +422,23 @@ fn seen_after(seen: u8, flags: u8, resets: bool) -> u8 {
     now
 }
 
-/// Whether the other end will believe an RST: its sequence number is where that end waits, or a
-/// little behind (RFC 5961, section 3.2, as far as one in the middle can tell).
+/// What a segment that begins or breaks off a connection is to the other direction. A SYN, once more
+/// from the same port, has both forget what was before. Of an RST it tells whether the other end will
+/// believe it: its sequence number is where that end waits, or a little behind (RFC 5961, section 3.2,
+/// as far as one in the middle can tell).
 #[inline(always)]
-pub fn is_believed<T: Tables>(side: Side, packet: &Packet, entry: Entry<'_>, tables: &T) -> bool {
+pub fn look_across<T: Tables>(side: Side, packet: &Packet, entry: Entry<'_>, tables: &T) -> bool {
     let (side, tuple) = entry.other(side, packet.flow_tuple());
     let Some(other) = tables.flow(side, &tuple) else {
         return true;
     };
+    if packet.tcp_flags & RST == 0 {
+        other.set_tcp(0);
+        for direction in [entry, other] {
+            direction.set_acknowledged(0);
+        }
+        return false;
+    }
     // An end that never acknowledged waits for whatever answers its SYN.
     other.acknowledged() == 0
         || packet.sequence[0].wrapping_sub(other.acknowledged()) < RESET_WINDOW

@@ -381,8 +381,8 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn is_believed(&self, side: Side, _: &Packet, _: Entry<'_>) -> bool {
-        steps::is_believed(self.ctx, side)
+    fn look_across(&self, side: Side, _: &Packet, _: Entry<'_>) -> bool {
+        steps::look_across(self.ctx, side)
     }
 
     #[inline(always)]

@@ -266,11 +266,11 @@ steps! {
         number(flow::probe_mtu(&work.packet, entry, &maps))
     }
 
-    /// [`flow::is_believed`]; not zero if it is.
-    sluice_is_believed(ctx, work, from) {
+    /// [`flow::look_across`]; not zero if that is true.
+    sluice_look_across(ctx, work, from) {
         let (maps, side) = (Maps::new(ctx), side(from));
         match maps.flow(side, work.packet.flow_tuple()) {
-            Some(entry) => flow::is_believed(side, &work.packet, entry, &maps).into(),
+            Some(entry) => flow::look_across(side, &work.packet, entry, &maps).into(),
             None => 0,
         }
     }
@@ -455,9 +455,9 @@ pub(crate) fn probe_mtu(ctx: &TcContext) -> Result<(), Verdict> {
 }
 
 #[inline(always)]
-pub(crate) fn is_believed(ctx: &TcContext, side: Side) -> bool {
+pub(crate) fn look_across(ctx: &TcContext, side: Side) -> bool {
     // SAFETY: see `run`.
-    unsafe { sluice_is_believed(ctx.skb.skb, side as u32) != 0 }
+    unsafe { sluice_look_across(ctx.skb.skb, side as u32) != 0 }
 }
 
 #[inline(always)]
