@@ -133,6 +133,14 @@ pub trait Tables {
         flow::look_across(side, packet, entry, self)
     }
 
+    /// [`flow::is_routers`].
+    fn is_routers(&self, packet: &Packet, entry: Entry<'_>) -> bool
+    where
+        Self: Sized,
+    {
+        flow::is_routers(packet, entry, self)
+    }
+
     /// [`fragment::lead`].
     fn lead(
         &self,
@@ -326,7 +334,7 @@ pub fn decide<F: Frame, T: Tables>(
     if forward.exit == Exit::Answer {
         return Ok(());
     }
-    flow::touch(side, packet, entry, tables);
+    flow::touch(side, packet, entry, tables)?;
 
     if packet.tcp_flags & SYN != 0 {
         // The segments that the announcement allows come the other way: every MTU on both sides

@@ -317,6 +317,12 @@ pub fn judge<T: Tables>(
     tables: &T,
 ) -> Result<(), Verdict> {
     let settings = tables.settings().ok_or(Verdict::DropInternal)?;
+    if entry.tcp() & Flow::LOST != 0 {
+        return Err(match side {
+            Side::Overlay => Verdict::DropNatExhausted,
+            Side::Subnet => Verdict::SlowToRouter,
+        });
+    }
     let tuple = packet.flow_tuple();
     let overlay = match side {
         Side::Overlay => *tuple,
@@ -372,18 +378,31 @@ pub fn probe_mtu<T: Tables>(packet: &Packet, entry: Entry<'_>, tables: &T) -> Re
 /// Notes that `packet` has passed. Writes only what differs: the entries of busy flows stay shared
 /// between the CPUs' caches.
 #[inline(always)]
-pub(crate) fn touch<T: Tables>(side: Side, packet: &Packet, entry: Entry<'_>, tables: &T) {
+pub(crate) fn touch<T: Tables>(
+    side: Side,
+    packet: &Packet,
+    entry: Entry<'_>,
+    tables: &T,
+) -> Result<(), Verdict> {
     // An error keeps nothing alive (RFC 5508, section 3.2).
     if packet.transport == Transport::Error {
-        return;
+        return Ok(());
     }
     let now = tables.now();
     // Another CPU's clock may be a tick ahead.
-    if now.saturating_sub(entry.last_used()) > Flow::COARSE {
+    let rested = now.saturating_sub(entry.last_used()) > Flow::COARSE;
+    if side == Side::Subnet
+        && (rested || packet.tcp_flags & SYN != 0)
+        && entry.flags() & Flow::SNAT != 0
+        && tables.is_routers(packet, entry)
+    {
+        return Err(Verdict::SlowToRouter);
+    }
+    if rested {
         entry.set_last_used(now);
     }
     if packet.transport != Transport::Tcp {
-        return;
+        return Ok(());
     }
     let flags = packet.tcp_flags;
     if flags & ACK != 0 && entry.acknowledged() != packet.sequence[1] {
@@ -392,7 +411,7 @@ pub(crate) fn touch<T: Tables>(side: Side, packet: &Packet, entry: Entry<'_>, ta
     let seen = entry.tcp();
     // All is well as long as acknowledgements come.
     if flags & (SYN | FIN | RST) == 0 && seen & (Flow::ACK | Flow::RST) == Flow::ACK {
-        return;
+        return Ok(());
     }
     let begins = flags & (SYN | ACK) == SYN && seen != 0;
     let resets = (flags & RST != 0 || begins) && tables.look_across(side, packet, entry);
@@ -400,6 +419,43 @@ pub(crate) fn touch<T: Tables>(side: Side, packet: &Packet, entry: Entry<'_>, ta
     if now != seen {
         entry.set_tcp(now);
     }
+    Ok(())
+}
+
+/// Whether `packet`, of the subnet side and of a translated flow, is for the router itself: for a socket
+/// that has got the flow's port later, or for a connection that connection tracking translates to it.
+/// Asked about each SYN and about one packet each second, for what else comes in between is most likely
+/// the flow's.
+#[inline(always)]
+pub fn is_routers<T: Tables>(packet: &Packet, entry: Entry<'_>, tables: &T) -> bool {
+    let tuple = packet.flow_tuple();
+    let (side, across) = entry.other(Side::Subnet, tuple);
+    let has_socket = tables.is_socket(tuple);
+    if packet.transport != Transport::Tcp {
+        if has_socket {
+            // So that the next one is asked about as well: such a socket may be gone soon.
+            entry.set_last_used(0);
+        }
+        return has_socket;
+    }
+    let Some(other) = tables.flow(side, &across) else {
+        return has_socket;
+    };
+    // An end that has long acknowledged waits for no answer to a SYN, but for one that is sent again.
+    let late = other.acknowledged().wrapping_sub(packet.sequence[0]);
+    let answers_another = packet.tcp_flags & (SYN | ACK | RST) == SYN | ACK
+        && other.tcp() & Flow::ACK != 0
+        && late >= RESET_WINDOW;
+    if !has_socket && !answers_another {
+        return false;
+    }
+    for direction in [entry, other] {
+        direction.set_tcp(Flow::LOST);
+        direction.set_last_used(0);
+        // Each packet is judged, see `judge`.
+        direction.set_generation(0);
+    }
+    true
 }
 
 /// [`Flow::tcp`] of a direction after a segment with `flags`.

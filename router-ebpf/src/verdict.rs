@@ -69,7 +69,7 @@ verdicts! {
     SlowTransport Slow "slow_transport" "The transport header is cut short or impossible.";
     SlowTtl Slow "slow_ttl" "The TTL ends here, and the kernel sends the ICMP error.";
     SlowMtu Slow "slow_mtu" "Too big for the way on; the kernel fragments it or sends the ICMP error.";
-    SlowToRouter Slow "slow_to_router" "The kernel would not forward it: an address of the router itself, or no route.";
+    SlowToRouter Slow "slow_to_router" "The kernel would not forward it: an address or a connection of the router itself, or no route.";
     SlowNoNeighbour Slow "slow_no_neighbour" "The next hop's hardware address is not known yet; the kernel resolves it.";
     SlowOtherLink Slow "slow_other_link" "The kernel's route leads to an interface that the programs are not attached to.";
     SlowFib Slow "slow_fib" "The kernel's routing refuses it or needs more than a header: forwarding off, blackhole, prohibit, encapsulation.";
@@ -78,7 +78,7 @@ verdicts! {
     DropPolicy Drop "drop_policy" "Of a flow that no rule of the policy allows.";
     DropSourceLimit Drop "drop_source_limit" "A new flow of a peer, or of the subnet side, that has as many as it may.";
     DropTableFull Drop "drop_table_full" "A new flow, and the flow table is full.";
-    DropNatExhausted Drop "drop_nat_exhausted" "A new flow, and no port is free to translate it to.";
+    DropNatExhausted Drop "drop_nat_exhausted" "A new flow, and no port is free to translate it to; or one whose port the router itself has got.";
     DropFragment Drop "drop_fragment" "A fragment that came before the first one, which has the ports.";
     DropTooBig Drop "drop_too_big" "Too big for the way on; an ICMP error is sent unless there are too many.";
     DropTtl Drop "drop_ttl" "The TTL of a reply to a translated flow ends here; an ICMP error is sent unless there are too many.";

@@ -20,6 +20,7 @@ mod whereabouts;
 use std::future::pending;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -142,6 +143,8 @@ struct Daemon {
     core: Core,
     names: Names,
     numbers: PeerNumbers,
+    /// `net.ipv4.ip_local_port_range`, as last read.
+    local_ports: Option<RangeInclusive<u16>>,
     /// Who had as many flows as it may, as last told.
     at_limit: Vec<AtLimit>,
     lookups: JoinSet<(String, u16, Result<Vec<SocketAddr>, String>)>,
@@ -237,6 +240,7 @@ impl Daemon {
             core: Core::default(),
             names: Names::default(),
             numbers: PeerNumbers::default(),
+            local_ports: sysctl::local_ports(),
             at_limit: Vec::new(),
             lookups: JoinSet::new(),
             facts_due: None,
@@ -397,6 +401,7 @@ impl Daemon {
             self.neighbours_due = now + NEIGHBOURS;
             self.look_after_neighbours().await;
             self.tell_at_limit();
+            self.look_at_local_ports();
         }
         while let Some((host, port)) = self.names.poll_due(now) {
             self.lookups.spawn(async move {
@@ -453,6 +458,7 @@ impl Daemon {
             &self.facts,
             |host, port| names.addresses(host, port).to_vec(),
         );
+        plan.datapath.local_ports = self.local_ports.clone();
         plan.datapath.peers = self.numbers.assign(&self.snapshot.peers);
         self.tell_absent(&plan);
         self.ipv6.tell(plan.without_ipv6());

@@ -288,6 +288,9 @@ impl Flow {
     pub const RST: u8 = 1 << 2;
     /// TCP: an acknowledgement without SYN.
     pub const ACK: u8 = 1 << 3;
+    /// TCP: a connection of the router itself, or one that its kernel translates, has got the translated
+    /// port since. The flow is over.
+    pub const LOST: u8 = 1 << 4;
 
     /// `clause` when there are no rules.
     pub const NO_CLAUSE: u16 = u16::MAX;

@@ -386,6 +386,11 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
+    fn is_routers(&self, _: &Packet, _: Entry<'_>) -> bool {
+        steps::is_routers(self.ctx)
+    }
+
+    #[inline(always)]
     fn lead(&self, side: Side, _: &Packet, translated: bool, stack: bool) -> Result<(), Verdict> {
         steps::lead(self.ctx, side, translated, stack)
     }

@@ -275,6 +275,15 @@ steps! {
         }
     }
 
+    /// [`flow::is_routers`]; not zero if it is.
+    sluice_is_routers(ctx, work) {
+        let maps = Maps::new(ctx);
+        match maps.flow(Side::Subnet, work.packet.flow_tuple()) {
+            Some(entry) => flow::is_routers(&work.packet, entry, &maps).into(),
+            None => 0,
+        }
+    }
+
     /// [`fragment::lead`].
     sluice_lead(ctx, work, from, translated, stack) {
         number(fragment::lead(side(from), &work.packet, &Maps::new(ctx), translated != 0, stack != 0))
@@ -458,6 +467,12 @@ pub(crate) fn probe_mtu(ctx: &TcContext) -> Result<(), Verdict> {
 pub(crate) fn look_across(ctx: &TcContext, side: Side) -> bool {
     // SAFETY: see `run`.
     unsafe { sluice_look_across(ctx.skb.skb, side as u32) != 0 }
+}
+
+#[inline(always)]
+pub(crate) fn is_routers(ctx: &TcContext) -> bool {
+    // SAFETY: see `run`.
+    unsafe { sluice_is_routers(ctx.skb.skb) != 0 }
 }
 
 #[inline(always)]

@@ -12,6 +12,7 @@ use crate::site::*;
 use crate::world::World;
 
 mod limits;
+mod ports;
 mod reuse;
 
 #[test]

@@ -272,6 +272,7 @@ pub fn plan(
             overlay: overlay.into_iter().collect(),
             // Numbers outlive plans: whoever keeps them fills this in.
             peers: BTreeMap::new(),
+            local_ports: None,
             own,
             routes: snapshot.routes.clone(),
             policy: snapshot.policy.clone(),

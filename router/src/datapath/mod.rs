@@ -26,14 +26,16 @@ pub const KERNEL_NAT_PORTS: RangeInclusive<u16> = 32_768..=60_999;
 /// translate. Neither knows the other's flows, so no program uses a port of this range.
 pub const SLOW_NAT_PORTS: RangeInclusive<u16> = 61_000..=65_535;
 
-/// Ports (and ICMP ids) that flows keep when the eBPF programs translate them, unless another flow
-/// or a socket of the router has them toward the same destination. Well-known ports are not kept:
-/// they are the router's own services.
-pub const KEPT_NAT_PORTS: RangeInclusive<u16> = 1_024..=60_999;
+/// Ports (and ICMP ids) that the eBPF programs translate to: apart from [`SLOW_NAT_PORTS`] and from the
+/// well-known ones, which are the router's own services. Those that Linux gives to the router's own
+/// sockets are left out too, see [`Spec::fast_nat_ports`].
+pub const FAST_NAT_PORTS: RangeInclusive<u16> = 1_024..=60_999;
 
-/// Ports (and ICMP ids) that the eBPF programs choose for flows which cannot keep theirs: apart
-/// from [`SLOW_NAT_PORTS`] and from those that Linux gives to the router's own sockets.
-pub const FAST_NAT_PORTS: RangeInclusive<u16> = 1_024..=32_767;
+/// Ports that Linux gives to sockets by itself, unless `net.ipv4.ip_local_port_range` says otherwise.
+pub const LOCAL_PORTS: RangeInclusive<u16> = 32_768..=60_999;
+
+/// With fewer ports than these the programs would soon have none left toward a busy server.
+const LEAST_FAST_NAT_PORTS: usize = 4_096;
 
 /// Flows of each family that one peer may open unless the configuration says otherwise.
 pub const FLOWS_PER_SOURCE: u32 = 16_384;
@@ -104,6 +106,9 @@ pub struct Spec {
     /// All addresses of the subnet-side NICs. A flow that is translated to none of them, nor to an
     /// external one, has lost its address: no reply can come.
     pub addresses: BTreeSet<IpAddr>,
+    /// Ports that the kernel gives to the router's own sockets (`net.ipv4.ip_local_port_range`); `None`:
+    /// [`LOCAL_PORTS`].
+    pub local_ports: Option<RangeInclusive<u16>>,
     /// The listen port if the uplink's guard may stand in front of it: what comes back for a flow
     /// that was translated to it would be taken for junk. (The eBPF programs take no port that a
     /// socket has.)
@@ -114,6 +119,28 @@ impl Spec {
     /// The number of the peer that has an allowed IP.
     pub fn peer(&self, allowed: &IpNet) -> u32 {
         self.peers.get(allowed).copied().unwrap_or_default()
+    }
+
+    /// Ports (and ICMP ids) that flows keep when the eBPF programs translate them, unless another flow
+    /// or a socket of the router has them toward the same destination, and that they get otherwise. And
+    /// whether the kernel gives none of these to the router's own sockets, which come later: their
+    /// servers' answers would be taken for the flow's.
+    pub fn fast_nat_ports(&self) -> (RangeInclusive<u16>, bool) {
+        let (first, last) = FAST_NAT_PORTS.into_inner();
+        let local = self.local_ports.as_ref().unwrap_or(&LOCAL_PORTS);
+        // One range: the larger part.
+        let below = first..=last.min(local.start().saturating_sub(1));
+        let above = first.max(local.end().saturating_add(1))..=last;
+        let larger = if above.len() > below.len() {
+            above
+        } else {
+            below
+        };
+        if larger.len() >= LEAST_FAST_NAT_PORTS {
+            (larger, true)
+        } else {
+            (first..=LOCAL_PORTS.start() - 1, false)
+        }
     }
 
     /// The ports that the kernel gives to flows which it masquerades.
@@ -158,6 +185,22 @@ pub struct Link {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_programs_translate_to_no_port_that_the_kernel_gives_to_sockets() {
+        let ports = |local_ports| {
+            let spec = Spec {
+                local_ports,
+                ..Spec::default()
+            };
+            spec.fast_nat_ports()
+        };
+        assert_eq!(ports(None), (1024..=32_767, true));
+        assert_eq!(ports(Some(10_000..=20_000)), (20_001..=60_999, true));
+        assert_eq!(ports(Some(40_000..=65_535)), (1024..=39_999, true));
+        assert_eq!(ports(Some(1024..=50_000)), (50_001..=60_999, true));
+        assert_eq!(ports(Some(1024..=65_535)), (1024..=32_767, false));
+    }
 
     #[test]
     fn the_kernel_translates_to_no_guarded_port() {

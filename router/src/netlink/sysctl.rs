@@ -14,6 +14,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write as _};
+use std::ops::RangeInclusive;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -83,6 +84,13 @@ fn ipv6_at(root: &Path, device: &str) -> Ipv6 {
         None if conf.exists() => Ipv6::On,
         None => Ipv6::Absent,
     }
+}
+
+/// The ports that this namespace's kernel gives to sockets by itself; `None` where it does not tell.
+pub fn local_ports() -> Option<RangeInclusive<u16>> {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
+    let mut ports = text.split_whitespace().map(|port| port.parse().ok());
+    Some(ports.next()??..=ports.next()??)
 }
 
 /// One changed value. Paths are relative to `/proc/sys`; an interface name may hold dots, so the

@@ -4,6 +4,7 @@ use super::{Daemon, Error};
 use crate::config::DatapathMode;
 use crate::datapath::ebpf::{AtLimit, Ebpf, Opener, Options, Pins};
 use crate::datapath::limits::Limits;
+use crate::netlink::sysctl;
 
 impl Daemon {
     /// The kernel's routing may lead elsewhere: the programs must not rely on what they know of it.
@@ -22,6 +23,36 @@ impl Daemon {
         if let Err(error) = self.netlink.probe_neighbours(&used).await {
             tracing::warn!(%error, "the next hops of flows were not looked after");
         }
+    }
+
+    /// Follows the kernel's range of ports for sockets, of whose changes nobody tells.
+    pub(super) fn look_at_local_ports(&mut self) {
+        let local_ports = sysctl::local_ports();
+        if local_ports != self.local_ports {
+            tracing::info!(
+                ?local_ports,
+                "net.ipv4.ip_local_port_range has changed: the fast path translates to ports beside it"
+            );
+            self.local_ports = local_ports;
+            self.replan();
+        }
+    }
+
+    /// What is wrong with the ports that flows are translated to.
+    pub(super) fn ports_problem(&self) -> Option<String> {
+        let spec = &self.core.wanted()?.datapath;
+        let (ports, apart) = spec.fast_nat_ports();
+        let translates = spec.routes.iter().any(|route| route.snat);
+        let local = spec.local_ports.as_ref().filter(|_| translates && !apart)?;
+        Some(format!(
+            "net.ipv4.ip_local_port_range is {} to {}, which leaves no ports to the flows that the fast \
+             path translates: a connection of the router itself to a server that peers use too may get a \
+             port of theirs, from {} to {}, and hang. Set it to 32768 60999",
+            local.start(),
+            local.end(),
+            ports.start(),
+            ports.end(),
+        ))
     }
 
     /// Tells, once, who has as many flows as it may.

@@ -162,6 +162,9 @@ impl Daemon {
                 ));
             }
         }
+        if let Some(error) = self.ports_problem() {
+            problem(error);
+        }
         let named = report.at_limit.iter().take(NAMED_AT_LIMIT);
         named.for_each(|at_limit| problem(self.at_limit_text(at_limit)));
         let more = report.at_limit.len().saturating_sub(NAMED_AT_LIMIT);

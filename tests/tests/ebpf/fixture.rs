@@ -233,6 +233,8 @@ impl Fixture {
             overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
             own: FAMILIES.map(|family| family.overlay(1)).into(),
             routes,
+            // So that the tests' ports are kept.
+            local_ports: Some(61_000..=65_535),
             ..Spec::default()
         };
         let mut ebpf = Ebpf::load_with(options)?;

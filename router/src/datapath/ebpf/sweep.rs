@@ -230,6 +230,10 @@ impl<K: Key> Sweep<K> {
             tally.denied += 1;
             return end(store, key, flow).map(|()| false);
         }
+        if flow.tcp & Flow::LOST != 0 {
+            tally.early += 1;
+            return end(store, key, flow).map(|()| false);
+        }
         if self.has_lost_address(&tuple, flow, now) {
             tally.addressless += 1;
             return end(store, key, flow).map(|()| false);

@@ -4,7 +4,6 @@ use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use aya::Pod;
@@ -19,7 +18,7 @@ use super::policy::Compiled;
 use super::{failed, take_map};
 use crate::control::{Denied, Route, RouteMode};
 use crate::datapath::limits::Limits;
-use crate::datapath::{Error, FAST_NAT_PORTS, KEPT_NAT_PORTS, Spec};
+use crate::datapath::{Error, Spec};
 
 /// Since this kernel a FIB lookup answers with the path's MTU.
 const FIB_MTU_KERNEL: KernelVersion = KernelVersion::new(5, 12, 0);
@@ -176,7 +175,8 @@ fn link_value(mtu: u32, external: &[IpAddr]) -> abi::Link {
 }
 
 fn settings(spec: &Spec) -> Settings {
-    let ends = |ports: RangeInclusive<u16>| [*ports.start(), *ports.end()];
+    let ports = spec.fast_nat_ports().0;
+    let ports = [*ports.start(), *ports.end()];
     let mut flags = 0;
     if KernelVersion::current().is_ok_and(|version| version >= FIB_MTU_KERNEL) {
         flags |= Settings::FIB_MTU;
@@ -189,8 +189,8 @@ fn settings(spec: &Spec) -> Settings {
         flags,
         tun: spec.tun.index,
         mtu: u32::from(spec.mtu),
-        kept_ports: ends(KEPT_NAT_PORTS),
-        ports: ends(FAST_NAT_PORTS),
+        kept_ports: ports,
+        ports,
         ..Settings::default()
     }
 }

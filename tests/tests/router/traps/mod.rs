@@ -6,6 +6,7 @@ mod fragments;
 mod frames;
 mod limits;
 mod mtu;
+mod ports;
 mod restart;
 mod services;
 
