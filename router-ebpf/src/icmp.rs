@@ -66,7 +66,8 @@ fn quote<F: Frame>(seen_by: Side, packet: &Packet, frame: &F) -> Option<Tuple> {
 }
 
 /// Sets [`Packet::flow`] to the flow that the error `packet` is about, as this side's packets have
-/// it.
+/// it. Of a peer only what is about its own flows is believed: it cannot have met another's packets,
+/// and the far end would lower the path MTU for all whom the router translates.
 #[inline(always)]
 pub(crate) fn concerned<F: Frame, T: Tables>(
     side: Side,
@@ -74,12 +75,19 @@ pub(crate) fn concerned<F: Frame, T: Tables>(
     frame: &F,
     tables: &T,
 ) -> Result<(), Verdict> {
-    if side == Side::Overlay && tables.peer(&Prefix::host(packet.tuple.source)).is_none() {
+    let peer = match side {
+        Side::Overlay => tables.peer(&Prefix::host(packet.tuple.source)),
+        Side::Subnet => None,
+    };
+    if side == Side::Overlay && peer.is_none() {
         return Err(Verdict::DropSpoofed);
     }
     // The packet came through the other program, the other way.
     match quote(side.other(), packet, frame) {
         Some(quoted) if quoted.source == packet.tuple.destination => {
+            if peer.is_some() && tables.peer(&Prefix::host(quoted.destination)) != peer {
+                return Err(Verdict::DropSpoofed);
+            }
             packet.flow = quoted.reversed();
             Ok(())
         }

@@ -73,7 +73,7 @@ verdicts! {
     SlowNoNeighbour Slow "slow_no_neighbour" "The next hop's hardware address is not known yet; the kernel resolves it.";
     SlowOtherLink Slow "slow_other_link" "The kernel's route leads to an interface that the programs are not attached to.";
     SlowFib Slow "slow_fib" "The kernel's routing refuses it or needs more than a header: forwarding off, blackhole, prohibit, encapsulation.";
-    DropSpoofed Drop "drop_spoofed" "From the tunnel, with a source that is no peer's.";
+    DropSpoofed Drop "drop_spoofed" "From the tunnel, with a source that is no peer's, or an ICMP error about another peer's packet.";
     DropMalformed Drop "drop_malformed" "From the tunnel, and not a whole IP packet.";
     DropPolicy Drop "drop_policy" "Of a flow that no rule of the policy allows.";
     DropSourceLimit Drop "drop_source_limit" "A new flow of a peer, or of the subnet side, that has as many as it may.";

@@ -224,3 +224,44 @@ fn a_reply_at_its_last_hop_is_answered() {
         assert_eq!(answered(&mut world, &error, 0), (Verdict::DropTtl, None));
     }
 }
+
+#[test]
+fn an_error_of_a_peer_about_anothers_flow_is_not_believed() {
+    for family in FAMILIES {
+        let [peer, stranger, ..] = family.peers.map(ip);
+        let [server, _] = family.servers.map(ip);
+        for snat in [false, true] {
+            let external = if snat { ip(family.external) } else { peer };
+            let mut world = router(snat);
+            flows(&mut world, peer, server);
+            let reply = Ip::udp(server, external, 90).ports(80, 62_000);
+            let reply = if snat {
+                let (_, left) = flows(&mut world, peer, server).remove(1);
+                reply.ports(80, u16::from_be_bytes([left.payload[0], left.payload[1]]))
+            } else {
+                reply
+            };
+            let arrived = down(&mut world, &reply).unwrap();
+            for kind in kinds(peer.is_ipv4()) {
+                let error = |from| Ip::error(from, server, kind, 600, &arrived.bytes());
+                let refused = up(&mut world, &error(stranger));
+                assert_eq!(refused, Err(Verdict::DropSpoofed), "{kind:?}");
+                assert!(up(&mut world, &error(peer)).is_ok(), "{kind:?}");
+            }
+            // A router in the network of the peer may tell of it.
+            for (cidr, number) in &mut world.overlay {
+                if cidr.address == address(stranger) {
+                    *number = 1;
+                }
+            }
+            let error = Ip::error(
+                stranger,
+                server,
+                kinds(peer.is_ipv4())[0],
+                0,
+                &arrived.bytes(),
+            );
+            assert!(up(&mut world, &error).is_ok());
+        }
+    }
+}

@@ -8,6 +8,7 @@ mod astray;
 mod away;
 mod clamp;
 mod denied;
+mod errors;
 mod kept;
 mod loss;
 mod policy;

@@ -7,6 +7,7 @@
 //! | `output` | what the machine itself sends | sends to `astray` |
 //! | `astray` | what leaves by another than the TUN device | drops what is for a peer, see `astray` |
 //! | `from_overlay` | from a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones to routed CIDRs, or to a peer if the policy has let them |
+//! | `errors` | ICMP errors of a peer about a flow | drops those about another peer's, see `errors` |
 //! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones from routed CIDRs, if the policy lets them |
 //! | `permit` | all that comes from the TUN device, once there are rules | ends new flows that no rule allows, also those to the router itself |
 //! | `peer_may`, `subnet_may` | what would be answered, and is no first packet of a flow | drops it silently where the other end may open the flow, see `denied` |
@@ -29,6 +30,7 @@ use router_ebpf::abi::HANDED_OVER;
 use super::astray::{self, ASTRAY};
 use super::clamp;
 use super::denied;
+use super::errors;
 use super::policy::Compiled;
 use super::span::Family;
 use super::tables::{FamilyTables, Tables};
@@ -94,7 +96,7 @@ pub(super) const COUNTERS: &[Named] = &[
 
 /// Counters of one direction.
 pub(super) struct Direction {
-    forwarded: Named,
+    pub(super) forwarded: Named,
     pub(super) clamped: Named,
     pub(super) drop_policy: Named,
     pub(super) reject_policy: Named,
@@ -110,7 +112,7 @@ pub(super) const FROM: Direction = Direction {
     drop_not_routed: named("from_not_routed", "kernel_from_overlay", "drop_not_routed"),
     drop_invalid: named("from_invalid", "kernel_from_overlay", "drop_invalid"),
 };
-const DROP_SPOOFED: Named = named("from_spoofed", "kernel_from_overlay", "drop_spoofed");
+pub(super) const DROP_SPOOFED: Named = named("from_spoofed", "kernel_from_overlay", "drop_spoofed");
 /// Counts flows, not packets: only the first packet of a flow is asked about.
 pub(super) const MASQUERADED: Named = named(
     "from_masqueraded",
@@ -178,7 +180,7 @@ impl Sets {
         }
     }
 
-    fn original_source(&self) -> Ct {
+    pub(super) fn original_source(&self) -> Ct {
         match self.family {
             Family::V4 => Ct::OriginalSource4,
             Family::V6 => Ct::OriginalSource6,
@@ -209,6 +211,7 @@ pub(super) fn write(
         write_sets(tx, tables, restricted, &sets);
         sets
     });
+    errors::write(tx, tables.families(), &families);
     for chain in ["clamp_from", "clamp_to", "from_overlay", "to_overlay"] {
         tx.chain(chain);
     }
@@ -408,6 +411,7 @@ fn write_from_overlay(
     tx.rule(chain, |r| {
         decide(handed_over(r), FROM.forwarded, Verdict::Accept)
     });
+    errors::ask(tx, chain);
     known_flows(tx, chain, FROM.forwarded);
     if restricted {
         tx.rule(chain, |r| {

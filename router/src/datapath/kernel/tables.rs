@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use super::errors::Together;
 use super::kept::Carried;
 use super::policy::{Compiled, compile};
 use super::span::{Family, Span, holds, merge, number, partition, span, union};
@@ -26,6 +27,8 @@ pub(super) struct FamilyTables {
     pub(super) family: Family,
     /// Addresses of peers.
     pub(super) overlay: Vec<Span>,
+    /// Which addresses are of one peer, see [`Together`].
+    pub(super) together: Together,
     /// Routed addresses.
     pub(super) routes: Vec<Span>,
     /// Routed addresses toward which sources are translated.
@@ -97,6 +100,7 @@ impl FamilyTables {
             from: compile(&spec.policy, family, &overlay),
             to: compile(&spec.policy, family, &routes),
             snat: translated(spec, family),
+            together: Together::new(spec, family),
             overlay,
             routes,
         }

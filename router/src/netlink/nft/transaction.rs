@@ -284,7 +284,32 @@ impl<'t> Transaction<'t> {
         self.elements(name, elements);
     }
 
+    /// Adds a set of pairs of addresses, each pair in registers behind each other: of ranges, which do
+    /// not overlap, or of single addresses.
+    pub(crate) fn pair_set(
+        &mut self,
+        name: &str,
+        family: Family,
+        pairs: &[(Span, Span)],
+        ranges: bool,
+    ) {
+        let field = family.field();
+        self.set_of(name, &[field, family.field()], false, ranges);
+        let key = |one, other| [family.bytes(one), family.bytes(other)].concat();
+        let elements = pairs.iter().map(|(one, other)| Element {
+            key: key(one.0, other.0),
+            key_end: ranges.then(|| key(one.1, other.1)),
+            chain: None,
+            ends: false,
+        });
+        self.elements(name, elements);
+    }
+
     fn set(&mut self, name: &str, fields: &[Field], to_chains: bool) {
+        self.set_of(name, fields, to_chains, true);
+    }
+
+    fn set_of(&mut self, name: &str, fields: &[Field], to_chains: bool, ranges: bool) {
         const INTERVAL: u32 = 0x4;
         const MAP: u32 = 0x8;
         const CONCAT: u32 = 0x80;
@@ -293,8 +318,9 @@ impl<'t> Transaction<'t> {
         let kind = fields.iter().fold(0, |all, field| all << 6 | field.kind);
         let len: usize = fields.iter().map(|f| f.len.next_multiple_of(4)).sum();
         let key_len = if fields.len() > 1 { len } else { fields[0].len };
-        let flags =
-            INTERVAL | if to_chains { MAP } else { 0 } | if fields.len() > 1 { CONCAT } else { 0 };
+        let flags = if ranges { INTERVAL } else { 0 }
+            | if to_chains { MAP } else { 0 }
+            | if fields.len() > 1 { CONCAT } else { 0 };
         self.sets += 1;
         let id = self.sets;
         self.message(NEWSET, libc::NLM_F_CREATE, format!("set {name}"), |set| {

@@ -6,10 +6,10 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, ensure};
 use lab::packet::{Packet, UDP};
-use lab::site::{Arms, CORE, Client, ROUTER, Running, SERVER};
+use lab::site::{Arms, CORE, Client, ROUTER, Running, SERVER, Site, config};
 use lab::socket::set_option;
 use lab::{Capture, wait_until};
-use router_ebpf::craft::sum;
+use router_ebpf::craft::{Ip, sum};
 
 use super::super::{Path, SOON, handled, on_every_path, warm_up};
 use super::{BRIEFLY, PORT, receive, udp_at, udp_to};
@@ -17,6 +17,7 @@ use super::{BRIEFLY, PORT, receive, udp_at, udp_to};
 on_every_path!(
     probes_of_every_ttl_are_answered_hop_by_hop,
     an_end_that_is_gone_is_reported_to_the_server,
+    an_error_about_anothers_flow_is_not_believed,
 );
 
 /// What is the same of a packet wherever it is quoted without translation: addresses, protocol, and
@@ -156,6 +157,55 @@ fn an_end_that_is_gone_is_reported_to_the_server(path: Path) {
         for program in ["from_overlay", "from_subnet"] {
             let dropped = handled(&run.sluice, program, |v| v.starts_with("drop_"))?;
             assert_eq!(dropped, 0, "{path:?} {program}");
+        }
+        Ok(())
+    });
+}
+
+/// Whoever knows of another peer's flow tells the server that it is over, or that packets are too big.
+fn an_error_about_anothers_flow_is_not_believed(path: Path) {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        if !path.snat() {
+            site.route_overlay()?;
+        }
+        let clients = [Client::new("laptop", 2)?, Client::new("phone", 3)?];
+        let config = config(&clients.each_ref(), path.datapath(), path.snat())?;
+        let sluice = site.router.sluice(&config)?;
+        let hosts = [&site.laptop, &site.phone];
+        let _tunnels = [
+            clients[0].connect(hosts[0], &config.key)?,
+            clients[1].connect(hosts[1], &config.key)?,
+        ];
+        let spoofed = || -> anyhow::Result<u64> {
+            let programs = ["from_overlay", "kernel_from_overlay"];
+            let counts = programs.map(|program| handled(&sluice, program, |v| v == "drop_spoofed"));
+            counts.into_iter().sum()
+        };
+        for (n, server) in SERVER.into_iter().enumerate() {
+            for host in hosts {
+                warm_up(host, server)?;
+            }
+            let far = udp_at(&site.server, SocketAddr::new(server, PORT))?;
+            let near = udp_to(hosts[0], SocketAddr::new(server, PORT))?;
+            near.send(b"hello")?;
+            receive(&far)?;
+            let [laptop, phone] = clients.each_ref().map(|client| client.addresses[n]);
+            let reply = Ip::udp(server, laptop, 30).ports(PORT, near.local_addr()?.port());
+            let kind = if server.is_ipv4() { [3, 3] } else { [1, 4] };
+            let error = |from| Ip::error(from, server, kind, 0, &reply.bytes()).bytes();
+            let at_server = site.server.capture("eth0")?;
+            let is_error = |p: &Packet<'_>| p.icmp().filter(|found| *found == kind.into());
+            let before = spoofed()?;
+            hosts[1].send_ip(&error(phone))?;
+            wait_until(SOON, "the forged error to be counted", || {
+                spoofed().is_ok_and(|now| now > before)
+            })
+            .with_context(|| format!("{path:?} {server}"))?;
+            // The laptop itself is believed, and nothing came before.
+            hosts[0].send_ip(&error(laptop))?;
+            at_server.find(SOON, "the laptop's error", is_error)?;
+            assert_eq!(at_server.drain(is_error), [], "{path:?} {server}");
         }
         Ok(())
     });
