@@ -85,6 +85,14 @@ fn clear(entry: &mut Flow) {
     }
 }
 
+/// The generation of the tables, read before anything is looked up in them: what is judged while they
+/// change is judged again. Volatile, or the compiler might read it anew when it is written down.
+#[inline(always)]
+fn generation(settings: &Settings) -> u32 {
+    // SAFETY: the reference is to a valid place.
+    unsafe { (&raw const settings.generation).read_volatile() }
+}
+
 /// Opens the flow that `packet` is the first of.
 #[inline(always)]
 pub fn open<T: Tables>(
@@ -94,6 +102,7 @@ pub fn open<T: Tables>(
     draft: &mut Draft,
 ) -> Result<(), Verdict> {
     let settings = tables.settings().ok_or(Verdict::DropInternal)?;
+    let generation = generation(settings);
     match packet.transport {
         Transport::Error => return Err(refuse(side, packet, tables, Verdict::SlowNoFlow)),
         Transport::Fragment => return Err(refuse(side, packet, tables, Verdict::DropFragment)),
@@ -122,7 +131,7 @@ pub fn open<T: Tables>(
         entry.last_used = now;
         entry.clause = clause;
     }
-    subnet.generation = settings.generation;
+    subnet.generation = generation;
     match side {
         Side::Overlay => {
             let link = tables.link(hop.link).ok_or(Verdict::SlowOtherLink)?;
@@ -133,7 +142,7 @@ pub fn open<T: Tables>(
             // comes by this table.
             if let Some(hardware) = hop.hardware {
                 overlay.hardware = hardware;
-                overlay.generation = settings.generation;
+                overlay.generation = generation;
             }
             subnet.address = tuple.source.octets;
             subnet.port = tuple.ports[0];
@@ -323,6 +332,7 @@ pub fn judge<T: Tables>(
             Side::Subnet => Verdict::SlowToRouter,
         });
     }
+    let generation = generation(settings);
     let tuple = packet.flow_tuple();
     let overlay = match side {
         Side::Overlay => *tuple,
@@ -340,7 +350,7 @@ pub fn judge<T: Tables>(
     };
     entry.set_clause(tables.permits(&opening, settings)?);
     if side == Side::Subnet {
-        entry.set_generation(settings.generation);
+        entry.set_generation(generation);
         return Ok(());
     }
     let hop = tables.next_hop(packet, packet.header_len, settings)?;
@@ -355,7 +365,7 @@ pub fn judge<T: Tables>(
     entry.set_mtu(path_mtu(hop.mtu, link, settings));
     if let Some(hardware) = hop.hardware {
         entry.set_hardware(hardware);
-        entry.set_generation(settings.generation);
+        entry.set_generation(generation);
     }
     Ok(())
 }

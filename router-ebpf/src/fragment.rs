@@ -20,12 +20,21 @@ fn key(side: Side, packet: &Packet) -> FragmentKey {
     }
 }
 
+/// What is known of the packet that has `key`.
+#[inline(always)]
+fn known<T: Tables>(key: &FragmentKey, tables: &T) -> Option<Fragment> {
+    let fragment = tables.fragment(key)?;
+    let age = Fragment::stamp(tables.now()).wrapping_sub(fragment.since);
+    // Another CPU's clock may be a tick ahead.
+    (age.wrapping_add(Fragment::LASTS) <= 2 * Fragment::LASTS).then_some(fragment)
+}
+
 /// Gives [`Packet::flow`] the ports of the packet that `packet` is a later fragment of; `true` if the kernel
 /// gets all of it.
 #[inline(always)]
 pub fn follow<T: Tables>(side: Side, packet: &mut Packet, tables: &T) -> Result<bool, Verdict> {
     let key = key(side, packet);
-    if let Some(fragment) = tables.fragment(&key) {
+    if let Some(fragment) = known(&key, tables) {
         if fragment.flags & Fragment::EARLY != 0 {
             return Err(Verdict::SlowFragment);
         }
@@ -43,6 +52,7 @@ pub fn follow<T: Tables>(side: Side, packet: &mut Packet, tables: &T) -> Result<
         &key,
         Fragment {
             flags: Fragment::STACK | Fragment::EARLY,
+            since: Fragment::stamp(tables.now()),
             ..Fragment::default()
         },
     );
@@ -59,9 +69,7 @@ pub fn lead<T: Tables>(
     stack: bool,
 ) -> Result<(), Verdict> {
     let key = key(side, packet);
-    let early = tables
-        .fragment(&key)
-        .is_some_and(|fragment| fragment.flags & Fragment::EARLY != 0);
+    let early = known(&key, tables).is_some_and(|fragment| fragment.flags & Fragment::EARLY != 0);
     if early && !translated {
         return Err(Verdict::SlowFragment);
     }
@@ -71,6 +79,7 @@ pub fn lead<T: Tables>(
         Fragment {
             ports: packet.tuple.ports,
             flags,
+            since: Fragment::stamp(tables.now()),
         },
     );
     Ok(())

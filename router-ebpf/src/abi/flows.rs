@@ -357,9 +357,21 @@ pub struct Fragment {
     pub ports: [[u8; 2]; 2],
     /// [`Fragment::STACK`] and [`Fragment::EARLY`].
     pub flags: u32,
+    /// When it came, in units of 2^20 ns of `CLOCK_MONOTONIC`, of which the lowest 32 bits.
+    pub since: u32,
 }
 
 impl Fragment {
+    /// How long in units of `since` the fragments of a packet belong together: half a minute, as in Linux
+    /// (`ipfrag_time`). After that its identification may be another packet's.
+    pub const LASTS: u32 = (30_000_000_000_u64 >> 20) as u32;
+
+    /// `since` at `now`, in ns of `CLOCK_MONOTONIC`.
+    #[inline(always)]
+    pub const fn stamp(now: u64) -> u32 {
+        (now >> 20) as u32
+    }
+
     /// Flag: all fragments of the packet go to the kernel, which puts them together and cuts them
     /// anew.
     pub const STACK: u32 = 1 << 0;
@@ -376,7 +388,7 @@ layout! {
         port: 36, tcp: 38, flags: 39, address: 40
     }
     FragmentKey: 40, align 8 { source: 0, destination: 16, id: 32, protocol: 36, side: 37, family: 38, reserved: 39 }
-    Fragment: 8, align 4 { ports: 0, flags: 4 }
+    Fragment: 12, align 4 { ports: 0, flags: 4, since: 8 }
 }
 
 #[cfg(test)]

@@ -85,3 +85,23 @@ fn fragments_of_strangers_are_theirs() {
     let back = reply.fragments(81, &[800]).remove(1);
     assert_eq!(down(&mut world, &back), Err(Verdict::PassUnrelated));
 }
+
+#[test]
+fn an_identification_that_comes_again_is_another_packets() {
+    for family in FAMILIES {
+        let (ask, _) = datagrams(family);
+        let parts = ask.fragments(82, &[800]);
+        let mut world = router(true);
+        up(&mut world, &parts[0]).unwrap();
+        world.now += 29_000_000_000;
+        assert!(up(&mut world, &parts[1]).is_ok());
+        world.now += 2_000_000_000;
+        assert_eq!(up(&mut world, &parts[1]), Err(Verdict::DropFragment));
+        // Nor does a later one that once came early have all go to the kernel for good.
+        let mut world = router(false);
+        assert_eq!(up(&mut world, &parts[1]), Err(Verdict::SlowFragment));
+        world.now += 31_000_000_000;
+        assert!(up(&mut world, &parts[0]).is_ok());
+        assert!(up(&mut world, &parts[1]).is_ok());
+    }
+}

@@ -11,9 +11,9 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{Error, Netlink};
 
-/// Neighbours whose hardware addresses are remembered; more than the kernel keeps itself
-/// (`gc_thresh3`).
-const MOST: usize = 4096;
+/// Neighbours whose hardware addresses are remembered: the kernel keeps 1,024 (`gc_thresh3`), and a
+/// hundred times as many where somebody has raised that.
+const MOST: usize = 1 << 18;
 
 /// The hardware addresses that were last heard of.
 ///
@@ -42,7 +42,9 @@ impl Known {
                     return false;
                 }
                 if self.0.len() >= MOST {
-                    self.0.clear();
+                    // Any one. Without all of them each step of each neighbour would be news again.
+                    let one = self.0.keys().next().copied();
+                    one.map(|one| self.0.remove(&one));
                 }
                 self.0.insert(key, hardware.to_owned());
                 true
@@ -166,13 +168,18 @@ mod tests {
         let mut bridge = message(3, Some(3), Reachable);
         bridge.header.family = AddressFamily::Bridge;
         assert!(!known.learn(&bridge, false));
-        for host in 0..=255 {
-            for other in 0..32 {
-                let mut message = message(host, Some(1), Reachable);
-                message.header.ifindex = other;
-                known.learn(&message, false);
-            }
+        // As many as a large network has are remembered all at once.
+        let mut learn = |host, other| {
+            let mut message = message(host, Some(1), Reachable);
+            message.header.ifindex = other;
+            known.learn(&message, false)
+        };
+        let all = (0..=255).flat_map(|host| (100..132).map(move |other| (host, other)));
+        for (host, other) in all.clone() {
+            assert!(learn(host, other), "{host} {other} is new");
         }
-        assert!(known.0.len() <= MOST);
+        for (host, other) in all {
+            assert!(!learn(host, other), "{host} {other} is known");
+        }
     }
 }

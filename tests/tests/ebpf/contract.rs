@@ -48,7 +48,7 @@ fn the_object_keeps_its_contract() {
         (abi::SOURCES, (hash, 20, 4, 1 << 16)),
         (
             abi::FRAGMENTS,
-            (bpf_map_type::BPF_MAP_TYPE_LRU_HASH as u32, 40, 8, 1 << 13),
+            (bpf_map_type::BPF_MAP_TYPE_LRU_HASH as u32, 40, 12, 1 << 13),
         ),
         (
             abi::BUDGETS,

@@ -233,7 +233,7 @@ impl Work {
         let mut policy = None;
         loop {
             let started = Instant::now();
-            let outcome = self.pass(policy.take().as_deref());
+            let outcome = apply(&mut policy, |policy| self.pass(policy));
             let took = started.elapsed();
             self.publish(outcome, took);
             let pause = if self.v4.pressure() || self.v6.pressure() {
@@ -319,6 +319,19 @@ impl Work {
     }
 }
 
+/// Has a pass apply `policy`, until one has gone through: a failed one may have left flows that it
+/// forbids.
+fn apply<T>(
+    policy: &mut Option<Arc<Compiled>>,
+    pass: impl FnOnce(Option<&Compiled>) -> io::Result<T>,
+) -> io::Result<T> {
+    let outcome = pass(policy.as_deref());
+    if outcome.is_ok() {
+        *policy = None;
+    }
+    outcome
+}
+
 /// `CLOCK_MONOTONIC` in ns: the clock of the programs.
 pub(super) fn monotonic() -> io::Result<u64> {
     let mut now = libc::timespec {
@@ -330,4 +343,25 @@ pub(super) fn monotonic() -> io::Result<u64> {
         return Err(io::Error::last_os_error());
     }
     Ok(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::control::Policy;
+
+    #[test]
+    fn a_policy_is_applied_until_a_pass_goes_through() {
+        let compiled = Compiled::new(&Policy::default(), 1).unwrap();
+        let mut policy = Some(Arc::new(compiled));
+        let mut given = Vec::new();
+        for outcome in [Err(io::ErrorKind::OutOfMemory.into()), Ok(()), Ok(())] {
+            let _ = apply(&mut policy, |policy| {
+                given.push(policy.is_some());
+                outcome
+            });
+        }
+        assert_eq!(given, [true, true, false]);
+    }
 }
