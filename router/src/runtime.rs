@@ -359,7 +359,9 @@ impl Daemon {
                 Some(question) = self.questions.recv() => self.answer(question).await,
                 failure = self.engine.failed() => return Err(Error::EngineFailed(failure)),
                 () = denied::follow(&mut self.denied) => {}
-                () = self.kernel.robbed() => self.core.invalidate(Part::Datapath),
+                robbed = self.kernel.disturbed() => if robbed {
+                    self.core.invalidate(Part::Datapath);
+                },
                 () = deadline_or_never(deadline) => {}
             }
         }
@@ -395,7 +397,7 @@ impl Daemon {
             self.facts_due.get_or_insert(now);
         }
         if self.kernel.due().is_some_and(|due| due <= now) {
-            self.kernel.end_addressless(now);
+            self.kernel.tend(now);
         }
         if self.neighbours_due <= now {
             self.neighbours_due = now + NEIGHBOURS;

@@ -280,6 +280,11 @@ pub fn plan(
             chosen,
             addresses,
             guarded_port: local.uplink_guard.then_some(local.listen_port),
+            knocked_port: snapshot
+                .peers
+                .iter()
+                .any(|peer| peer.endpoint.is_none())
+                .then_some(local.listen_port),
         },
         peers: snapshot
             .peers

@@ -113,6 +113,8 @@ pub struct Spec {
     /// that was translated to it would be taken for junk. (The eBPF programs take no port that a
     /// socket has.)
     pub guarded_port: Option<u16>,
+    /// The listen port if some peer has no configured endpoint, so that it must come by itself.
+    pub knocked_port: Option<u16>,
 }
 
 impl Spec {

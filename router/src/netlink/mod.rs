@@ -55,6 +55,11 @@ pub struct Error {
 }
 
 impl Error {
+    /// What was being done.
+    pub(crate) fn doing(&self) -> &str {
+        &self.doing
+    }
+
     fn new(doing: impl Into<String>, errno: i32) -> Self {
         Self {
             doing: doing.into(),

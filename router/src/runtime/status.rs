@@ -56,6 +56,11 @@ impl Daemon {
                 kind.text()
             ),
         }));
+        let firewalls = self.kernel.firewall_problems().into_iter();
+        problems.extend(firewalls.map(|error| Problem {
+            part: "firewall".to_owned(),
+            error,
+        }));
         let mut packets = Vec::new();
         let datapaths = [
             Some(&self.kernel as &dyn Datapath),

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 
-use super::ruleset::{DROP_SPOOFED, FROM, Sets, decide, load_source, of_family};
+use super::ruleset::{DROP_SPOOFED, FROM, Sets, decide, load_source, of_family, pass};
 use super::span::{Family, Span, merge, partition, span};
 use super::tables::FamilyTables;
 use crate::datapath::Spec;
@@ -85,7 +85,7 @@ pub(super) fn write(tx: &mut Transaction<'_>, tables: [&FamilyTables; 2], famili
         let (family, together) = (tables.family, &tables.together);
         if together.ranges.len() > MOST {
             tx.rule(CHAIN, |r| {
-                decide(of_family(r, family), FROM.forwarded, Verdict::Accept);
+                pass(of_family(r, family), &FROM);
             });
             continue;
         }
@@ -95,8 +95,7 @@ pub(super) fn write(tx: &mut Transaction<'_>, tables: [&FamilyTables; 2], famili
             // It is at that end which has opened the flow, or at the other.
             for end in [sets.original_source(), sets.original_destination()] {
                 tx.rule(CHAIN, |r| {
-                    load_pair(r, family, end).lookup(name, WORD);
-                    decide(r, FROM.forwarded, Verdict::Accept);
+                    pass(load_pair(r, family, end).lookup(name, WORD), &FROM);
                 });
             }
         }

@@ -1,16 +1,16 @@
-//! Tables of ours that others remove.
+//! Tables of ours that others remove, and news of theirs.
 //!
 //! The ruleset belongs to our socket, where the kernel knows owners (5.12). The kept table belongs to
 //! nobody, and many firewalls begin their rules by `flush ruleset`.
 
 use std::future::pending;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
 use super::{Kernel, lock};
 use crate::netlink::Error;
-use crate::netlink::nft::Watch;
+use crate::netlink::nft::{Seen, Watch};
 
 /// When the kernel did not say what tables there are, it is asked again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -28,14 +28,15 @@ pub(super) struct Loss {
 }
 
 impl Kernel {
-    /// Waits until others have removed tables of ours, and says so the first time. The next
-    /// [`apply`](crate::datapath::Datapath::apply) puts them back. Cancel safe. It takes a tokio
-    /// runtime, and the network namespace of the first `apply`.
-    pub async fn robbed(&mut self) {
+    /// Waits until others have removed tables of ours, and says so the first time; then it is true,
+    /// and the next [`apply`](crate::datapath::Datapath::apply) puts them back. Or until they have
+    /// changed theirs, which [`Kernel::due`] takes in. Cancel safe. It takes a tokio runtime, and the
+    /// network namespace of the first `apply`.
+    pub async fn disturbed(&mut self) -> bool {
         loop {
             if std::mem::take(&mut self.loss.suspected) {
                 match self.look_for_missing() {
-                    Ok(true) => return,
+                    Ok(true) => return true,
                     Ok(false) => {}
                     Err(error) => {
                         tracing::debug!(%error, "what nf_tables holds is asked again");
@@ -45,20 +46,32 @@ impl Kernel {
                     }
                 }
             }
-            let watched = match &mut self.loss.watch {
-                Some(watch) => watch.removed().await,
-                None if self.loss.blind => pending().await,
-                None => Watch::open().map(|watch| self.loss.watch = Some(watch)),
+            let anything = Seen {
+                removed: true,
+                others: true,
             };
-            if let Err(error) = watched {
+            let seen = match &mut self.loss.watch {
+                Some(watch) => watch.seen().await,
+                None if self.loss.blind => pending().await,
+                None => Watch::open().map(|watch| {
+                    self.loss.watch = Some(watch);
+                    anything
+                }),
+            };
+            let seen = seen.unwrap_or_else(|error| {
                 self.loss.watch = None;
                 self.loss.blind = true;
                 tracing::warn!(
                     "{error}; what others remove of our nf_tables tables is missing until the next \
-                     change of the configuration"
+                     change of the configuration, and what their rules do to us is not told in advance"
                 );
+                anything
+            });
+            self.loss.suspected |= seen.removed;
+            if seen.others {
+                self.firewalls.changed(Instant::now());
+                return false;
             }
-            self.loss.suspected = true;
         }
     }
 

@@ -2,13 +2,16 @@
 //! own, and beside it one that outlives the daemon (`kept`). No other table is touched.
 //!
 //! An accept in our table does not overrule a drop in another one, where Docker or a host firewall
-//! may refuse to forward: see [`other_firewalls`].
+//! may refuse to forward: see `firewalls`.
 
 mod astray;
 mod away;
 mod clamp;
 mod denied;
+mod disowned;
 mod errors;
+mod firewalls;
+mod judge;
 mod kept;
 mod loss;
 mod policy;
@@ -26,9 +29,10 @@ use super::{Counter, Datapath, Error, Spec};
 use crate::netlink;
 use crate::netlink::nft::{Count, Nft, TABLE_PREFIX};
 use away::Away;
+use firewalls::Firewalls;
 use kept::Carried;
 use loss::Loss;
-use ruleset::COUNTERS;
+use ruleset::{COUNTERS, LOST, PASSAGES};
 use tables::Tables;
 
 /// The kernel datapath of one device. It belongs to the network namespace of the thread that first
@@ -50,6 +54,9 @@ pub struct Kernel {
     loss: Loss,
     /// Which of the external addresses are gone.
     away: Away,
+    firewalls: Firewalls,
+    /// Rules can look for sockets.
+    finds_sockets: bool,
 }
 
 impl Kernel {
@@ -65,12 +72,36 @@ impl Kernel {
             kept_stands: false,
             loss: Loss::default(),
             away: Away::default(),
+            firewalls: Firewalls::default(),
+            finds_sockets: true,
         }
     }
 
-    /// When [`Kernel::end_addressless`] has something to do.
+    /// When [`Kernel::tend`] has something to do.
     pub fn due(&self) -> Option<Instant> {
-        self.away.due()
+        let dues = [self.away.due(), self.firewalls.due()];
+        dues.into_iter().flatten().min()
+    }
+
+    /// Does what is due: ends flows that have lost their address, and looks what other firewalls do.
+    pub fn tend(&mut self, now: Instant) {
+        if self.away.due().is_some_and(|due| due <= now) {
+            self.end_addressless(now);
+        }
+        if let Some(nft) = &self.nft
+            && self.firewalls.due().is_some_and(|due| due <= now)
+        {
+            let passages = |nft: &mut Nft| {
+                let counts = nft.counters(&self.table)?;
+                Ok(firewalls::passages(&counts, PASSAGES))
+            };
+            self.firewalls.tend(&mut lock(nft), now, passages);
+        }
+    }
+
+    /// What firewalls of others do to this router's packets, and what mends it.
+    pub fn firewall_problems(&self) -> Vec<String> {
+        self.firewalls.problems()
     }
 
     /// Ends the flows that are translated to an address which the router has not had for half a
@@ -174,13 +205,31 @@ impl Datapath for Kernel {
             None => Nft::open().map_err(error)?,
         };
         let tables = Tables::new(spec);
-        let outcome = nft.replace(&self.table, true, |transaction| {
-            ruleset::write(transaction, spec, &tables, |name| {
-                before.get(name).copied().unwrap_or_default()
-            });
-        });
+        let mut install = |finds_sockets| {
+            nft.replace(&self.table, true, |transaction| {
+                ruleset::write(transaction, spec, &tables, finds_sockets, |name| {
+                    before.get(name).copied().unwrap_or_default()
+                });
+            })
+        };
+        let mut outcome = install(self.finds_sockets);
+        if let Err(refusal) = &outcome
+            && self.finds_sockets
+            && refusal.doing().ends_with(disowned::END)
+        {
+            outcome = install(false);
+            if outcome.is_ok() {
+                self.finds_sockets = false;
+                tracing::warn!(
+                    "the kernel cannot look for sockets in nf_tables: replies that connection \
+                     tracking does not take for those of a translated connection are refused by this \
+                     machine, which resets the server's end; load the module nft_socket, and restart"
+                );
+            }
+        }
         if outcome.is_ok() {
             self.settle(&mut nft, tables, &spec.addresses);
+            self.firewalls.stand_beside(spec, Instant::now());
         }
         self.nft = Some(Mutex::new(nft));
         outcome.map_err(error)
@@ -197,13 +246,22 @@ impl Datapath for Kernel {
                 bytes: count.bytes,
             }
         });
-        Ok(counters.collect())
+        // What did not leave was dropped by somebody else.
+        let lost = LOST.iter().zip(self.firewalls.lost());
+        let lost = lost.map(|(program, packets)| Counter {
+            program,
+            verdict: "drop_firewall",
+            packets,
+            bytes: 0,
+        });
+        Ok(counters.chain(lost).collect())
     }
 
     fn remove(&mut self) -> Result<(), Error> {
         self.installed = None;
         self.carried = Carried::default();
         self.away = Away::default();
+        self.firewalls = Firewalls::default();
         if let Some(nft) = self.nft.take() {
             let mut nft = lock(&nft);
             nft.remove(&self.table).map_err(error)?;
@@ -219,23 +277,4 @@ fn end_flows(nft: &mut Nft, tables: &Tables, before: &Carried) -> Result<(), net
         tracing::info!(flows, "ended flows that are no longer permitted");
     }
     Ok(())
-}
-
-/// Other firewalls of this machine that drop forwarded packets which no rule of theirs accepts, as
-/// notes for an operator. Our own accept cannot overrule them.
-pub fn other_firewalls() -> Result<Vec<String>, Error> {
-    let chains = Nft::open()
-        .and_then(|mut nft| nft.base_chains())
-        .map_err(error)?;
-    let notes = chains
-        .into_iter()
-        .filter(|chain| chain.forward && chain.drops)
-        .map(|chain| {
-            format!(
-                "the firewall chain \"{}\" drops forwarded packets that it does not know; \
-                 let it accept those from and to the TUN device",
-                chain.path
-            )
-        });
-    Ok(notes.collect())
 }

@@ -11,6 +11,8 @@
 //! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones from routed CIDRs, if the policy lets them |
 //! | `permit` | all that comes from the TUN device, once there are rules | ends new flows that no rule allows, also those to the router itself |
 //! | `peer_may`, `subnet_may` | what would be answered, and is no first packet of a flow | drops it silently where the other end may open the flow, see `denied` |
+//! | `leave` | all that leaves | counts what other firewalls have let pass, too |
+//! | `disowned` | TCP to the router itself | drops what connection tracking does not know and no socket takes, see `disowned` |
 //! | `translate` | the first packet of a flow from a peer | translates its source where the route says so, see `translate` |
 //!
 //! What a peer asks for is judged before kube-proxy or Docker may translate it: the policy looks at
@@ -30,6 +32,7 @@ use router_ebpf::abi::HANDED_OVER;
 use super::astray::{self, ASTRAY};
 use super::clamp;
 use super::denied;
+use super::disowned;
 use super::errors;
 use super::policy::Compiled;
 use super::span::Family;
@@ -94,17 +97,28 @@ pub(super) const COUNTERS: &[Named] = &[
     ASTRAY,
 ];
 
+/// Counters of what our rules let through, and of what of it leaves: from peers, and to them.
+pub(super) const PASSAGES: [[&str; 2]; 2] = [
+    [FROM.entered, FROM.forwarded.name],
+    [TO.entered, TO.forwarded.name],
+];
+/// The programs that report what does not.
+pub(super) const LOST: [&str; 2] = [FROM.forwarded.program, TO.forwarded.program];
+
 /// Counters of one direction.
 pub(super) struct Direction {
-    pub(super) forwarded: Named,
+    /// What our rules let through, by the counter's name.
+    entered: &'static str,
+    forwarded: Named,
     pub(super) clamped: Named,
     pub(super) drop_policy: Named,
     pub(super) reject_policy: Named,
     drop_not_routed: Named,
-    drop_invalid: Named,
+    pub(super) drop_invalid: Named,
 }
 
 pub(super) const FROM: Direction = Direction {
+    entered: "from_entered",
     forwarded: named("from_forwarded", "kernel_from_overlay", "forwarded"),
     clamped: named("from_clamped", "kernel_from_overlay", "clamped"),
     drop_policy: named("from_policy", "kernel_from_overlay", "drop_policy"),
@@ -120,6 +134,7 @@ pub(super) const MASQUERADED: Named = named(
     "masqueraded_flow",
 );
 pub(super) const TO: Direction = Direction {
+    entered: "to_entered",
     forwarded: named("to_forwarded", "kernel_to_overlay", "forwarded"),
     clamped: named("to_clamped", "kernel_to_overlay", "clamped"),
     drop_policy: named("to_policy", "kernel_to_overlay", "drop_policy"),
@@ -196,14 +211,17 @@ impl Sets {
 }
 
 /// Writes the ruleset of `spec`, of which `tables` were made; each counter goes on from `before`.
+/// Some kernels cannot look for sockets (`CONFIG_NFT_SOCKET`).
 pub(super) fn write(
     tx: &mut Transaction<'_>,
     spec: &Spec,
     tables: &Tables,
+    finds_sockets: bool,
     before: impl Fn(&str) -> Count,
 ) {
-    for counter in COUNTERS {
-        tx.counter(counter.name, before(counter.name));
+    let entered = PASSAGES.iter().map(|[entered, _]| *entered);
+    for name in COUNTERS.iter().map(|counter| counter.name).chain(entered) {
+        tx.counter(name, before(name));
     }
     let restricted = tables.restricted;
     let families = tables.families().map(|tables| {
@@ -217,6 +235,7 @@ pub(super) fn write(
     }
     tx.base_chain("spoofed", Hook::Raw);
     tx.base_chain("forward", Hook::Forward);
+    tx.base_chain("leave", Hook::Last);
     if restricted {
         tx.chain("to_policy");
         tx.base_chain("permit", Hook::BeforeTranslation);
@@ -244,6 +263,19 @@ pub(super) fn write(
         r.verdict(Verdict::Jump("to_overlay"));
     });
     astray::guard(tx, "forward", &tun);
+    if finds_sockets {
+        disowned::write(tx, &tun, &spec.kernel_nat_ports());
+    }
+    tx.rule("leave", |r| {
+        r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
+        decide(r, FROM.forwarded, Verdict::Accept);
+    });
+    // What the router sends itself came by no interface.
+    tx.rule("leave", |r| {
+        r.meta(Meta::Oif, REG).cmp(Cmp::Eq, REG, &tun);
+        r.meta(Meta::Iif, REG).cmp(Cmp::Ne, REG, &[0; 4]);
+        decide(r, TO.forwarded, Verdict::Accept);
+    });
     clamp::write(tx, "clamp_from", spec.mtu, FROM.clamped);
     clamp::write(tx, "clamp_to", spec.mtu, TO.clamped);
     write_from_overlay(tx, &families, &tun, restricted);
@@ -268,7 +300,7 @@ pub(super) fn write(
         let others = [denied::PEER_MAY, denied::SUBNET_MAY];
         denied::write(tx, "permit", &FROM, denied, &others);
         for sets in &families {
-            ask_policy(tx, "to_policy", sets.family, &sets.to, Some(TO.forwarded));
+            ask_policy(tx, "to_policy", sets.family, &sets.to, Some(TO.entered));
         }
         denied::write(tx, "to_policy", &TO, denied, &others[..1]);
     }
@@ -282,7 +314,7 @@ fn write_sets(tx: &mut Transaction<'_>, tables: &FamilyTables, restricted: bool,
     tx.address_set(&sets.snat, family, &tables.snat);
     if restricted {
         write_policy(tx, family, &tables.from, &sets.from, None);
-        write_policy(tx, family, &tables.to, &sets.to, Some(TO.forwarded));
+        write_policy(tx, family, &tables.to, &sets.to, Some(TO.entered));
     }
 }
 
@@ -292,7 +324,7 @@ fn write_policy(
     family: Family,
     compiled: &Compiled,
     sets: &PolicySets,
-    counter: Option<Named>,
+    counter: Option<&str>,
 ) {
     tx.flow_set(&sets.any, family, &compiled.any);
     for (class, flows) in compiled.classes.iter().enumerate() {
@@ -314,7 +346,7 @@ fn ask_policy(
     chain: &str,
     family: Family,
     sets: &PolicySets,
-    counter: Option<Named>,
+    counter: Option<&str>,
 ) {
     tx.rule(chain, |r| accept_flow(r, family, &sets.any, counter));
     tx.rule(chain, |r| {
@@ -323,7 +355,7 @@ fn ask_policy(
 }
 
 /// Accepts the packet when a set holds its protocol, destination and port.
-fn accept_flow(rule: &mut Rule<'_, '_>, family: Family, set: &str, counter: Option<Named>) {
+fn accept_flow(rule: &mut Rule<'_, '_>, family: Family, set: &str, counter: Option<&str>) {
     let port = match family {
         Family::V4 => WORD + 2,
         Family::V6 => WORD + 5,
@@ -334,7 +366,7 @@ fn accept_flow(rule: &mut Rule<'_, '_>, family: Family, set: &str, counter: Opti
         .payload(Base::Transport, 2, 2, port)
         .lookup(set, WORD);
     if let Some(counter) = counter {
-        rule.count(counter.name);
+        rule.count(counter);
     }
     rule.verdict(Verdict::Accept);
 }
@@ -371,6 +403,11 @@ pub(super) fn of_family<'r, 'a, 'b>(
         .cmp(Cmp::Eq, REG, &[family.protocol()])
 }
 
+/// Lets the packet through.
+pub(super) fn pass(rule: &mut Rule<'_, '_>, direction: &Direction) {
+    rule.count(direction.entered).verdict(Verdict::Accept);
+}
+
 pub(super) fn decide(rule: &mut Rule<'_, '_>, counter: Named, verdict: Verdict<'_>) {
     rule.count(counter.name).verdict(verdict);
 }
@@ -385,10 +422,6 @@ fn handed_over<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
 pub(super) fn known<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
     rule.ct(Ct::State, REG)
         .any_bit(REG, &CT_ESTABLISHED_RELATED.to_ne_bytes())
-}
-
-fn known_flows(tx: &mut Transaction<'_>, chain: &str, counter: Named) {
-    tx.rule(chain, |r| decide(known(r), counter, Verdict::Accept));
 }
 
 fn invalid<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
@@ -408,26 +441,24 @@ fn write_from_overlay(
         // Else no flow from peer to peer is known.
         astray::guard(tx, chain, tun);
     }
-    tx.rule(chain, |r| {
-        decide(handed_over(r), FROM.forwarded, Verdict::Accept)
-    });
+    tx.rule(chain, |r| pass(handed_over(r), &FROM));
     errors::ask(tx, chain);
-    known_flows(tx, chain, FROM.forwarded);
+    tx.rule(chain, |r| pass(known(r), &FROM));
     if restricted {
         tx.rule(chain, |r| {
             decide(invalid(r), FROM.drop_invalid, Verdict::Drop)
         });
     } else {
         for sets in families {
-            let verdicts = [
-                (&sets.snat, FROM.drop_invalid, Verdict::Drop),
-                (&sets.routes, FROM.forwarded, Verdict::Accept),
-            ];
-            for (set, counter, verdict) in verdicts {
+            for set in [&sets.snat, &sets.routes] {
                 tx.rule(chain, |r| {
                     invalid(r).meta(Meta::Oif, REG).cmp(Cmp::Ne, REG, tun);
                     load_destination(of_family(r, sets.family), sets.family, REG).lookup(set, REG);
-                    decide(r, counter, verdict);
+                    if *set == sets.snat {
+                        decide(r, FROM.drop_invalid, Verdict::Drop);
+                    } else {
+                        pass(r, &FROM);
+                    }
                 });
             }
         }
@@ -439,7 +470,7 @@ fn write_from_overlay(
                 .cmp(Cmp::Eq, REG, tun)
                 .ct(sets.original_destination(), REG)
                 .lookup(&sets.overlay, REG);
-            decide(r, FROM.forwarded, Verdict::Accept);
+            pass(r, &FROM);
         });
     }
     for sets in families {
@@ -448,7 +479,7 @@ fn write_from_overlay(
                 .cmp(Cmp::Ne, REG, tun)
                 .ct(sets.original_destination(), REG)
                 .lookup(&sets.routes, REG);
-            decide(r, FROM.forwarded, Verdict::Accept);
+            pass(r, &FROM);
         });
     }
     tx.rule(chain, |r| decide(r, FROM.drop_not_routed, Verdict::Drop));
@@ -457,10 +488,8 @@ fn write_from_overlay(
 fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: bool) {
     let chain = "to_overlay";
     clamp::syn(tx, chain, "clamp_to");
-    tx.rule(chain, |r| {
-        decide(handed_over(r), TO.forwarded, Verdict::Accept)
-    });
-    known_flows(tx, chain, TO.forwarded);
+    tx.rule(chain, |r| pass(handed_over(r), &TO));
+    tx.rule(chain, |r| pass(known(r), &TO));
     if restricted {
         tx.rule(chain, |r| {
             decide(invalid(r), TO.drop_invalid, Verdict::Drop)
@@ -470,7 +499,7 @@ fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: 
             tx.rule(chain, |r| {
                 load_source(of_family(invalid(r), sets.family), sets.family, REG)
                     .lookup(&sets.routes, REG);
-                decide(r, TO.forwarded, Verdict::Accept);
+                pass(r, &TO);
             });
         }
         // Errors come from routers on the way, in whatever network they are.
@@ -481,7 +510,7 @@ fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: 
                     .cmp(Cmp::Eq, REG, &[protocol as u8])
                     .payload(Base::Transport, 0, 1, REG)
                     .cmp(op, REG, &[kind]);
-                decide(r, TO.forwarded, Verdict::Accept);
+                pass(r, &TO);
             });
         }
         tx.rule(chain, |r| {
@@ -494,7 +523,7 @@ fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: 
             if restricted {
                 r.verdict(Verdict::Goto("to_policy"));
             } else {
-                decide(r, TO.forwarded, Verdict::Accept);
+                pass(r, &TO);
             }
         });
     }

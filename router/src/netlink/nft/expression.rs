@@ -6,7 +6,7 @@
 use crate::netlink::wire::Payload;
 
 /// The register that a verdict is put in.
-const VERDICT: u32 = 0;
+pub(super) const VERDICT: u32 = 0;
 /// A register of 16 bytes.
 pub(crate) const REG: u32 = 1;
 /// Another register of 16 bytes.
@@ -54,6 +54,10 @@ pub(crate) enum Ct {
 
 /// `ct state invalid`.
 pub(crate) const CT_INVALID: u32 = 1;
+/// `ct state new`.
+pub(crate) const CT_NEW: u32 = 8;
+/// `ct state untracked`.
+pub(crate) const CT_UNTRACKED: u32 = 64;
 /// `ct state established,related`.
 pub(crate) const CT_ESTABLISHED_RELATED: u32 = 2 | 4;
 
@@ -75,8 +79,12 @@ pub(crate) enum Cmp {
     Ne,
     /// The register is less than the value.
     Lt,
+    /// The register is at most the value.
+    Le,
     /// The register is greater than the value.
     Gt,
+    /// The register is at least the value.
+    Ge,
 }
 
 /// What the sender of a packet is told.
@@ -162,6 +170,16 @@ impl<'a, 'b> Rule<'a, 'b> {
         })
     }
 
+    /// Loads one byte of the socket of this machine that the packet is for; without one the rule does
+    /// not match. In [`super::Hook::Input`].
+    pub(crate) fn own_socket(&mut self, register: u32) -> &mut Self {
+        const TRANSPARENT: u32 = 0;
+        self.expression("socket", |data| {
+            data.be32(1, TRANSPARENT);
+            data.be32(2, register);
+        })
+    }
+
     /// Keeps the packet out of connection tracking; in [`super::Hook::Raw`].
     pub(crate) fn no_track(&mut self) -> &mut Self {
         self.expression("notrack", |_| ())
@@ -193,7 +211,9 @@ impl<'a, 'b> Rule<'a, 'b> {
             Cmp::Eq => 0,
             Cmp::Ne => 1,
             Cmp::Lt => 2,
+            Cmp::Le => 3,
             Cmp::Gt => 4,
+            Cmp::Ge => 5,
         };
         self.expression("cmp", |data| {
             data.be32(1, register);

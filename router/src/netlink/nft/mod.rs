@@ -7,18 +7,20 @@
 mod elements;
 mod expression;
 mod flows;
+mod foreign;
 mod transaction;
 mod watch;
 
 use std::collections::BTreeMap;
 
 pub(crate) use expression::{
-    BROADCAST, Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Ct, LOOPBACK, MULTICAST, Meta, REG,
-    REG_2, REG_3, Reject, Rule, Verdict, WORD,
+    BROADCAST, Base, CT_ESTABLISHED_RELATED, CT_INVALID, CT_NEW, CT_UNTRACKED, Cmp, Ct, LOOPBACK,
+    MULTICAST, Meta, REG, REG_2, REG_3, Reject, Rule, Verdict, WORD,
 };
+pub(crate) use foreign::{Condition, Effect, Field, ForeignRule};
 pub use transaction::Family;
 pub(crate) use transaction::{Flows, Hook, Span, Transaction};
-pub(crate) use watch::Watch;
+pub(crate) use watch::{Seen, Watch};
 
 use super::Error;
 use super::socket::{Refusal, Socket};
@@ -36,7 +38,10 @@ const GETTABLE: u16 = 1;
 const DELTABLE: u16 = 2;
 const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
+const DELCHAIN: u16 = 5;
 const NEWRULE: u16 = 6;
+const GETRULE: u16 = 7;
+const DELRULE: u16 = 8;
 const NEWSET: u16 = 9;
 const NEWSETELEM: u16 = 12;
 const GETSETELEM: u16 = 13;
@@ -61,12 +66,16 @@ pub(crate) struct Count {
 }
 
 /// A base chain of any table, as other firewalls make them.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct BaseChain {
-    /// Family, table and name, as `nft list` shows them.
-    pub(crate) path: String,
-    /// Whether it forwards packets at all: it stands in the forward hook.
-    pub(crate) forward: bool,
+    /// `NFPROTO_*`.
+    pub(crate) family: u8,
+    /// Table.
+    pub(crate) table: String,
+    /// Name.
+    pub(crate) name: String,
+    /// `NF_INET_*`, for families of IP.
+    pub(crate) hook: u32,
     /// Whether packets that none of its rules decide on are dropped.
     pub(crate) drops: bool,
 }
@@ -179,36 +188,6 @@ impl Nft {
             Some((of(NAME).map(wire::text)?, count))
         });
         Ok(counters.collect())
-    }
-
-    /// The base chains of all tables, ours too.
-    pub(crate) fn base_chains(&mut self) -> Result<Vec<BaseChain>, Error> {
-        const NAME: u16 = 3;
-        const HOOK: u16 = 4;
-        const POLICY: u16 = 5;
-        const FORWARD: u32 = 2;
-        let answer = self
-            .dump(GETCHAIN, 0, |_| {})
-            .map_err(|refusal| Error::refused("list nf_tables chains", refusal))?;
-        let number = |bytes: Option<&[u8]>| Some(u32::from_be_bytes(bytes?.try_into().ok()?));
-        let chains = wire::messages(&answer).filter_map(|message| {
-            let family = match message.payload.first()? {
-                1 => "inet",
-                2 => "ip",
-                10 => "ip6",
-                _ => return None,
-            };
-            let attributes = message.payload.get(4..)?;
-            let of = |kind| wire::attribute(attributes, kind);
-            let hook = number(wire::attribute(of(HOOK)?, 1))?;
-            let (table, name) = (wire::text(of(TABLE)?), wire::text(of(NAME)?));
-            Some(BaseChain {
-                path: format!("{family} {table} {name}"),
-                forward: hook == FORWARD,
-                drops: number(of(POLICY)) == Some(0),
-            })
-        });
-        Ok(chains.collect())
     }
 
     fn dump(

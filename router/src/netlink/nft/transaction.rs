@@ -103,10 +103,14 @@ pub(crate) enum Hook {
     Raw,
     /// On every packet that comes in, before its destination may be translated.
     BeforeTranslation,
-    /// On packets that pass through.
+    /// On packets to the machine itself, behind others.
+    Input,
+    /// On packets that pass through, before all others.
     Forward,
     /// On packets of the machine's own.
     Output,
+    /// On packets that leave, behind all others.
+    Last,
     /// Where the first packet of a flow is given its source translation.
     SourceNat,
 }
@@ -116,8 +120,10 @@ impl Hook {
         match self {
             Self::Raw => ("filter", 0, -300),
             Self::BeforeTranslation => ("filter", 0, -150),
-            Self::Forward => ("filter", 2, 0),
+            Self::Input => ("filter", 1, 10),
+            Self::Forward => ("filter", 2, i32::MIN),
             Self::Output => ("filter", 3, 0),
+            Self::Last => ("filter", 4, i32::MAX),
             Self::SourceNat => ("nat", 4, 100),
         }
     }

@@ -1,8 +1,10 @@
-//! Tells when tables of ours go.
+//! Tells when tables of ours go, and when others change theirs.
 
 use netlink_sys::{AsyncSocket as _, AsyncSocketExt as _, TokioSocket};
 
-use super::{DELTABLE, INET, NFTABLES, TABLE, TABLE_PREFIX};
+use super::{
+    DELCHAIN, DELRULE, DELTABLE, INET, NEWCHAIN, NEWRULE, NEWTABLE, NFTABLES, TABLE, TABLE_PREFIX,
+};
 use crate::netlink::Error;
 use crate::netlink::wire;
 
@@ -32,29 +34,55 @@ impl Watch {
         open().map_err(|error| Error::io("watch nf_tables", &error))
     }
 
-    /// Waits until a table with a name of ours may have gone, by whatever hands: one that is
-    /// replaced goes, too. Cancel safe. After an error it tells no more.
-    pub(crate) async fn removed(&mut self) -> Result<(), Error> {
+    /// Waits until tables, chains or rules have changed in a way that concerns us. Cancel safe. After
+    /// an error it tells no more.
+    pub(crate) async fn seen(&mut self) -> Result<Seen, Error> {
         loop {
             let mut input = Vec::with_capacity(DATAGRAM);
             match self.0.recv(&mut input).await {
-                Ok(_) if names_ours(&input) => return Ok(()),
-                Ok(_) => {}
+                Ok(_) => {
+                    let seen = look(&input);
+                    if seen != Seen::default() {
+                        return Ok(seen);
+                    }
+                }
                 // Notices were lost.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    return Ok(Seen {
+                        removed: true,
+                        others: true,
+                    });
+                }
                 Err(error) => return Err(Error::io("watch nf_tables", &error)),
             }
         }
     }
 }
 
-/// Whether one of these messages tells of the end of a table with a name of ours.
-fn names_ours(messages: &[u8]) -> bool {
-    wire::messages(messages).any(|message| {
+/// What has changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Seen {
+    /// A table with a name of ours may have gone, by whatever hands: one that is replaced goes, too.
+    pub(crate) removed: bool,
+    /// Others have changed chains or rules.
+    pub(crate) others: bool,
+}
+
+/// What these messages tell.
+fn look(messages: &[u8]) -> Seen {
+    const STRUCTURE: [u16; 6] = [NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, DELRULE];
+    let mut seen = Seen::default();
+    for message in wire::messages(messages) {
         let attributes = message.payload.get(4..).unwrap_or_default();
         let name = wire::attribute(attributes, TABLE).map(wire::text);
-        message.kind == NFTABLES << 8 | DELTABLE
-            && message.payload.first() == Some(&INET)
-            && name.is_some_and(|name| name.starts_with(TABLE_PREFIX))
-    })
+        let inet = message.payload.first() == Some(&INET);
+        let ours = inet && name.is_some_and(|name| name.starts_with(TABLE_PREFIX));
+        let kind = message.kind.wrapping_sub(NFTABLES << 8);
+        if ours {
+            seen.removed |= kind == DELTABLE;
+        } else {
+            seen.others |= STRUCTURE.contains(&kind);
+        }
+    }
+    seen
 }

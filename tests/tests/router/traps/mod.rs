@@ -1,5 +1,6 @@
 //! The ways in which routers lose somebody's traffic, each with real TCP/IP stacks at both ends.
 
+mod beside;
 mod errors;
 mod flows;
 mod fragments;

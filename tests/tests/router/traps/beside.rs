@@ -1,0 +1,264 @@
+//! Beside firewalls, marks and routers of others.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, ensure};
+use lab::packet::TCP;
+use lab::site::{self, Arms, Client, Running, SERVER, Site};
+use lab::sluice::Sluice;
+use lab::{Host, wait_until};
+use router_ebpf::craft::{ACK, Ip, RST};
+
+use super::super::{SOON, warm_up};
+use super::{PORT, carries, tcp_pair};
+
+/// What `sluice status` says is wrong with `part`, all in one.
+fn problem(sluice: &Sluice, part: &str) -> anyhow::Result<String> {
+    let status = sluice.status()?;
+    let problems = status["problems"].as_array().context("problems")?;
+    let of_part = problems.iter().filter(|problem| problem["part"] == part);
+    let texts = of_part.filter_map(|problem| problem["error"].as_str());
+    Ok(texts.collect::<Vec<_>>().join("\n"))
+}
+
+/// Waits until that contains `text`.
+fn wait_for(sluice: &Sluice, part: &str, text: &str) -> anyhow::Result<String> {
+    let mut last = String::new();
+    wait_until(SOON, &format!("{text:?} in status"), || {
+        last = problem(sluice, part).unwrap_or_default();
+        last.contains(text)
+    })
+    .with_context(|| format!("it says {last:?}"))?;
+    Ok(last)
+}
+
+fn wait_for_none(sluice: &Sluice, part: &str) -> anyhow::Result<()> {
+    wait_until(SOON, &format!("no problem of {part}"), || {
+        problem(sluice, part).is_ok_and(|text| text.is_empty())
+    })
+    .with_context(|| problem(sluice, part).unwrap_or_default())
+}
+
+fn nft(host: &Host, text: &str) -> anyhow::Result<()> {
+    host.command(["nft", "-f", "-"]).stdin(text).run().map(drop)
+}
+
+/// The commands that a problem names.
+fn mend(host: &Host, problem: &str) -> anyhow::Result<()> {
+    let commands: Vec<_> = problem
+        .split('`')
+        .filter(|part| part.starts_with("nft insert"))
+        .collect();
+    ensure!(!commands.is_empty(), "no command in {problem:?}");
+    for command in commands {
+        host.run(["sh", "-c", command])?;
+    }
+    Ok(())
+}
+
+/// A router whose kernel carries all packets.
+fn by_the_kernel(lab: &lab::Lab, datapath: &'static str) -> anyhow::Result<Running> {
+    let site = Site::new(lab, Arms::Two)?;
+    let client = Client::new("laptop", 2)?;
+    let mut config = site::config(&[&client], datapath, true)?;
+    for route in &mut config.routes {
+        route.mode = "stack";
+    }
+    let sluice = site.router.sluice(&config)?;
+    let tunnel = client.connect(&site.laptop, &config.key)?;
+    Ok(Running {
+        site,
+        client,
+        config,
+        sluice,
+        tunnel,
+    })
+}
+
+#[test]
+fn firewalls_that_stop_the_router_are_named_beside_programs() {
+    named_firewalls("ebpf");
+}
+
+#[test]
+fn firewalls_that_stop_the_router_are_named_without_programs() {
+    named_firewalls("kernel");
+}
+
+fn named_firewalls(datapath: &'static str) {
+    lab::test(|lab| {
+        let run = by_the_kernel(lab, datapath)?;
+        let (router, laptop, server) = (&run.site.router, &run.site.laptop, SERVER[0].to_string());
+        let forwarded = || run.sluice.packets("kernel_from_overlay", "forwarded");
+        let lost = || run.sluice.packets("kernel_from_overlay", "drop_firewall");
+        warm_up(laptop, SERVER[0])?;
+        assert!(forwarded()? > 0);
+        assert_eq!(
+            (lost()?, problem(&run.sluice, "firewall")?),
+            (0, String::new())
+        );
+
+        for (chain, rules) in [
+            (
+                "ip filter FORWARD",
+                "type filter hook forward priority 0; policy drop;",
+            ),
+            (
+                "inet host forward",
+                "type filter hook forward priority -10; ct state established,related accept
+                ip protocol icmp accept
+                reject with icmpx admin-prohibited",
+            ),
+            (
+                "ip late forward",
+                "type filter hook forward priority 10; policy drop;
+                iifname docker0 accept
+                ct state vmap { established : accept, related : accept, invalid : drop }
+                jump more }
+                chain more { oifname { docker0, docker1 } accept",
+            ),
+        ] {
+            let words: Vec<_> = chain.split(' ').collect();
+            let (family, table, name) = (words[0], words[1], words[2]);
+            // What is jumped to must stand before.
+            let (base, more) = rules.split_once("}").unwrap_or((rules, ""));
+            nft(
+                router,
+                &format!(
+                    "table {family} {table} {{ {more} {} chain {name} {{ {base} }} }}",
+                    if more.is_empty() { "" } else { "}" }
+                ),
+            )?;
+            let told = wait_for(&run.sluice, "firewall", &format!("\"{chain}\""))?;
+            let before = (forwarded()?, lost()?);
+            if family == "ip" {
+                assert!(!laptop.pings(&server, &[])?, "it does drop them");
+                wait_until(SOON, "what is lost", || {
+                    lost().is_ok_and(|n| n >= before.1 + 3)
+                })?;
+                assert_eq!(forwarded()?, before.0, "{chain}: none has left");
+                wait_for(&run.sluice, "firewall", "lost")?;
+            }
+            mend(router, &told)?;
+            wait_for_none(&run.sluice, "firewall")?;
+            assert!(laptop.pings(&server, &[])?, "{chain}");
+            nft(router, &format!("delete table {family} {table}"))?;
+        }
+
+        // Whether it lets us pass depends on what nobody knows before.
+        nft(
+            router,
+            "table inet odd { chain forward { type filter hook forward priority 0;
+                ip daddr 10.20.0.0/16 meta l4proto icmp drop; }
+            chain after { type filter hook postrouting priority 0; policy accept; } }",
+        )?;
+        assert!(!laptop.pings(&server, &[])?);
+        wait_for(&run.sluice, "firewall", "\"inet odd forward\"")?;
+        wait_for(&run.sluice, "firewall", "lost")?;
+        assert!(run.sluice.metrics()?.contains("verdict=\"drop_firewall\""));
+        Ok(())
+    });
+}
+
+#[test]
+fn a_firewall_that_was_there_before_is_named_too_and_one_that_keeps_clients_out() {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        nft(
+            &site.router,
+            "table inet filter {
+                chain input { type filter hook input priority 0; policy drop;
+                    iifname lo accept; ct state established,related accept; tcp dport 22 accept; }
+                chain forward { type filter hook forward priority 0; policy drop; } }",
+        )?;
+        let client = Client::new("laptop", 2)?;
+        let config = site::config(&[&client], "auto", true)?;
+        let sluice = site.router.sluice_unsettled(&config)?;
+        let told = wait_for(&sluice, "firewall", "\"inet filter forward\"")?;
+        ensure!(told.contains("\"inet filter input\""), "{told}");
+        mend(&site.router, &told)?;
+        wait_for_none(&sluice, "firewall")?;
+        let log = sluice.log();
+        let told = log
+            .lines()
+            .filter(|line| line.contains("inet filter forward"));
+        ensure!(told.count() == 1, "{log}");
+        let _tunnel = client.connect(&site.laptop, &config.key)?;
+        warm_up(&site.laptop, SERVER[0])?;
+        sluice.stop()
+    });
+}
+
+#[test]
+fn replies_that_nobody_knows_are_not_refused_beside_programs() {
+    disowned_replies("ebpf");
+}
+
+#[test]
+fn replies_that_nobody_knows_are_not_refused_without_programs() {
+    disowned_replies("kernel");
+}
+
+fn disowned_replies(datapath: &'static str) {
+    lab::test(|lab| {
+        let run = by_the_kernel(lab, datapath)?;
+        let (laptop, server, router) = (&run.site.laptop, &run.site.server, &run.site.router);
+        for address in SERVER {
+            warm_up(laptop, address)?;
+            let to = SocketAddr::new(address, PORT);
+            let (near, far) = tcp_pair(laptop, server, to)?;
+            carries(&near, &far, "up")?;
+            let external = far.peer_addr()?;
+            let at_server = server.capture("eth0")?;
+            let resets = || {
+                at_server.drain(|p| {
+                    let flags = *p.payload.get(13)?;
+                    let refused = p.protocol == TCP && p.destination == address;
+                    (refused && flags & RST != 0).then_some(flags)
+                })
+            };
+            // Far outside of the window.
+            let stray = Ip::tcp(address, external.ip(), ACK, &[], 10)
+                .ports(PORT, external.port())
+                .sequence(1 << 30, 1 << 30);
+            let disowned = || run.sluice.packets("kernel_to_overlay", "drop_invalid");
+            let before = disowned()?;
+            server.send_ip(&stray.bytes())?;
+            wait_until(SOON, "it to be counted", || {
+                disowned().is_ok_and(|n| n > before)
+            })?;
+            carries(&near, &far, "on")?;
+            carries(&far, &near, "back")?;
+            assert_eq!(resets(), [0; 0], "{address}");
+
+            // After the end of the half-closed connection's time.
+            for state in ["fin_wait", "close_wait"] {
+                router.sysctl(
+                    &format!("net/netfilter/nf_conntrack_tcp_timeout_{state}"),
+                    "1",
+                )?;
+            }
+            near.shutdown(std::net::Shutdown::Write)?;
+            wait_until(SOON, "the connection to be forgotten", || {
+                let family = if address.is_ipv4() { "ipv4" } else { "ipv6" };
+                router
+                    .run(["conntrack", "-L", "-f", family, "-p", "tcp"])
+                    .is_ok_and(|flows| !flows.contains("dport"))
+            })?;
+            let before = disowned()?;
+            std::io::Write::write_all(&mut &far, b"late")?;
+            wait_until(SOON, "it to be counted", || {
+                disowned().is_ok_and(|n| n > before)
+            })?;
+            assert_eq!(resets(), [0; 0], "{address}");
+
+            // The router's own sockets have their ports in the same range.
+            let own = router.tcp_listener(SocketAddr::new(external.ip(), external.port()))?;
+            let out = server.tcp_connect(SocketAddr::new(external.ip(), external.port()), SOON)?;
+            let (inside, _) = own.accept()?;
+            router.run(["conntrack", "-F"])?;
+            carries(&out, &inside, "to the router itself")?;
+        }
+        Ok(())
+    });
+}
