@@ -12,6 +12,7 @@ mod foreign;
 mod guard;
 mod lock;
 mod notify;
+mod nowhere;
 mod reload;
 mod status;
 mod uapi;
@@ -154,6 +155,8 @@ struct Daemon {
     /// External addresses that no subnet-side interface has, as last told.
     absent: Vec<IpAddr>,
     ipv6: families::Watch,
+    /// Names of peers that packets are for and that are nowhere, as last told.
+    missed: Vec<String>,
 
     netlink: Netlink,
     changes: Changes,
@@ -248,6 +251,7 @@ impl Daemon {
             facts,
             absent: Vec::new(),
             ipv6: families::Watch::default(),
+            missed: Vec::new(),
             netlink,
             changes,
             engine,
@@ -404,6 +408,7 @@ impl Daemon {
             self.look_after_neighbours().await;
             self.tell_at_limit();
             self.look_at_local_ports();
+            self.tell_nowhere();
         }
         while let Some((host, port)) = self.names.poll_due(now) {
             self.lookups.spawn(async move {

@@ -353,6 +353,9 @@ impl Forwarder {
         };
         let Some(endpoint) = peer.endpoint() else {
             self.counters.add(Counter::DropNoEndpoint, 1);
+            if let Some(destination) = ip::destination(buffer) {
+                peer.is_nowhere(destination);
+            }
             return;
         };
         let ecn = ip::ecn(buffer);

@@ -39,7 +39,7 @@ mod interop;
 mod packets;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::SystemTime;
 
 use ipnet::IpNet;
@@ -80,6 +80,17 @@ pub struct PeerStats {
     pub rx_bytes: u64,
     /// Underlay bytes sent to it.
     pub tx_bytes: u64,
+    /// The last packet for it that was dropped because nobody knows where it is.
+    pub nowhere: Option<Nowhere>,
+}
+
+/// A packet for a peer that nobody knows the endpoint of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nowhere {
+    /// The packet's destination.
+    pub destination: IpAddr,
+    /// When it was dropped.
+    pub at: SystemTime,
 }
 
 /// How an engine is set up.

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::PeerStats;
 use super::batch::Endpoint;
 use super::location::{Location, Way};
 use super::routes::PeerId;
+use super::{Nowhere, PeerStats};
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 use crate::wireguard::{LocalKey, Packets, Tunnel};
 
@@ -26,6 +26,8 @@ pub(super) struct Shared {
     last_handshake: AtomicU64,
     /// Locked by the worker only when the peer moves.
     endpoint: Mutex<Option<SocketAddr>>,
+    /// Locked by the worker only for packets that it drops.
+    nowhere: Mutex<Option<Nowhere>>,
 }
 
 impl Shared {
@@ -37,6 +39,7 @@ impl Shared {
             tx_bytes: AtomicU64::new(0),
             last_handshake: AtomicU64::new(0),
             endpoint: Mutex::new(None),
+            nowhere: Mutex::new(None),
         }
     }
 
@@ -49,6 +52,7 @@ impl Shared {
             last_handshake: (nanos != 0).then(|| UNIX_EPOCH + Duration::from_nanos(nanos)),
             rx_bytes: self.rx_bytes.load(Ordering::Relaxed),
             tx_bytes: self.tx_bytes.load(Ordering::Relaxed),
+            nowhere: *self.nowhere.lock().unwrap_or_else(PoisonError::into_inner),
         }
     }
 }
@@ -186,6 +190,16 @@ impl Peer {
             .unwrap_or_else(PoisonError::into_inner);
         *shared = new;
         true
+    }
+
+    /// A packet to `destination` is dropped, for nobody knows where the peer is.
+    pub(super) fn is_nowhere(&self, destination: IpAddr) {
+        let packet = Nowhere {
+            destination,
+            at: SystemTime::now(),
+        };
+        let nowhere = &self.shared.nowhere;
+        *nowhere.lock().unwrap_or_else(PoisonError::into_inner) = Some(packet);
     }
 
     /// Counts authentic messages that came.

@@ -56,6 +56,10 @@ impl Daemon {
                 kind.text()
             ),
         }));
+        problems.extend(self.peers_nowhere().into_iter().map(|(_, error)| Problem {
+            part: "peers".to_owned(),
+            error,
+        }));
         let firewalls = self.kernel.firewall_problems().into_iter();
         problems.extend(firewalls.map(|error| Problem {
             part: "firewall".to_owned(),

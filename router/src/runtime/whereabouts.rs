@@ -72,6 +72,7 @@ mod tests {
             last_handshake: age.map(|age| now - Duration::from_secs(age)),
             rx_bytes: 0,
             tx_bytes: 0,
+            nowhere: None,
         };
         let peers = [
             peer(1, Some("192.0.2.1:5"), Some(20)),

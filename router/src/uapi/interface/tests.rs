@@ -272,6 +272,7 @@ fn a_get_shows_what_wireguard_go_shows() {
         last_handshake: Some(last_handshake),
         rx_bytes: 2224,
         tx_bytes: 38333,
+        nowhere: None,
     };
     let expected = format!(
         "private_key={}\nlisten_port=51820\nfwmark=16\npublic_key={}\npreshared_key={}\n\

@@ -262,3 +262,31 @@ fn disowned_replies(datapath: &'static str) {
         Ok(())
     });
 }
+
+#[test]
+fn packets_for_a_peer_that_is_not_here_are_told() {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        site.route_overlay()?;
+        let (here, elsewhere) = (Client::new("laptop", 2)?, Client::new("phone", 3)?);
+        let config = site::config(&[&here, &elsewhere], "auto", false)?;
+        let sluice = site.router.sluice(&config)?;
+        let _tunnel = here.connect(&site.laptop, &config.key)?;
+        warm_up(&site.laptop, SERVER[0])?;
+        assert_eq!(problem(&sluice, "peers")?, "");
+        // The phone is connected to another router of the same network.
+        assert!(
+            !site
+                .server
+                .pings(&elsewhere.addresses[0].to_string(), &[])?
+        );
+        let told = wait_for(&sluice, "peers", "phone")?;
+        ensure!(
+            told.contains("endpoint") && told.contains("100.64.0.3"),
+            "{told}"
+        );
+        let _phone = elsewhere.connect(&site.phone, &config.key)?;
+        warm_up(&site.phone, SERVER[0])?;
+        wait_for_none(&sluice, "peers")
+    });
+}
