@@ -50,9 +50,9 @@ pub const LINKS: &str = "LINKS";
 /// Map of the counters (per-CPU array of [`Counter`], see [`Side::counter`]).
 pub const COUNTERS: &str = "COUNTERS";
 
-/// Mark of packets that `from_subnet` hands to the kernel after it has judged and translated them.
-/// None of the bits that kube-proxy (0xc000), Tailscale (0xff0000) and Calico (0xffff0000) look at.
-pub const HANDED_OVER: u32 = 0x15ce;
+/// Constant of the object: the bit that programs set in the mark of packets which they hand to the
+/// kernel after they have judged and translated them. Other bits are others'.
+pub const HANDED_OVER: &str = "HANDED_OVER";
 
 /// Most overlay CIDRs.
 pub const MAX_OVERLAY: usize = 1 << 18;

@@ -48,7 +48,7 @@ use crate::datapath::kernel::Kernel;
 use crate::datapath::{self, Datapath, Link};
 use crate::engine::{self, Engine};
 use crate::netlink::sysctl::{self, Sysctls};
-use crate::netlink::{self, Change, Changes, FWMARK, Family, Netlink, RuleSpec};
+use crate::netlink::{self, Change, Changes, Family, Netlink, RuleSpec};
 use crate::telemetry::Metrics;
 use crate::uapi::{Question, Server};
 use crate::wireguard::keys::PublicKey;
@@ -194,13 +194,13 @@ impl Daemon {
         let local = &config.local;
         let lock = RouterLock::take(&local.device)?;
         let (netlink, mut changes) = Netlink::connect()?;
+        let netlink = netlink.with_mark(local.marks.underlay);
         changes.know_neighbours(&netlink).await?;
         let sysctls = Sysctls::open(&lock.journal());
         let facts = facts::gather(&netlink, &config.snapshot, None).await?;
         check(&config, &facts)?;
 
-        let (mut ebpf, datapath_reason) =
-            choose_datapath(local.datapath, local.limits, &local.device)?;
+        let (mut ebpf, datapath_reason) = choose_datapath(local)?;
         let (sender, requests) = mpsc::channel(16);
         let server = api::Server::start(
             &local.socket,
@@ -214,7 +214,7 @@ impl Daemon {
                 device: local.device.clone(),
                 mtu: local.mtu,
                 listen_port: local.listen_port,
-                fwmark: FWMARK,
+                fwmark: local.marks.underlay,
                 workers: local.workers,
                 offloads: local.offloads,
             },
@@ -478,6 +478,7 @@ impl Daemon {
         }
         if self.ebpf.is_none() {
             plan.datapath.external.clear();
+            plan.datapath.handed_over = None;
         }
         self.core.want(plan);
         self.guard_uplink();
@@ -560,7 +561,7 @@ impl Daemon {
                 .map_err(|e| text(&e)),
             Action::Rules(family) => self
                 .netlink
-                .sync_rules(&RuleSpec::new(TABLE), *family)
+                .sync_rules(&RuleSpec::new(TABLE, self.local.marks.underlay), *family)
                 .await
                 .map_err(|e| text(&e)),
             Action::Peers(peers) => {

@@ -10,7 +10,7 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use router_ebpf::abi::{ABI_VERSION, HANDED_OVER, Side};
+use router_ebpf::abi::{ABI_VERSION, Side};
 use router_ebpf::answer;
 use router_ebpf::decide::{Exit, Tables as _, decide};
 use router_ebpf::packet::{Frame as _, Transport, parse};
@@ -29,6 +29,10 @@ static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 #[unsafe(link_section = "sluice.abi")]
 #[unsafe(no_mangle)]
 static SLUICE_ABI: u32 = ABI_VERSION;
+
+/// See [`router_ebpf::abi::HANDED_OVER`]; user space says which before it loads the programs.
+#[unsafe(no_mangle)]
+static HANDED_OVER: u32 = 0;
 
 /// On the TUN device's ingress: packets that peers send, without a link-layer header.
 #[classifier]
@@ -91,7 +95,8 @@ fn run(side: Side, ctx: TcContext) -> i32 {
                 Exit::Stack => {
                     // Without the mark the kernel would track it, and translate it once more.
                     if side == Side::Subnet || forward.is_translated {
-                        (*ctx.skb.skb).mark = HANDED_OVER;
+                        // Volatile, for the compiler takes it for a constant.
+                        (*ctx.skb.skb).mark |= (&raw const HANDED_OVER).read_volatile();
                     }
                     TC_ACT_UNSPEC.into()
                 }

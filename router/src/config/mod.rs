@@ -33,6 +33,7 @@ pub use system::check_against_system;
 
 use crate::control::{Peer, Snapshot};
 use crate::datapath::limits::Limits;
+use crate::datapath::marks::Marks;
 use crate::engine::Offloads;
 use crate::wireguard::keys::PrivateKey;
 
@@ -122,6 +123,7 @@ pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
             "datapath.external_addresses",
             old.external_addresses != new.external_addresses,
         ),
+        ("a mark in [datapath]", old.marks != new.marks),
         ("datapath.workers", old.workers != new.workers),
         (
             "a limit or timeout of flows in [datapath]",
@@ -216,6 +218,8 @@ pub struct Local {
     pub limits: Limits,
     /// What the engine may use where the kernel has it.
     pub offloads: Offloads,
+    /// Our bits of the firewall mark.
+    pub marks: Marks,
     /// Where Prometheus metrics, health and status are served over HTTP; `None`: only on the socket.
     pub http: Option<SocketAddr>,
     /// Names that HTTP requests may be for, beside addresses and `localhost`: in lower case, without a

@@ -58,6 +58,8 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
             "uplink_guard",
             "subnet",
             "external_addresses",
+            "underlay_mark",
+            "handed_over_mark",
             "workers",
             "flows",
             "flows_per_source",

@@ -280,6 +280,8 @@ pub fn plan(
             chosen,
             addresses,
             guarded_port: local.uplink_guard.then_some(local.listen_port),
+            marks: local.marks,
+            handed_over: Some(local.marks.handed_over),
             knocked_port: snapshot
                 .peers
                 .iter()
@@ -338,6 +340,7 @@ mod tests {
             workers: None,
             limits: Default::default(),
             offloads: Default::default(),
+            marks: Default::default(),
             http: None,
             http_hosts: Vec::new(),
             socket: "/run/sluice/sluice0.sock".into(),

@@ -7,6 +7,7 @@
 pub mod ebpf;
 pub mod kernel;
 pub mod limits;
+pub mod marks;
 pub mod policy;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +15,7 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
+use marks::Marks;
 
 use crate::control::{Policy, Route, RouteMode};
 
@@ -113,6 +115,10 @@ pub struct Spec {
     /// that was translated to it would be taken for junk. (The eBPF programs take no port that a
     /// socket has.)
     pub guarded_port: Option<u16>,
+    /// Our bits of the mark.
+    pub marks: Marks,
+    /// The bit of the mark by which eBPF programs hand over packets, if there are programs.
+    pub handed_over: Option<u32>,
     /// The listen port if some peer has no configured endpoint, so that it must come by itself.
     pub knocked_port: Option<u16>,
 }

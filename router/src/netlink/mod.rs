@@ -33,9 +33,10 @@ use netlink_sys::AsyncSocket as _;
 pub use changes::{Change, Changes};
 pub use nft::Family;
 pub use routes::NextHop;
-pub use rules::{FWMARK, Priorities, RuleSpec};
+pub use rules::{Priorities, RuleSpec};
 
 use crate::datapath::Link;
+use crate::datapath::marks::Marks;
 use socket::{Refusal, Socket};
 
 /// The routing protocol number of every route and rule that Sluice makes, by which leftovers are
@@ -130,6 +131,8 @@ pub struct LinkInfo {
 pub struct Netlink {
     handle: rtnetlink::Handle,
     bulk: Arc<Mutex<Socket>>,
+    /// The mark of underlay packets, by which routes are looked up as if our table were not there.
+    mark: u32,
 }
 
 impl Netlink {
@@ -150,8 +153,14 @@ impl Netlink {
         let netlink = Self {
             handle,
             bulk: Arc::new(Mutex::new(bulk)),
+            mark: Marks::default().underlay,
         };
         Ok((netlink, changes))
+    }
+
+    /// Looks up routes of underlay packets by this mark.
+    pub fn with_mark(self, mark: u32) -> Self {
+        Self { mark, ..self }
     }
 
     /// All interfaces, by index.

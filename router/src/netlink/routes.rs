@@ -13,7 +13,7 @@ use netlink_packet_route::route::{
 
 use super::socket::{Refusal, Socket};
 use super::wire::{self, Payload};
-use super::{Error, FWMARK, Family, Netlink, PROTOCOL, address_from, family_of};
+use super::{Error, Family, Netlink, PROTOCOL, address_from, family_of};
 use crate::datapath::Link;
 
 /// Routes per datagram: enough that the system call does not count, few enough that the refusals
@@ -82,7 +82,7 @@ impl Netlink {
     /// The next hop toward `address` for underlay and subnet packets, as if our table were not
     /// there. `None` without a route, and when the address is the router's own.
     pub async fn route_to(&self, address: IpAddr) -> Result<Option<NextHop>, Error> {
-        self.look_up(address, RouteAttribute::Mark(FWMARK)).await
+        self.look_up(address, RouteAttribute::Mark(self.mark)).await
     }
 
     /// The next hop toward `address` for packets of the VRF with this index.

@@ -7,12 +7,6 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{Error, Family, Netlink, PROTOCOL, address_family};
 
-/// The mark of underlay packets, one bit: packets that bear it never look up our tables.
-///
-/// The bit is one that Kubernetes (0x4000, 0x8000), Cilium (0x0f00), Calico (upper half), the AWS
-/// VPC CNI (0x80) and Tailscale (0xff0000) leave alone; theirs may stand beside it.
-pub const FWMARK: u32 = 0x2000;
-
 /// The main routing table.
 const MAIN: u32 = libc::RT_TABLE_MAIN as u32;
 /// The table of the machine's own addresses.
@@ -46,19 +40,19 @@ impl Default for Priorities {
 pub struct RuleSpec {
     /// Our routing table.
     pub table: u32,
-    /// The mark of underlay packets ([`FWMARK`]); a packet that has all of its bits set is not led
-    /// to our table, so that no allowed IP can swallow the tunnel's own packets.
+    /// The mark of underlay packets ([`crate::datapath::marks`]); a packet that has all of its bits
+    /// set is not led to our table, so that no allowed IP can swallow the tunnel's own packets.
     pub fwmark: u32,
     /// Where among other rules ours stand.
     pub priorities: Priorities,
 }
 
 impl RuleSpec {
-    /// The usual rules for a table.
-    pub fn new(table: u32) -> Self {
+    /// The usual rules for a table, and the mark of underlay packets.
+    pub fn new(table: u32, fwmark: u32) -> Self {
         Self {
             table,
-            fwmark: FWMARK,
+            fwmark,
             priorities: Priorities::default(),
         }
     }
@@ -356,19 +350,23 @@ mod tests {
 
     #[test]
     fn a_rule_is_read_as_it_was_written_and_known_as_ours() {
-        let spec = RuleSpec::new(51820);
+        let spec = RuleSpec::new(51820, 0x1000);
         for rule in spec.wanted(0) {
             let message = rule.message(AddressFamily::Inet);
             assert_eq!(Rule::read(&message), Some(rule));
             assert!(spec.owns(&message));
             let shared = rule.table == MAIN;
-            assert_eq!(RuleSpec::new(51821).owns(&message), shared, "{rule:?}");
+            assert_eq!(
+                RuleSpec::new(51821, 0x1000).owns(&message),
+                shared,
+                "{rule:?}"
+            );
         }
     }
 
     #[test]
     fn rules_of_others_are_not_ours() {
-        let spec = RuleSpec::new(51820);
+        let spec = RuleSpec::new(51820, 0x1000);
         let mut message = spec.wanted(0)[0].message(AddressFamily::Inet);
         message
             .attributes
@@ -382,7 +380,7 @@ mod tests {
 
     #[test]
     fn a_rule_of_another_shape_is_not_taken_for_a_wanted_one() {
-        let rule = RuleSpec::new(51820).wanted(0)[2];
+        let rule = RuleSpec::new(51820, 0x1000).wanted(0)[2];
         let mut message = rule.message(AddressFamily::Inet6);
         message.header.flags = RuleFlags::empty();
         assert_eq!(Rule::read(&message), None);
@@ -419,7 +417,7 @@ mod tests {
 
     #[test]
     fn our_rules_stand_behind_the_way_to_our_own_addresses_wherever_it_is() {
-        let spec = RuleSpec::new(51820);
+        let spec = RuleSpec::new(51820, 0x1000);
         let main = || kernels(MAIN, 32766);
         let mut present = vec![kernels(LOCAL, 0), main()];
         for (local, wanted) in [
@@ -453,7 +451,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_in_the_middle_comes_back_in_order() {
-        let spec = RuleSpec::new(51820);
+        let spec = RuleSpec::new(51820, 0x1000);
         let whole: Vec<_> = [kernels(LOCAL, 32765)]
             .into_iter()
             .chain(

@@ -53,7 +53,11 @@ impl Daemon {
         {
             warn("the eBPF datapath", &error);
         }
-        if let Err(error) = self.netlink.remove_rules(&RuleSpec::new(TABLE)).await {
+        if let Err(error) = self
+            .netlink
+            .remove_rules(&RuleSpec::new(TABLE, self.local.marks.underlay))
+            .await
+        {
             warn("a routing rule", &error);
         }
         if let Err(error) = self.netlink.release_routes(TABLE).await {

@@ -1,9 +1,8 @@
 //! What the runtime does for the eBPF datapath besides applying plans.
 
 use super::{Daemon, Error};
-use crate::config::DatapathMode;
+use crate::config::{DatapathMode, Local};
 use crate::datapath::ebpf::{AtLimit, Ebpf, Opener, Options, Pins};
-use crate::datapath::limits::Limits;
 use crate::netlink::sysctl;
 
 impl Daemon {
@@ -95,18 +94,16 @@ impl Daemon {
     }
 }
 
-/// Loads the programs for the TUN device `device`, unless the configuration wants none or, where it
+/// Loads the programs for the TUN device, unless the configuration wants none or, where it
 /// leaves the choice, the kernel or the rights do not allow it. Tells why in words.
-pub(super) fn choose_datapath(
-    mode: DatapathMode,
-    limits: Limits,
-    device: &str,
-) -> Result<(Option<Ebpf>, String), Error> {
+pub(super) fn choose_datapath(local: &Local) -> Result<(Option<Ebpf>, String), Error> {
+    let (mode, device) = (local.datapath, local.device.as_str());
     let (ebpf, reason) = if mode == DatapathMode::Kernel {
         (None, "the configuration asks for it".to_owned())
     } else {
         let options = Options {
-            limits,
+            limits: local.limits,
+            handed_over: local.marks.handed_over,
             pins: Pins::open(device).map_err(|error| error.to_string()),
             ..Options::default()
         };

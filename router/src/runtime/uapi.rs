@@ -15,7 +15,6 @@ use crate::config::{self, Config, Local, Problem};
 use crate::control::{Endpoint, Peer, Snapshot};
 use crate::core::{Facts, Names, peer_spec};
 use crate::engine::PeerSpec;
-use crate::netlink::FWMARK;
 use crate::uapi::{Errno, Interface, PeerState, Question, Refusal, Set, State};
 use crate::wireguard::keys::PublicKey;
 
@@ -91,7 +90,7 @@ impl Daemon {
         State {
             private_key: Some(self.local.private_key.clone()),
             listen_port: self.engine.listen_port(),
-            fwmark: FWMARK,
+            fwmark: self.local.marks.underlay,
             peers: peers.collect(),
         }
     }
@@ -122,10 +121,11 @@ impl Present<'_> {
     /// The router after a `set`; `None`: as before.
     fn after(&self, set: &Set) -> Result<Option<Wanted>, Refusal> {
         // Where a file for wg(8) says nothing of the mark, 0 comes.
-        if let Some(mark) = set.fwmark.filter(|mark| ![0, FWMARK].contains(mark)) {
+        let own = self.local.marks.underlay;
+        if let Some(mark) = set.fwmark.filter(|mark| ![0, own].contains(mark)) {
             let reason = format!(
-                "the firewall mark {mark:#x}: a router's own is {FWMARK:#x}, by which its packets \
-                 stay out of the tunnel"
+                "the firewall mark {mark:#x}: a router's own is {own:#x} (datapath.underlay_mark), by \
+                 which its packets stay out of the tunnel"
             );
             return Err(Refusal::new(Errno::Permission, reason));
         }
@@ -133,7 +133,7 @@ impl Present<'_> {
             |peer| peer_spec(peer, |host, port| self.names.addresses(host, port).to_vec());
         let specs: Vec<PeerSpec> = self.snapshot.peers.iter().map(resolved).collect();
         let key = self.local.private_key.clone();
-        let before = Interface::new(key, FWMARK, specs.iter().cloned());
+        let before = Interface::new(key, own, specs.iter().cloned());
         let mut edited = before.edit(set)?;
         let Some(private_key) = edited.interface.private_key.clone() else {
             let reason = "a router is nothing without its private key; `wg setconf` and `wg \

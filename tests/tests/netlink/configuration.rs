@@ -6,10 +6,12 @@ use std::time::Instant;
 use anyhow::{Context, ensure};
 use ipnet::IpNet;
 use lab::{Host, Lab};
-use router::netlink::{Change, Error, FWMARK, Family, Netlink, RuleSpec};
+use router::netlink::{Change, Error, Family, Netlink, RuleSpec};
 
 use super::connect;
 
+/// Of underlay packets.
+const MARK: u32 = 0x1000;
 const TABLE: u32 = 51820;
 
 /// Both families' at once.
@@ -248,7 +250,7 @@ fn rules_lead_overlay_packets_to_our_table_and_never_the_underlay() {
         let rules =
             || -> anyhow::Result<String> { Ok(router.ip("-4 rule")? + &router.ip("-6 rule")?) };
         let before = rules()?;
-        let spec = RuleSpec::new(TABLE);
+        let spec = RuleSpec::new(TABLE, MARK);
         connect(&router, async |netlink, _| {
             let tun = index(&netlink, "tun0").await?;
             let routes = nets(&["100.64.0.2/32", "0.0.0.0/0", "fd7a::2/128", "::/0"]);
@@ -273,10 +275,10 @@ fn rules_lead_overlay_packets_to_our_table_and_never_the_underlay() {
                 ("2001:db8::77", "eth0", "eth0"),
             ] {
                 assert_eq!(leaves_by(to, 0)?, clear, "{to}");
-                assert_eq!(leaves_by(to, FWMARK)?, marked, "{to} of the underlay");
+                assert_eq!(leaves_by(to, MARK)?, marked, "{to} of the underlay");
                 // Others may set bits of their own beside ours.
                 assert_eq!(
-                    leaves_by(to, FWMARK | 0x4000)?,
+                    leaves_by(to, MARK | 0x4000)?,
                     marked,
                     "{to} with another bit"
                 );
@@ -317,7 +319,7 @@ fn next_hops_are_found_as_if_our_table_were_not_there() {
         connect(&router, async |netlink, _| {
             let tun = index(&netlink, "tun0").await?;
             sync_routes(&netlink, tun, &nets(&["0.0.0.0/0", "::/0"])).await?;
-            sync_rules(&netlink, &RuleSpec::new(TABLE)).await?;
+            sync_rules(&netlink, &RuleSpec::new(TABLE, MARK)).await?;
             let to = async |address: &str| netlink.route_to(address.parse().unwrap()).await;
             for (address, gateway, source, mtu) in [
                 ("198.51.100.1", Some("192.0.2.254"), "192.0.2.1", None),
@@ -382,7 +384,7 @@ fn changes_by_others_are_told_and_our_own_are_not() {
             neighbour(100)?;
             until(Change::Neighbour).await?;
             sync_routes(&netlink, tun, &nets(&["10.9.0.0/16", "fd7a::/64"])).await?;
-            sync_rules(&netlink, &RuleSpec::new(TABLE)).await?;
+            sync_rules(&netlink, &RuleSpec::new(TABLE, MARK)).await?;
             neighbour(101)?;
             let seen = until(Change::Neighbour).await?;
             assert!(

@@ -3,6 +3,7 @@
 mod external;
 mod http;
 mod limits;
+mod marks;
 mod overlap;
 mod peers;
 mod policy;
@@ -83,6 +84,7 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
         problems,
     );
     let limits = limits::limits(&raw.datapath, problems);
+    let marks = marks::marks(&raw.datapath, problems);
 
     let peers = peers::peers(&raw.peers, own_key, addresses, directory, problems);
     let routes = routes::routes(&raw.routes, problems);
@@ -114,6 +116,7 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
             workers: interfaces.workers,
             limits,
             offloads: raw.offloads,
+            marks,
             http: http?,
             http_hosts,
             socket: socket?,

@@ -43,6 +43,7 @@ pub use pins::Pins;
 pub use sweeper::{Ended, FamilyReport, FlowReport};
 
 use super::limits::Limits;
+use super::marks::Marks;
 use super::{Counter, Datapath, Error, Link, Spec};
 use accounts::Owners;
 use attach::{Attachment, Owner};
@@ -63,6 +64,8 @@ pub struct Options {
     pub limits: Limits,
     /// Whether flows end when they are due. Without, whoever fills the table empties it.
     pub sweep: bool,
+    /// The bit of handed-over packets' mark.
+    pub handed_over: u32,
     /// Where flows are kept for the next daemon, or why they are not.
     pub pins: Result<Pins, String>,
 }
@@ -73,6 +76,7 @@ impl Default for Options {
             attach: None,
             limits: Limits::default(),
             sweep: true,
+            handed_over: Marks::default().handed_over,
             pins: Err("nobody asked for it".to_owned()),
         }
     }
@@ -146,6 +150,7 @@ impl Ebpf {
             .map_max_entries(abi::SETTLED6, blocks6)
             .override_global(abi::BLOCKS4, &blocks4, true)
             .override_global(abi::BLOCKS6, &blocks6, true)
+            .override_global(abi::HANDED_OVER, &options.handed_over, true)
             .override_global(log::LEVEL, &log_level, true);
         if log_level == 0 {
             loader.map_max_entries(log::RECORDS, log::LEAST_ROOM);

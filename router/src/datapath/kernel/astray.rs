@@ -10,7 +10,6 @@ use ipnet::IpNet;
 use super::ruleset::{Named, Sets, decide, load_destination, named, of_family};
 use super::span::{Family, union};
 use crate::datapath::Spec;
-use crate::netlink::FWMARK;
 use crate::netlink::nft::{Cmp, Hook, LOOPBACK, Meta, REG, Transaction, Verdict};
 
 pub(super) const ASTRAY: Named = named("to_astray", "kernel_to_overlay", "drop_astray");
@@ -44,7 +43,7 @@ pub(super) fn write(tx: &mut Transaction<'_>, spec: &Spec, families: &[Sets; 2],
     // The underlay is marked, and has ways of its own.
     tx.rule(CHAIN, |r| {
         r.meta(Meta::Mark, REG)
-            .any_bit(REG, &FWMARK.to_ne_bytes())
+            .any_bit(REG, &spec.marks.underlay.to_ne_bytes())
             .verdict(Verdict::Return);
     });
     tx.rule(CHAIN, |r| {

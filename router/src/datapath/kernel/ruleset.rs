@@ -27,8 +27,6 @@
 //! The expressions are such that `nft list ruleset` can show them: nft 1.0.6 crashes on some keys
 //! that the kernel takes, such as a concatenation with `ct original proto-dst`.
 
-use router_ebpf::abi::HANDED_OVER;
-
 use super::astray::{self, ASTRAY};
 use super::clamp;
 use super::denied;
@@ -41,8 +39,8 @@ use super::translate;
 use crate::control::Denied;
 use crate::datapath::Spec;
 use crate::netlink::nft::{
-    Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Count, Ct, Hook, Meta, REG, Rule, Transaction,
-    Verdict, WORD,
+    Base, CT_ESTABLISHED_RELATED, CT_INVALID, CT_UNTRACKED, Cmp, Count, Ct, Hook, Meta, REG, Rule,
+    Transaction, Verdict, WORD,
 };
 
 /// Where the flags stand in a TCP header (RFC 9293, section 3.1).
@@ -244,9 +242,14 @@ pub(super) fn write(
 
     let tun = spec.tun.index.to_ne_bytes();
     astray::write(tx, spec, &families, &tun);
-    tx.rule("spoofed", |r| {
-        handed_over(r).no_track().verdict(Verdict::Accept);
-    });
+    if let Some(bit) = spec.handed_over {
+        tx.rule("spoofed", |r| {
+            r.meta(Meta::Mark, REG)
+                .any_bit(REG, &bit.to_ne_bytes())
+                .no_track()
+                .verdict(Verdict::Accept);
+        });
+    }
     for sets in &families {
         tx.rule("spoofed", |r| {
             r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
@@ -278,18 +281,21 @@ pub(super) fn write(
     });
     clamp::write(tx, "clamp_from", spec.mtu, FROM.clamped);
     clamp::write(tx, "clamp_to", spec.mtu, TO.clamped);
-    write_from_overlay(tx, &families, &tun, restricted);
-    write_to_overlay(tx, &families, restricted);
+    write_from_overlay(tx, &families, &tun, spec, restricted);
+    write_to_overlay(tx, &families, spec, restricted);
     if restricted {
         tx.rule("permit", |r| {
             r.meta(Meta::Iif, REG).cmp(Cmp::Ne, REG, &tun);
             r.verdict(Verdict::Accept);
         });
-        for judged in [handed_over, known] {
+        if let Some(bit) = spec.handed_over {
             tx.rule("permit", |r| {
-                judged(r).verdict(Verdict::Accept);
+                handed_over(r, bit).verdict(Verdict::Accept);
             });
         }
+        tx.rule("permit", |r| {
+            known(r).verdict(Verdict::Accept);
+        });
         for sets in &families {
             ask_policy(tx, "permit", sets.family, &sets.from, None);
         }
@@ -413,10 +419,12 @@ pub(super) fn decide(rule: &mut Rule<'_, '_>, counter: Named, verdict: Verdict<'
 }
 
 /// What the eBPF programs have judged already, of a flow of theirs: connection tracking has not seen
-/// it begin.
-fn handed_over<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
+/// it begin, and has been kept from it. Who sets the bit later cannot pass for them.
+fn handed_over<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>, bit: u32) -> &'r mut Rule<'a, 'b> {
     rule.meta(Meta::Mark, REG)
-        .cmp(Cmp::Eq, REG, &HANDED_OVER.to_ne_bytes())
+        .any_bit(REG, &bit.to_ne_bytes())
+        .ct(Ct::State, REG)
+        .any_bit(REG, &CT_UNTRACKED.to_ne_bytes())
 }
 
 pub(super) fn known<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
@@ -433,6 +441,7 @@ fn write_from_overlay(
     tx: &mut Transaction<'_>,
     families: &[Sets; 2],
     tun: &[u8],
+    spec: &Spec,
     restricted: bool,
 ) {
     let chain = "from_overlay";
@@ -441,7 +450,9 @@ fn write_from_overlay(
         // Else no flow from peer to peer is known.
         astray::guard(tx, chain, tun);
     }
-    tx.rule(chain, |r| pass(handed_over(r), &FROM));
+    if let Some(bit) = spec.handed_over {
+        tx.rule(chain, |r| pass(handed_over(r, bit), &FROM));
+    }
     errors::ask(tx, chain);
     tx.rule(chain, |r| pass(known(r), &FROM));
     if restricted {
@@ -485,10 +496,12 @@ fn write_from_overlay(
     tx.rule(chain, |r| decide(r, FROM.drop_not_routed, Verdict::Drop));
 }
 
-fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], restricted: bool) {
+fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], spec: &Spec, restricted: bool) {
     let chain = "to_overlay";
     clamp::syn(tx, chain, "clamp_to");
-    tx.rule(chain, |r| pass(handed_over(r), &TO));
+    if let Some(bit) = spec.handed_over {
+        tx.rule(chain, |r| pass(handed_over(r, bit), &TO));
+    }
     tx.rule(chain, |r| pass(known(r), &TO));
     if restricted {
         tx.rule(chain, |r| {

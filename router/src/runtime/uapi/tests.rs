@@ -106,7 +106,7 @@ impl Router {
         let state = State {
             private_key: Some(self.local.private_key.clone()),
             listen_port: self.local.listen_port,
-            fwmark: FWMARK,
+            fwmark: 0x1000,
             peers: Vec::new(),
         };
         let mut text = state.to_text().to_string();
@@ -211,7 +211,7 @@ fn what_is_shown_changes_nothing_when_it_is_set() {
     }
     for nothing in [
         "fwmark=0".to_owned(),
-        format!("fwmark={FWMARK}\nlisten_port=0"),
+        "fwmark=4096\nlisten_port=0".to_owned(),
         "listen_port=51820".to_owned(),
         format!("public_key={}\nupdate_only=true", hex(&stranger())),
         format!("public_key={}\nremove=true", hex(&stranger())),

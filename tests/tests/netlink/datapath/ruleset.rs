@@ -83,6 +83,7 @@ fn the_ruleset_is_the_one_that_nft_would_make_of_its_text() {
     lab::test(|lab| {
         let mut net = Net::new(lab)?;
         net.spec.routes[1].snat = false;
+        net.spec.handed_over = Some(0x2000);
         let text = include_str!("ruleset.nft");
         let (text, with_rules) = text.split_once("# With rules:").context("two parts")?;
         for (text, rules) in [

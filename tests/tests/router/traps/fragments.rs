@@ -21,7 +21,7 @@ on_every_path!(
 
 /// Both ends leave it to the routers to cut their datagrams. So the server's, which fit its own MTU,
 /// must be cut by ours.
-fn echo_all_sizes(run: &Running, path: Path) -> anyhow::Result<()> {
+pub(super) fn echo_all_sizes(run: &Running, path: Path) -> anyhow::Result<()> {
     for server in SERVER {
         let address = SocketAddr::new(server, PORT);
         let far = udp_at(&run.site.server, address)?;
