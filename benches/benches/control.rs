@@ -47,7 +47,7 @@ fn planned(config: &Config) -> Plan {
         &config.snapshot,
         &tun,
         &Facts::default(),
-        |_, _| None,
+        |_, _| Vec::new(),
     )
 }
 

@@ -98,10 +98,10 @@ impl Refusals {
 
     /// Whether super-packets of this kind are made, such with a short last segment if `short`.
     pub(super) fn makes(&self, gso: Gso, short: bool) -> bool {
-        let stopped = |short| {
-            Refused::of(gso, short).is_none_or(|kind| self.stopped & (1 << kind as u8) != 0)
+        let is_made = |short| {
+            Refused::of(gso, short).is_some_and(|kind| self.stopped & (1 << kind as u8) == 0)
         };
-        !stopped(false) && !(short && stopped(true))
+        is_made(false) && (!short || is_made(true))
     }
 
     /// The device has taken one.
