@@ -16,6 +16,7 @@ mod nowhere;
 mod reload;
 mod status;
 mod uapi;
+mod unserved;
 mod whereabouts;
 
 use std::future::pending;
@@ -157,6 +158,8 @@ struct Daemon {
     ipv6: families::Watch,
     /// Names of peers that packets are for and that are nowhere, as last told.
     missed: Vec<String>,
+    /// Where packets go that no flow is carried of, as last told.
+    unserved: Vec<String>,
 
     netlink: Netlink,
     changes: Changes,
@@ -252,6 +255,7 @@ impl Daemon {
             absent: Vec::new(),
             ipv6: families::Watch::default(),
             missed: Vec::new(),
+            unserved: Vec::new(),
             netlink,
             changes,
             engine,
@@ -476,6 +480,7 @@ impl Daemon {
         for problem in plan.vrf_problems.iter().filter(|p| !before.contains(p)) {
             tracing::warn!("{problem}");
         }
+        self.tell_unserved(&plan);
         if self.ebpf.is_none() {
             plan.datapath.external.clear();
             plan.datapath.handed_over = None;

@@ -160,6 +160,13 @@ impl Maps<'_> {
             )
         };
         answer.link = query.ifindex;
+        if let Some(work) = steps::work() {
+            // SAFETY: the place is valid and this program's alone, and both members are integers.
+            unsafe {
+                let [a, b, c, d] = query.__bindgen_anon_4.ipv6_dst;
+                (*work).next_hop = [query.family.into(), a, b, c, d];
+            }
+        }
         // SAFETY: every bit pattern is a valid `u16`.
         answer.mtu = u32::from(unsafe { query.__bindgen_anon_1.mtu_result });
         answer.hardware[..6].copy_from_slice(&query.dmac);

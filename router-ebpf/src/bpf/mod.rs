@@ -7,7 +7,7 @@ mod skb;
 mod steps;
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
-use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh};
+use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{ABI_VERSION, Side};
@@ -104,7 +104,7 @@ fn run(side: Side, ctx: TcContext) -> i32 {
                     steps::tell(&ctx, side, verdict);
                     bpf_redirect(Skb::at(&ctx, side).ingress(), 0)
                 }
-                Exit::Neighbour => bpf_redirect_neigh(forward.link, core::ptr::null_mut(), 0, 0),
+                Exit::Neighbour => steps::redirect_neighbour(forward.link),
                 _ => bpf_redirect(forward.link, 0),
             },
             Err(verdict) if matches!(verdict.class(), Class::Drop | Class::Reject) => {

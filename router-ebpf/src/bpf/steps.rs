@@ -4,9 +4,9 @@
 
 use core::hint::black_box;
 
-use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::{__sk_buff, bpf_redir_neigh};
 use aya_ebpf::btf_maps::PerCpuArray;
-use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_ns};
+use aya_ebpf::helpers::{bpf_jiffies64, bpf_ktime_get_ns, bpf_redirect_neigh};
 use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
 use aya_log_ebpf::macro_support::{Level, level_enabled};
@@ -33,6 +33,9 @@ pub(crate) struct Work {
     entry: Flow,
     /// What [`sluice_clamp_mss`] looks through.
     options: mss::Options,
+    /// What the kernel's routing answered last, as a `struct bpf_redir_neigh`: family and address of the
+    /// neighbour that packets go to; the family is zero while nothing was asked about this packet.
+    pub(crate) next_hop: [u32; 5],
     /// The step that must be done before the packet can be carried; see [`run`].
     pub(crate) pending: u32,
     /// The tick of the kernel at which this CPU last read the clock, and the time then in ns.
@@ -116,6 +119,9 @@ fn carry(ctx: &TcContext, side: Side, work: *const Work) -> Result<(), Verdict> 
         }
         if pending() == QUOTE {
             result(sluice_translate_quote(skb, from))?;
+            if done & JUDGED == 0 {
+                (&raw mut (*work.cast_mut()).next_hop[0]).write_volatile(0);
+            }
             outcome = carry(done | JUDGED | QUOTED);
         }
         result(outcome)
@@ -371,6 +377,23 @@ pub(crate) fn now() -> u64 {
             *clock = [tick, bpf_ktime_get_ns()];
         }
         (*clock)[1]
+    }
+}
+
+/// Redirects the packet to the NIC with this index, and has the kernel find the neighbour that its
+/// routing has named: asked again, it may name one that is reached by another NIC.
+#[inline(always)]
+pub(crate) fn redirect_neighbour(link: u32) -> i64 {
+    // SAFETY: the place is valid and this program's alone, and as long as the type that the helper takes.
+    unsafe {
+        if let Some(work) = work() {
+            let next_hop = &raw mut (*work).next_hop;
+            if (*next_hop)[0] != 0 {
+                let len = size_of::<bpf_redir_neigh>() as i32;
+                return bpf_redirect_neigh(link, next_hop.cast(), len, 0);
+            }
+        }
+        bpf_redirect_neigh(link, core::ptr::null_mut(), 0, 0)
     }
 }
 

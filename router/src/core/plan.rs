@@ -23,8 +23,9 @@ pub struct Facts {
     pub default_link: Option<u32>,
     /// Gateways of the default routes.
     pub gateways: BTreeSet<IpAddr>,
-    /// Where the main table sends packets for each routed CIDR, by interface index.
-    pub egress: BTreeMap<IpNet, u32>,
+    /// Where the main table sends packets for each routed CIDR: the interface indexes of all next
+    /// hops.
+    pub egress: BTreeMap<IpNet, BTreeSet<u32>>,
     /// Interfaces that were the subnet side before, by index. Where a route moves to another one,
     /// packets of its flows come by the old one until the network's own routing has followed, and as
     /// long as sources are translated to its address.
@@ -74,7 +75,20 @@ impl Facts {
                 .any(|address| cidr.contains(&address.addr()));
             inside.then_some(*index)
         });
-        self.egress.get(cidr).copied().into_iter().chain(connected)
+        let egress = self.egress.get(cidr).into_iter().flatten();
+        egress.copied().chain(connected)
+    }
+
+    /// Where packets for routed CIDRs may leave by an interface that `plan` does not serve: the CIDR,
+    /// and the interface's name.
+    pub fn unserved<'a>(&'a self, plan: &'a Plan) -> impl Iterator<Item = (IpNet, &'a str)> {
+        let served =
+            move |index: &u32| plan.datapath.subnet.iter().any(|link| link.index == *index);
+        self.egress.iter().flat_map(move |(cidr, interfaces)| {
+            let unserved = interfaces.iter().filter(move |index| !served(index));
+            let names = unserved.filter_map(move |index| self.links.get(index));
+            names.map(|link| (*cidr, link.name.as_str()))
+        })
     }
 }
 
@@ -362,7 +376,7 @@ mod tests {
             ]),
             default_link: Some(2),
             gateways: BTreeSet::new(),
-            egress: BTreeMap::from([("10.0.0.0/16".parse().unwrap(), 2)]),
+            egress: BTreeMap::from([("10.0.0.0/16".parse().unwrap(), BTreeSet::from([2]))]),
             ..Facts::default()
         }
     }
@@ -466,6 +480,16 @@ mod tests {
     }
 
     #[test]
+    fn every_next_hop_of_a_route_is_subnet_side() {
+        let mut facts = facts();
+        let toward = facts.egress.values_mut().next().unwrap();
+        toward.insert(4);
+        let plan = plan(&local(), &snapshot(), &tun(), &facts, |_, _| Vec::new());
+        let names: Vec<_> = plan.datapath.subnet.iter().map(|l| &*l.name).collect();
+        assert_eq!(names, ["eth0", "eth1", "eth2"]);
+    }
+
+    #[test]
     fn named_interfaces_are_taken_as_named() {
         let local = Local {
             subnet: vec!["eth2".into()],
@@ -473,6 +497,9 @@ mod tests {
             ..local()
         };
         let plan = plan(&local, &snapshot(), &tun(), &facts(), |_, _| Vec::new());
+        let facts = facts();
+        let unserved: Vec<_> = facts.unserved(&plan).collect();
+        assert_eq!(unserved, [("10.0.0.0/16".parse().unwrap(), "eth0")]);
         assert_eq!(plan.uplink.unwrap().index, 3);
         assert_eq!(
             plan.datapath.subnet,

@@ -12,6 +12,7 @@ mod routes;
 mod rules;
 pub(crate) mod socket;
 pub mod sysctl;
+mod ways;
 pub(crate) mod wire;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -67,7 +67,8 @@ impl Netlink {
         self.in_bulk(work).await
     }
 
-    async fn in_bulk<T: Send + 'static>(
+    /// Does `work` with the blocking socket, on a thread that may wait.
+    pub(super) async fn in_bulk<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Socket) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
@@ -75,7 +76,7 @@ impl Netlink {
         let work = move || work(&mut bulk.lock().unwrap_or_else(PoisonError::into_inner));
         match tokio::task::spawn_blocking(work).await {
             Ok(outcome) => outcome,
-            Err(_) => Err(Error::new("set routes", libc::ECANCELED)),
+            Err(_) => Err(Error::new("look after routes", libc::ECANCELED)),
         }
     }
 
@@ -177,7 +178,7 @@ impl Netlink {
     }
 }
 
-fn route(answer: RouteNetlinkMessage) -> Option<RouteMessage> {
+pub(super) fn route(answer: RouteNetlinkMessage) -> Option<RouteMessage> {
     match answer {
         RouteNetlinkMessage::NewRoute(message) => Some(message),
         _ => None,
@@ -203,7 +204,7 @@ fn via_address(via: &netlink_packet_route::route::RouteVia) -> Option<IpAddr> {
 }
 
 /// What the kernel answers when no packet could go that way: no route, or one that refuses.
-fn no_route(errno: i32) -> bool {
+pub(super) fn no_route(errno: i32) -> bool {
     matches!(
         errno,
         libc::ENETUNREACH

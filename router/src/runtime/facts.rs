@@ -52,10 +52,9 @@ pub(super) async fn gather(
     }
     let mut egress = BTreeMap::new();
     for route in &snapshot.routes {
-        let hop = netlink.route_to(first_host(&route.cidr)).await?;
-        if let Some(hop) = hop.filter(|hop| links.contains_key(&hop.link.index)) {
-            egress.insert(route.cidr, hop.link.index);
-        }
+        let mut interfaces = netlink.interfaces_toward(first_host(&route.cidr)).await?;
+        interfaces.retain(|index| links.contains_key(index));
+        egress.insert(route.cidr, interfaces);
     }
     let (mut default_link, mut gateways) = (None, BTreeSet::new());
     for family in [

@@ -47,6 +47,10 @@ impl Daemon {
             part: "endpoint".to_owned(),
             error: format!("{host}: {error}"),
         }));
+        problems.extend(self.unserved.iter().map(|error| Problem {
+            part: "subnet".to_owned(),
+            error: error.clone(),
+        }));
         problems.extend(self.engine.refused().iter().map(|kind| Problem {
             part: "offloads".to_owned(),
             error: format!(

@@ -12,7 +12,7 @@ use super::connect;
 
 /// Of underlay packets.
 const MARK: u32 = 0x1000;
-const TABLE: u32 = 51820;
+pub(super) const TABLE: u32 = 51820;
 
 /// Both families' at once.
 async fn sync_routes(netlink: &Netlink, index: u32, wanted: &[IpNet]) -> Result<(), Error> {
@@ -31,12 +31,12 @@ async fn sync_rules(netlink: &Netlink, spec: &RuleSpec) -> Result<(), Error> {
     Ok(())
 }
 
-fn nets(texts: &[&str]) -> Vec<IpNet> {
+pub(super) fn nets(texts: &[&str]) -> Vec<IpNet> {
     texts.iter().map(|text| text.parse().unwrap()).collect()
 }
 
 /// A host with an uplink, and a veth in place of the TUN device.
-fn router(lab: &Lab) -> anyhow::Result<Host> {
+pub(super) fn router(lab: &Lab) -> anyhow::Result<Host> {
     let (router, outside) = (lab.host("router")?, lab.host("outside")?);
     lab.link(
         router
@@ -54,7 +54,7 @@ fn router(lab: &Lab) -> anyhow::Result<Host> {
     Ok(router)
 }
 
-async fn index(netlink: &Netlink, name: &str) -> anyhow::Result<u32> {
+pub(super) async fn index(netlink: &Netlink, name: &str) -> anyhow::Result<u32> {
     let info = netlink.link_by_name(name).await?;
     Ok(info.with_context(|| name.to_owned())?.link.index)
 }

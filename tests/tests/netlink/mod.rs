@@ -3,6 +3,7 @@
 mod configuration;
 mod datapath;
 mod sysctl;
+mod ways;
 
 use std::io;
 use std::net::UdpSocket;

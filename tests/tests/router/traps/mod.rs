@@ -7,6 +7,7 @@ mod fragments;
 mod frames;
 mod limits;
 mod mtu;
+mod nics;
 mod ports;
 mod restart;
 mod services;
