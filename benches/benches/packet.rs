@@ -56,6 +56,7 @@ fn world() -> World {
     world.links.insert(NIC, link);
     world.routing = Box::new(|_, _| {
         Ok(Hop {
+            gateway: [0; 4],
             link: NIC,
             mtu: 1500,
             hardware: Some([2; 12]),

@@ -61,6 +61,7 @@ fn world(flags: u8) -> World {
         0 => Err(Verdict::SlowFib),
         1 if len > 1400 => Err(Verdict::SlowMtu),
         n => Ok(Hop {
+            gateway: [0; 4],
             link: if packet.ttl & 1 == 0 { LINK } else { TUN },
             mtu: if n == 2 { 1300 } else { u32::MAX },
             hardware: (n != 3).then_some([2; 12]),

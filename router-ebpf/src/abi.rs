@@ -47,6 +47,9 @@ pub const OVERLAY: &str = "OVERLAY";
 pub const ROUTES: &str = "ROUTES";
 /// Map of the subnet-side NICs (hash from interface index, `u32`, to [`Link`]).
 pub const LINKS: &str = "LINKS";
+/// Map of what translated sources become on NICs whose [`Link`] names no address of the family (LPM
+/// trie from [`WayPrefix`] to [`Address::octets`]): what the kernel's masquerade takes.
+pub const MASQUERADE: &str = "MASQUERADE";
 /// Map of the counters (per-CPU array of [`Counter`], see [`Side::counter`]).
 pub const COUNTERS: &str = "COUNTERS";
 
@@ -60,6 +63,8 @@ pub const MAX_OVERLAY: usize = 1 << 18;
 pub const MAX_ROUTES: usize = 1 << 14;
 /// Most subnet-side NICs.
 pub const MAX_LINKS: usize = 256;
+/// Most prefixes of [`MASQUERADE`].
+pub const MAX_MASQUERADE: usize = 1 << 14;
 /// Slots of [`COUNTERS`]: one for each program and verdict.
 pub const MAX_COUNTERS: usize = Side::ALL.len() * Verdict::ALL.len();
 
@@ -192,6 +197,56 @@ impl Prefix {
     }
 }
 
+/// The data of a key of [`MASQUERADE`]: where packets go.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Way {
+    /// Interface index in host byte order.
+    pub link: [u8; 4],
+    /// The next hop (IPv4) or the destination (IPv6).
+    pub toward: Address,
+}
+
+impl Way {
+    /// Out of the NIC with this index.
+    #[inline(always)]
+    pub const fn new(link: u32, toward: Address) -> Self {
+        Self {
+            link: link.to_ne_bytes(),
+            toward,
+        }
+    }
+}
+
+/// A key of [`MASQUERADE`].
+#[repr(C, align(4))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WayPrefix {
+    /// Bits of `way` that count.
+    pub len: u32,
+    /// NIC and address; the bits beyond `len` are zero.
+    pub way: Way,
+}
+
+impl WayPrefix {
+    /// The key that looks up `way`.
+    #[inline(always)]
+    pub const fn host(way: Way) -> Self {
+        Self {
+            len: 8 * size_of::<Way>() as u32,
+            way,
+        }
+    }
+
+    /// The key of all ways by a NIC to a CIDR with `len` bits.
+    pub const fn toward(way: Way, len: u8) -> Self {
+        Self {
+            len: 8 * size_of::<[u32; 2]>() as u32 + len as u32,
+            way,
+        }
+    }
+}
+
 /// What both programs must know.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -269,9 +324,10 @@ pub struct Link {
     pub v6_count: u8,
     /// Zero.
     pub reserved: [u8; 2],
-    /// External IPv4 addresses, big-endian: what translated sources become on this link.
+    /// External IPv4 addresses that were chosen by hand, big-endian: what translated sources become on
+    /// this link. Without any of the family, [`MASQUERADE`] tells.
     pub v4: [[u8; 4]; MAX_EXTERNAL],
-    /// External IPv6 addresses, big-endian.
+    /// External IPv6 addresses that were chosen by hand, big-endian.
     pub v6: [[u8; 16]; MAX_EXTERNAL],
 }
 
@@ -292,6 +348,8 @@ layout! {
         abi_version: 0, flags: 4, tun: 8, mtu: 12, generation: 16, bank: 20, flows_per_source: 24,
         kept_ports: 28, ports: 32, flows_from_subnet: 36
     }
+    Way: 24, align 1 { link: 0, toward: 4 }
+    WayPrefix: 28, align 4 { len: 0, way: 4 }
     Overlay: 8, align 4 { flags: 0, peer: 4 }
     Route: 4, align 4 { flags: 0 }
     Link: 168, align 4 { mtu: 0, v4_count: 4, v6_count: 5, reserved: 6, v4: 8, v6: 40 }
@@ -312,6 +370,7 @@ mod pod {
 
     pod!(
         Address,
+        Way,
         Settings,
         Overlay,
         Route,

@@ -1,7 +1,7 @@
 //! What becomes of a parsed packet. No packet byte is changed here.
 
 use crate::abi::{
-    Account, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple,
+    Account, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple, Way,
 };
 use crate::answer::Answer;
 use crate::flow::{self, Entry};
@@ -43,6 +43,10 @@ pub trait Tables {
 
     /// A subnet-side NIC; `None` if `from_subnet` is not attached to it.
     fn link(&self, index: u32) -> Option<&Link>;
+
+    /// Writes the address that the kernel's masquerade takes on this way to `taken`, which is all zero;
+    /// `false` if there is none.
+    fn masquerade(&self, way: &Way, taken: &mut [u8; 16]) -> bool;
 
     /// Whether the policy lets a new flow through, and by which clause; its first packet has
     /// `tuple`.
@@ -164,6 +168,8 @@ pub trait Tables {
 pub struct Hop {
     /// Interface index.
     pub link: u32,
+    /// The next hop's IPv4 address, big-endian; zero: it is the destination.
+    pub gateway: [u8; 4],
     /// MTU of the path in bytes, `u32::MAX` where the kernel does not tell.
     pub mtu: u32,
     /// Destination, then source hardware address; `None` while the neighbour is not known, and

@@ -149,7 +149,7 @@ pub fn open<T: Tables>(
             if snat {
                 overlay.flags = Flow::SNAT;
                 subnet.flags = Flow::SNAT;
-                external::choose(link, &tuple.source, &mut overlay.address)?;
+                external::choose(tuple, &hop, link, tables, &mut overlay.address)?;
             } else {
                 overlay.address = tuple.source.octets;
             }

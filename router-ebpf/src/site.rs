@@ -85,6 +85,7 @@ pub(crate) fn router(snat: bool) -> World {
         let [first, second, ..] = packet.tuple.destination.octets;
         let to_peer = first == 100 || [first, second] == [0xfd, 0x64];
         Ok(Hop {
+            gateway: [0; 4],
             link: if to_peer { TUN } else { NIC },
             mtu: 1500,
             hardware: (!to_peer).then_some([6; 12]),

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::abi::{
-    Account, Address, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple,
+    Account, Address, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple, Way,
 };
 use crate::answer;
 use crate::decide::{Exit, Forward, Hop, Refused, Tables, decide};
@@ -36,6 +36,8 @@ pub struct World {
     pub routes: Vec<(Prefix, Route)>,
     /// The subnet-side NICs.
     pub links: BTreeMap<u32, Link>,
+    /// What the kernel's masquerade takes by link and prefix, as in [`Address::octets`].
+    pub masquerade: Vec<(u32, Prefix, [u8; 16])>,
     /// The policy; asked when [`Settings::bank`] is not zero.
     pub rules: Rules,
     /// The kernel's routing.
@@ -66,6 +68,7 @@ impl World {
             own: Vec::new(),
             routes: Vec::new(),
             links: BTreeMap::new(),
+            masquerade: Vec::new(),
             rules: Box::new(|_| None),
             routing: Box::new(|_, _| Err(Verdict::SlowFib)),
             sockets: HashSet::new(),
@@ -221,6 +224,18 @@ impl Tables for View<'_> {
 
     fn link(&self, index: u32) -> Option<&Link> {
         self.world.links.get(&index)
+    }
+
+    fn masquerade(&self, way: &Way, taken: &mut [u8; 16]) -> bool {
+        let toward = Prefix::host(way.toward);
+        let table = self.world.masquerade.iter();
+        let longest = table
+            .filter(|(link, net, _)| link.to_ne_bytes() == way.link && contains(net, &toward))
+            .max_by_key(|(_, net, _)| net.len);
+        if let Some((.., address)) = longest {
+            *taken = *address;
+        }
+        longest.is_some()
     }
 
     fn permits(&self, tuple: &Tuple, settings: &Settings) -> Result<u16, Verdict> {

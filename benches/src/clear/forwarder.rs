@@ -76,7 +76,7 @@ impl Kind {
             return None;
         }
         let external = match self {
-            Self::SluiceFastNat => [(nic, vec![ROUTER.into()])].into(),
+            Self::SluiceFastNat => [(nic, vec![ROUTER.into()].into())].into(),
             _ => Default::default(),
         };
         let link = |index, name: &str| Link {

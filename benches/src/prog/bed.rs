@@ -282,7 +282,7 @@ fn spec(tables: Tables, tun: u32, nic: u32) -> anyhow::Result<Spec> {
         tun: link(tun, "tun0"),
         mtu: MTU,
         subnet: vec![link(nic, "eth0")],
-        external: [(nic, Family::ALL.map(Family::router).into())].into(),
+        external: [(nic, Family::ALL.map(Family::router).to_vec().into())].into(),
         ..Spec::default()
     };
     for family in Family::ALL {

@@ -14,8 +14,8 @@ use aya_ebpf::macros::btf_map;
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{
     Account, Address, Budget, Counter, DENIED_SIZE, Denied, Flow, Fragment, FragmentKey, Link,
-    MAX_COUNTERS, MAX_FRAGMENTS, MAX_LINKS, MAX_OVERLAY, MAX_ROUTES, MAX_SOURCES, Overlay, Prefix,
-    Route, Settings, Side, Tuple,
+    MAX_COUNTERS, MAX_FRAGMENTS, MAX_LINKS, MAX_MASQUERADE, MAX_OVERLAY, MAX_ROUTES, MAX_SOURCES,
+    Overlay, Prefix, Route, Settings, Side, Tuple, Way, WayPrefix,
 };
 use router_ebpf::decide::{Hop, Refused, Tables, fib_failure};
 use router_ebpf::flow::Entry;
@@ -49,6 +49,8 @@ static OVERLAY: LpmTrie<Address, Overlay, MAX_OVERLAY> = LpmTrie::new();
 static ROUTES: LpmTrie<Address, Route, MAX_ROUTES> = LpmTrie::new();
 #[btf_map]
 static LINKS: HashMap<u32, Link, MAX_LINKS> = HashMap::new();
+#[btf_map]
+static MASQUERADE: LpmTrie<Way, [u8; 16], MAX_MASQUERADE> = LpmTrie::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Counter, MAX_COUNTERS> = PerCpuArray::new();
 #[btf_map]
@@ -167,6 +169,11 @@ impl Maps<'_> {
                 (*work).next_hop = [query.family.into(), a, b, c, d];
             }
         }
+        // By a next hop of the other family (RFC 8950) it is the kernel that goes by the destination.
+        if query.family == AF_INET {
+            // SAFETY: the family says which member it is.
+            answer.gateway = unsafe { query.__bindgen_anon_4.ipv4_dst }.to_ne_bytes();
+        }
         // SAFETY: every bit pattern is a valid `u16`.
         answer.mtu = u32::from(unsafe { query.__bindgen_anon_1.mtu_result });
         answer.hardware[..6].copy_from_slice(&query.dmac);
@@ -179,6 +186,7 @@ impl Maps<'_> {
 #[derive(Default)]
 struct Answer {
     link: u32,
+    gateway: [u8; 4],
     mtu: u32,
     hardware: [u8; 12],
 }
@@ -222,6 +230,21 @@ impl Tables for Maps<'_> {
     fn link(&self, index: u32) -> Option<&Link> {
         // SAFETY: user space replaces whole values; a reader sees old or new words.
         unsafe { LINKS.get(index) }
+    }
+
+    #[inline(never)]
+    fn masquerade(&self, way: &Way, taken: &mut [u8; 16]) -> bool {
+        let host = WayPrefix::host(*way);
+        const _: () = assert!(size_of::<WayPrefix>() == size_of::<Key<Way>>());
+        // SAFETY: as in `key`.
+        let key: &Key<Way> = unsafe { &*core::ptr::from_ref(&host).cast() };
+        match MASQUERADE.get(key) {
+            Some(address) => {
+                *taken = *address;
+                true
+            }
+            None => false,
+        }
     }
 
     #[inline(always)]
@@ -417,6 +440,7 @@ impl Tables for Maps<'_> {
         };
         Ok(Hop {
             link: answer.link,
+            gateway: answer.gateway,
             mtu,
             hardware: (code == FIB_SUCCESS).then_some(answer.hardware),
         })

@@ -45,6 +45,7 @@ fn answer(world: &mut World, mtu: u32) {
     world.routing = Box::new(move |packet, _| {
         let to_peer = packet.tuple.destination.octets[0] == 100;
         Ok(Hop {
+            gateway: [0; 4],
             link: if to_peer { TUN } else { NIC },
             mtu: if to_peer { u32::MAX } else { mtu },
             hardware: (!to_peer).then_some(MAC),
@@ -152,6 +153,7 @@ fn both_directions_agree_on_the_interfaces() {
     let other = |link| -> crate::world::Routing {
         Box::new(move |_, _| {
             Ok(Hop {
+                gateway: [0; 4],
                 link,
                 mtu: 1500,
                 hardware: Some(MAC),
@@ -240,6 +242,7 @@ fn what_may_be_cut_is_translated_before_the_kernel_cuts_it() {
             }
             let (link, mtu, hardware) = (NIC, if flags == 0 { 0 } else { 1280 }, Some(MAC));
             Ok(Hop {
+                gateway: [0; 4],
                 link,
                 mtu,
                 hardware,

@@ -1,19 +1,36 @@
 //! Which external address stands for an overlay address.
 
-use crate::abi::{Address, Link};
+use crate::abi::{Address, Link, Tuple, Way};
+use crate::decide::{Hop, Tables};
 use crate::verdict::Verdict;
 
-/// Writes the external address of `link` for an overlay address, always the same for one (RFC 4787,
-/// REQ-2), to `chosen`, which is all zero. It may have none of the family.
+/// Writes the external address for a flow by `hop`, whose NIC is `link`, to `chosen`, which is all zero.
+/// Of those chosen by hand an overlay address always gets the same one (RFC 4787, REQ-2). There may
+/// be none of the family.
 #[inline(always)]
-pub(super) fn choose(link: &Link, source: &Address, chosen: &mut [u8; 16]) -> Result<(), Verdict> {
+pub(super) fn choose<T: Tables>(
+    tuple: &Tuple,
+    hop: &Hop,
+    link: &Link,
+    tables: &T,
+    chosen: &mut [u8; 16],
+) -> Result<(), Verdict> {
+    let source = &tuple.source;
     let count = if source.is_v4() {
         link.v4_count
     } else {
         link.v6_count
     };
     if count == 0 {
-        return Err(Verdict::SlowSnat);
+        let mut way = Way::new(hop.link, tuple.destination);
+        if source.is_v4() && hop.gateway != [0; 4] {
+            way.toward = Address::v4(hop.gateway);
+        }
+        return if tables.masquerade(&way, chosen) {
+            Ok(())
+        } else {
+            Err(Verdict::SlowSnat)
+        };
     }
     // The mask is for the verifier.
     let slot = slot(source, count.into()) as usize & (link.v4.len() - 1);
@@ -82,7 +99,68 @@ fn last(x: u32, y: u32, bits: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::abi::Prefix;
+    use crate::craft::Ip;
+    use crate::site::{FAMILIES, NIC, V4, address, ip, router, up};
+    use crate::world::World;
+
+    /// A router whose NIC has no address chosen by hand.
+    fn masquerading() -> World {
+        let mut world = router(true);
+        let link = world.links.get_mut(&NIC).unwrap();
+        (link.v4_count, link.v6_count) = (0, 0);
+        world
+    }
+
+    #[test]
+    fn without_a_chosen_address_it_is_that_of_the_masquerade() {
+        for family in FAMILIES {
+            let mut world = masquerading();
+            let [peer, ..] = family.peers.map(ip);
+            let [first, second] = family.servers.map(ip);
+            let ask = |server| Ip::udp(peer, server, 5);
+            assert_eq!(up(&mut world, &ask(first)), Err(Verdict::SlowSnat));
+            let [general, special] = [7, 8].map(|last| {
+                let mut taken = address(ip(family.external));
+                taken.octets[3] = last;
+                taken
+            });
+            let everywhere = Prefix::cidr(address(first), 0);
+            world.masquerade = vec![
+                (NIC, everywhere, general.octets),
+                (NIC, Prefix::host(address(second)), special.octets),
+                (NIC + 1, Prefix::host(address(first)), special.octets),
+            ];
+            for (server, taken) in [(first, general), (second, special)] {
+                let out = up(&mut world, &ask(server)).unwrap();
+                assert_eq!(address(out.source), taken, "{server}");
+            }
+        }
+    }
+
+    #[test]
+    fn in_ipv4_the_gateway_chooses_the_address() {
+        let mut world = masquerading();
+        let [peer, ..] = V4.peers.map(ip);
+        let [server, _] = V4.servers.map(ip);
+        let gateway = [10, 9, 9, 9];
+        let mut taken = address(ip(V4.external));
+        taken.octets[3] = 9;
+        let near = Prefix::host(Address::v4(gateway));
+        world.masquerade = vec![(NIC, near, taken.octets)];
+        world.routing = Box::new(move |_, _| {
+            Ok(Hop {
+                gateway,
+                link: NIC,
+                mtu: 1500,
+                hardware: None,
+            })
+        });
+        let out = up(&mut world, &Ip::udp(peer, server, 5)).unwrap();
+        assert_eq!(address(out.source), taken);
+    }
 
     #[test]
     fn neighbours_are_spread_evenly() {

@@ -206,6 +206,7 @@ fn the_answer_to_what_the_kernel_carried_needs_no_rule_either() {
     world.routing = Box::new(|_, _| {
         let (link, mtu, hardware) = (NIC, u32::MAX, None);
         Ok(Hop {
+            gateway: [0; 4],
             link,
             mtu,
             hardware,
@@ -231,6 +232,7 @@ fn the_next_hop_is_found_once_a_generation() {
     let moved = |hardware| -> crate::world::Routing {
         Box::new(move |_, _| {
             Ok(Hop {
+                gateway: [0; 4],
                 link: NIC,
                 mtu: 1500,
                 hardware,
@@ -264,6 +266,7 @@ fn a_flow_whose_way_is_elsewhere_keeps_its_translation_or_waits() {
         let before = up(&mut world, &ask).unwrap();
         world.routing = Box::new(|_, _| {
             Ok(Hop {
+                gateway: [0; 4],
                 link: NIC + 1,
                 mtu: 1500,
                 hardware: Some([8; 12]),

@@ -9,7 +9,8 @@ use super::vrf::{self, Vrf};
 use super::{Action, Part};
 use crate::config::{Interface, Local};
 use crate::control::{Endpoint, Peer, Snapshot};
-use crate::datapath::{Link, Spec};
+use crate::datapath::masquerade::{self, Candidate, Label};
+use crate::datapath::{External, Link, Spec};
 use crate::engine::PeerSpec;
 use crate::netlink::Family;
 use crate::netlink::sysctl::Ipv6;
@@ -36,6 +37,8 @@ pub struct Facts {
     pub vrfs: BTreeMap<u32, Vrf>,
     /// Whether UDP sockets outside of VRFs hear what comes in by one (`udp_l3mdev_accept`).
     pub vrfs_heard: bool,
+    /// The kernel's labels of IPv6 addresses.
+    pub labels: Vec<Label>,
 }
 
 /// One interface.
@@ -45,8 +48,8 @@ pub struct LinkFacts {
     pub name: String,
     /// Its addresses with their connected networks.
     pub addresses: Vec<IpNet>,
-    /// What the kernel's masquerade would translate sources to here, at most one of each family.
-    pub external: Vec<IpAddr>,
+    /// What the kernel's masquerade could translate sources to here, in the kernel's order.
+    pub external: Vec<Candidate>,
 }
 
 impl Facts {
@@ -188,13 +191,13 @@ fn of_family<'a>(nets: impl Iterator<Item = &'a IpNet>, family: Family) -> Vec<I
         .collect()
 }
 
-/// What sources are translated to toward the subnet-side interfaces, by interface index: all of it,
-/// and the part that was chosen by hand.
+/// What programs translate sources to toward the subnet-side interfaces, by interface index; and the
+/// part of it that was chosen by hand.
 fn external(
     local: &Local,
     facts: &Facts,
     subnet: &BTreeSet<Link>,
-) -> (BTreeMap<u32, Vec<IpAddr>>, BTreeMap<u32, Vec<IpAddr>>) {
+) -> (BTreeMap<u32, External>, BTreeMap<u32, Vec<IpAddr>>) {
     let (mut external, mut chosen) = (BTreeMap::new(), BTreeMap::new());
     for (index, link) in subnet
         .iter()
@@ -205,13 +208,16 @@ fn external(
         if !addresses.is_empty() {
             chosen.insert(index, addresses.clone());
         }
-        for address in &link.external {
-            if addresses.iter().all(|a| a.is_ipv4() != address.is_ipv4()) {
-                addresses.push(*address);
-            }
-        }
-        if !addresses.is_empty() {
-            external.insert(index, addresses);
+        let mut candidates = link.external.clone();
+        candidates.retain(|c| addresses.iter().all(|a| a.is_ipv4() != c.address.is_ipv4()));
+        let mut labels = facts.labels.clone();
+        labels.retain(|label| label.interface == 0 || label.interface == index);
+        let found = External {
+            chosen: addresses,
+            masquerade: masquerade::by_prefix(&candidates, &labels),
+        };
+        if found != External::default() {
+            external.insert(index, found);
         }
     }
     (external, chosen)
@@ -381,6 +387,15 @@ mod tests {
         }
     }
 
+    fn candidate(address: &str) -> Candidate {
+        let address: IpAddr = address.parse().unwrap();
+        Candidate {
+            address,
+            network: address.into(),
+            unloved: false,
+        }
+    }
+
     fn peer(allowed: &[&str]) -> Peer {
         Peer {
             name: None,
@@ -419,11 +434,13 @@ mod tests {
         let mut facts = facts();
         for (index, address) in [(2, "10.0.0.5"), (4, "192.0.2.1")] {
             let link = facts.links.get_mut(&index).unwrap();
-            link.external = vec![address.parse().unwrap()];
+            link.external = vec![candidate(address)];
         }
         let plan = plan(&local(), &snapshot(), &tun(), &facts, |_, _| Vec::new());
-        let wanted = BTreeMap::from([(2, vec!["10.0.0.5".parse().unwrap()])]);
-        assert_eq!(plan.datapath.external, wanted);
+        let external = &plan.datapath.external;
+        let everywhere = "0.0.0.0/0".parse().unwrap();
+        let wanted = vec![(everywhere, "10.0.0.5".parse().unwrap())];
+        assert_eq!((external.len(), &external[&2].masquerade), (1, &wanted));
         assert_eq!(plan.datapath.chosen, BTreeMap::new());
     }
 
@@ -432,15 +449,15 @@ mod tests {
         let mut facts = facts();
         let link = facts.links.get_mut(&2).unwrap();
         link.addresses.push("10.0.0.6/24".parse().unwrap());
-        link.external = vec!["10.0.0.5".parse().unwrap(), "fd00::5".parse().unwrap()];
+        link.external = vec![candidate("10.0.0.5"), candidate("fd00::5")];
         let mut local = local();
         let external = |local: &Local| {
             let plan = plan(local, &snapshot(), &tun(), &facts, |_, _| Vec::new());
-            let of = |map: BTreeMap<u32, Vec<IpAddr>>| {
-                let addresses = map.get(&2).into_iter().flatten();
-                addresses.map(IpAddr::to_string).collect::<Vec<_>>()
-            };
-            (of(plan.datapath.external), of(plan.datapath.chosen))
+            let external = plan.datapath.external.get(&2).into_iter();
+            let external = external.flat_map(External::addresses);
+            let chosen = plan.datapath.chosen.get(&2).into_iter().flatten();
+            let external: Vec<_> = external.map(IpAddr::to_string).collect();
+            (external, chosen.map(IpAddr::to_string).collect::<Vec<_>>())
         };
         let texts = |list: &[&str]| list.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>();
         local.external_addresses = vec!["10.0.0.7".parse().unwrap()];

@@ -48,7 +48,10 @@ pub(super) fn problems(
             continue;
         };
         let (nic, name) = (&link.name, &vrf.name);
-        let leads_there = |route: &IpNet| facts.egress.get(route) == Some(&link.index);
+        let leads_there = |route: &IpNet| {
+            let toward = facts.egress.get(route);
+            toward.is_some_and(|interfaces| interfaces.contains(&link.index))
+        };
         let elsewhere = |route: &&IpNet| !facts.egress.contains_key(route);
         let mut routes = snapshot.routes.iter().map(|route| &route.cidr);
         if !routes.clone().any(leads_there)
@@ -106,7 +109,7 @@ mod tests {
         // All that makes them work.
         let mut facts = Facts {
             default_link: Some(2),
-            egress: BTreeMap::from([(cidr, 3)]),
+            egress: BTreeMap::from([(cidr, BTreeSet::from([3]))]),
             vrfs: BTreeMap::from([(2, vrf("red")), (3, vrf("blue"))]),
             vrfs_heard: true,
             ..Facts::default()

@@ -8,6 +8,7 @@ pub mod ebpf;
 pub mod kernel;
 pub mod limits;
 pub mod marks;
+pub mod masquerade;
 pub mod policy;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -98,12 +99,11 @@ pub struct Spec {
     pub routes: Vec<Route>,
     /// What peers may reach.
     pub policy: Policy,
-    /// External addresses of the subnet-side NICs by interface index, at most eight of a family:
-    /// what the eBPF programs translate sources to. Flows through a NIC that has none are
-    /// translated by the kernel.
-    pub external: BTreeMap<u32, Vec<IpAddr>>,
+    /// What the eBPF programs translate sources to, by interface index of the subnet-side NICs. Flows
+    /// through a NIC that has none are translated by the kernel.
+    pub external: BTreeMap<u32, External>,
     /// Those of the external addresses that were chosen by hand, by interface index: the kernel
-    /// translates to them as well. Toward other interfaces it takes their first address.
+    /// translates to them as well. Toward other interfaces it masquerades.
     pub chosen: BTreeMap<u32, Vec<IpAddr>>,
     /// All addresses of the subnet-side NICs. A flow that is translated to none of them, nor to an
     /// external one, has lost its address: no reply can come.
@@ -121,6 +121,33 @@ pub struct Spec {
     pub handed_over: Option<u32>,
     /// The listen port if some peer has no configured endpoint, so that it must come by itself.
     pub knocked_port: Option<u16>,
+}
+
+/// The external addresses of a NIC.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct External {
+    /// Those that were chosen by hand, at most eight of a family: sources are spread over them.
+    pub chosen: Vec<IpAddr>,
+    /// For a family of which none is chosen, what the kernel's masquerade takes: see
+    /// [`masquerade::by_prefix`].
+    pub masquerade: Vec<(IpNet, IpAddr)>,
+}
+
+impl External {
+    /// All of them, some more than once.
+    pub fn addresses(&self) -> impl Iterator<Item = &IpAddr> {
+        let masquerade = self.masquerade.iter().map(|(_, address)| address);
+        self.chosen.iter().chain(masquerade)
+    }
+}
+
+impl From<Vec<IpAddr>> for External {
+    fn from(chosen: Vec<IpAddr>) -> Self {
+        Self {
+            chosen,
+            ..Self::default()
+        }
+    }
 }
 
 impl Spec {
@@ -213,7 +240,7 @@ mod tests {
     #[test]
     fn the_kernel_translates_to_no_guarded_port() {
         let ports = |guarded_port, external: bool| {
-            let addresses = external.then(|| (2, vec![IpAddr::from([192, 0, 2, 1])]));
+            let addresses = external.then(|| (2, vec![IpAddr::from([192, 0, 2, 1])].into()));
             let spec = Spec {
                 guarded_port,
                 external: addresses.into_iter().collect(),

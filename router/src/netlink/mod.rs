@@ -15,15 +15,17 @@ pub mod sysctl;
 mod ways;
 pub(crate) mod wire;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex};
 
 use futures_util::StreamExt as _;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv6Net};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
+use netlink_packet_route::addrlabel::{AddrLabelAttribute, AddrLabelMessage};
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkInfo as Info,
     LinkMessage,
@@ -38,6 +40,7 @@ pub use rules::{Priorities, RuleSpec};
 
 use crate::datapath::Link;
 use crate::datapath::marks::Marks;
+use crate::datapath::masquerade::{Candidate, Label};
 use socket::{Refusal, Socket};
 
 /// The routing protocol number of every route and rule that Sluice makes, by which leftovers are
@@ -211,14 +214,37 @@ impl Netlink {
         Ok(addresses)
     }
 
-    /// The addresses that a masquerade could take, by interface index, in the kernel's order: global
-    /// ones that are in use, and no secondary or temporary ones.
-    pub async fn external_addresses(&self) -> Result<Vec<(u32, IpAddr)>, Error> {
+    /// The addresses that a masquerade could take, by interface index, in the kernel's order.
+    pub async fn masquerade_candidates(&self) -> Result<Vec<(u32, Candidate)>, Error> {
         let messages = self.address_messages().await?;
-        let external = messages.iter().filter(|message| is_external(message));
-        let found = external
-            .filter_map(|message| Some((message.header.index, address_of(message)?.addr())));
-        Ok(found.collect())
+        let mut found: Vec<_> = messages.iter().filter_map(candidate).collect();
+        let temporary = found.iter().filter(|(_, candidate)| candidate.unloved);
+        let interfaces: BTreeSet<u32> = temporary.map(|(index, _)| *index).collect();
+        for index in interfaces {
+            let info = self.link_by_index(index).await?;
+            if info.is_some_and(|info| sysctl::prefers_temporary(&info.link.name)) {
+                let on_it = found.iter_mut().filter(|(other, _)| *other == index);
+                on_it.for_each(|(_, candidate)| candidate.unloved ^= true);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The kernel's labels of IPv6 addresses (RFC 6724, section 2.1); none without IPv6.
+    pub async fn labels(&self) -> Result<Vec<Label>, Error> {
+        let mut request = AddrLabelMessage::default();
+        request.header.family = AddressFamily::Inet6;
+        let request = RouteNetlinkMessage::GetAddrLabel(request);
+        match self
+            .request(request, NLM_F_DUMP, "list address labels")
+            .await
+        {
+            Ok(answers) => Ok(answers.into_iter().filter_map(label).collect()),
+            Err(error) if matches!(error.errno, libc::EOPNOTSUPP | libc::EAFNOSUPPORT) => {
+                Ok(Vec::new())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn address_messages(&self) -> Result<Vec<AddressMessage>, Error> {
@@ -410,16 +436,59 @@ fn address_of(message: &AddressMessage) -> Option<IpNet> {
     IpNet::new(address, message.header.prefix_len).ok()
 }
 
-fn is_external(message: &AddressMessage) -> bool {
-    // In IPv6 the flag for secondary means temporary (RFC 8981).
-    let unfit = AddressFlags::Secondary
-        | AddressFlags::Dadfailed
-        | AddressFlags::Deprecated
-        | AddressFlags::Tentative;
-    message.header.scope == AddressScope::Universe
-        && !message.attributes.iter().any(|attribute| {
-            matches!(attribute, AddressAttribute::Flags(flags) if flags.intersects(unfit))
-        })
+/// What a masquerade could make of an address; `None` where it takes another one. A NIC whose IPv6
+/// addresses are all deprecated or not yet proven unique gets one of another interface, if there is
+/// one (RFC 6724, rules 3 and 5): that is left to the kernel.
+fn candidate(message: &AddressMessage) -> Option<(u32, Candidate)> {
+    let address = address_of(message)?;
+    let mut flags = AddressFlags::empty();
+    let mut network = address;
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Flags(found) => flags = *found,
+            // Of a point-to-point link, the far end.
+            AddressAttribute::Address(IpAddr::V4(far)) => {
+                network = IpNet::new((*far).into(), message.header.prefix_len).ok()?;
+            }
+            _ => {}
+        }
+    }
+    let (unfit, unloved) = if address.addr().is_ipv4() {
+        (AddressFlags::Secondary, false)
+    } else {
+        let unfit = AddressFlags::Deprecated
+            | AddressFlags::Tentative
+            | AddressFlags::Optimistic
+            | AddressFlags::Dadfailed;
+        // In IPv6 the flag for secondary means temporary (RFC 8981).
+        (unfit, flags.contains(AddressFlags::Secondary))
+    };
+    let fit = message.header.scope == AddressScope::Universe && !flags.intersects(unfit);
+    let candidate = Candidate {
+        address: address.addr(),
+        network,
+        unloved,
+    };
+    fit.then_some((message.header.index, candidate))
+}
+
+fn label(answer: RouteNetlinkMessage) -> Option<Label> {
+    let RouteNetlinkMessage::NewAddrLabel(message) = answer else {
+        return None;
+    };
+    let (mut address, mut label) = (Ipv6Addr::UNSPECIFIED, None);
+    for attribute in message.attributes {
+        match attribute {
+            AddrLabelAttribute::Address(IpAddr::V6(found)) => address = found,
+            AddrLabelAttribute::Label(found) => label = Some(found),
+            _ => {}
+        }
+    }
+    Some(Label {
+        interface: message.header.index,
+        prefix: Ipv6Net::new(address, message.header.prefix_len).ok()?,
+        label: label?,
+    })
 }
 
 fn address_message(index: u32, address: IpNet) -> AddressMessage {

@@ -45,6 +45,14 @@ pub enum Error {
     Refused(Vec<String>),
 }
 
+/// Whether the kernel prefers temporary IPv6 addresses of the interface `name` as sources (RFC 8981).
+pub(super) fn prefers_temporary(name: &str) -> bool {
+    let value = read(Path::new(&format!(
+        "/proc/sys/{V6_CONF}/{name}/use_tempaddr"
+    )));
+    value.is_some_and(|value| value.parse::<i32>().is_ok_and(|value| value >= 2))
+}
+
 /// Lets packets in by `device` whose source is an address of this machine, as those are that a
 /// program has translated before the kernel carries them. The device is ours: nothing to restore.
 pub fn accept_local(device: &str) -> io::Result<()> {

@@ -40,21 +40,18 @@ pub(super) async fn gather(
             link.addresses.push(address);
         }
     }
-    for (index, address) in netlink.external_addresses().await? {
-        if let Some(link) = links.get_mut(&index)
-            && link
-                .external
-                .iter()
-                .all(|other| other.is_ipv4() != address.is_ipv4())
-        {
-            link.external.push(address);
+    for (index, candidate) in netlink.masquerade_candidates().await? {
+        if let Some(link) = links.get_mut(&index) {
+            link.external.push(candidate);
         }
     }
     let mut egress = BTreeMap::new();
     for route in &snapshot.routes {
         let mut interfaces = netlink.interfaces_toward(first_host(&route.cidr)).await?;
         interfaces.retain(|index| links.contains_key(index));
-        egress.insert(route.cidr, interfaces);
+        if !interfaces.is_empty() {
+            egress.insert(route.cidr, interfaces);
+        }
     }
     let (mut default_link, mut gateways) = (None, BTreeSet::new());
     for family in [
@@ -77,6 +74,7 @@ pub(super) async fn gather(
         vrfs_heard: sysctl::is_set("net/ipv4/udp_l3mdev_accept"),
         // What a new device begins with, as long as there is none.
         ipv6: sysctl::ipv6_of(own_name.as_deref().unwrap_or("default")),
+        labels: netlink.labels().await?,
     })
 }
 

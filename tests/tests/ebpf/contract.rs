@@ -66,6 +66,7 @@ fn the_object_keeps_its_contract() {
             "AYA_LOGS",
             (bpf_map_type::BPF_MAP_TYPE_RINGBUF as u32, 0, 0, 1 << 17),
         ),
+        (abi::MASQUERADE, (trie, 28, 16, 1 << 14)),
         (policy::POLICY, (trie, 24, 4, 1 << 18)),
         (policy::POLICY_SETS, (hash, 4, 520, 1 << 15)),
         (

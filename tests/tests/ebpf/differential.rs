@@ -165,6 +165,7 @@ fn next_hop(
     let is = |net, host| destination == family.subnet(net, host);
     let inside = |net| (0..=255).any(|host| is(net, host));
     let hop = |link, mtu: Option<u16>| Hop {
+        gateway: [0; 4],
         link,
         mtu: match mtu {
             Some(mtu) if has_fib_mtu() => mtu.into(),

@@ -228,7 +228,7 @@ impl Fixture {
         let spec = Spec {
             tun: link("tun0")?,
             mtu: MTU,
-            external: [(nic.index, external.to_vec())].into(),
+            external: [(nic.index, external.to_vec().into())].into(),
             subnet: vec![nic],
             overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
             own: FAMILIES.map(|family| family.overlay(1)).into(),

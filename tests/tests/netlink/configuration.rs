@@ -489,8 +489,9 @@ fn external_addresses_are_those_of_a_masquerade() {
         }
         connect(&router, async |netlink, _| {
             let eth0 = index(&netlink, "eth0").await?;
-            let found = netlink.external_addresses().await?.into_iter();
-            let found: Vec<_> = found.filter(|(index, _)| *index == eth0).collect();
+            let found = netlink.masquerade_candidates().await?.into_iter();
+            let found = found.filter(|(index, _)| *index == eth0);
+            let found: Vec<_> = found.map(|(index, c)| (index, c.address)).collect();
             let wanted = ["192.0.2.1", "198.51.100.1", "2001:db8::1"];
             let wanted = wanted.map(|text| (eth0, text.parse::<IpAddr>().unwrap()));
             assert_eq!(found, wanted);

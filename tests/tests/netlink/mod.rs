@@ -2,6 +2,7 @@
 
 mod configuration;
 mod datapath;
+mod masquerade;
 mod sysctl;
 mod ways;
 

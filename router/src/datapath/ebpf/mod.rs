@@ -44,7 +44,7 @@ pub use sweeper::{Ended, FamilyReport, FlowReport};
 
 use super::limits::Limits;
 use super::marks::Marks;
-use super::{Counter, Datapath, Error, Link, Spec};
+use super::{Counter, Datapath, Error, External, Link, Spec};
 use accounts::Owners;
 use attach::{Attachment, Owner};
 use flows::Table;
@@ -384,7 +384,7 @@ impl Ebpf {
 
 /// What a translated flow may have as its external address.
 fn external_addresses(spec: &Spec) -> HashSet<Address> {
-    let external = spec.external.values().flatten();
+    let external = spec.external.values().flat_map(External::addresses);
     let addresses = spec.addresses.iter().chain(external);
     addresses.map(|address| tables::address(*address)).collect()
 }

@@ -11,14 +11,14 @@ use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError};
 use aya::util::KernelVersion;
 use ipnet::IpNet;
-use router_ebpf::abi::{self, Address, Prefix, Settings};
+use router_ebpf::abi::{self, Address, Prefix, Settings, Way, WayPrefix};
 
 use super::banks::Banks;
 use super::policy::Compiled;
 use super::{failed, take_map};
 use crate::control::{Denied, Route, RouteMode};
 use crate::datapath::limits::Limits;
-use crate::datapath::{Error, Spec};
+use crate::datapath::{Error, External, Spec};
 
 /// Since this kernel a FIB lookup answers with the path's MTU.
 const FIB_MTU_KERNEL: KernelVersion = KernelVersion::new(5, 12, 0);
@@ -33,6 +33,7 @@ pub(super) struct Tables {
     overlay: Mirror<Prefix, abi::Overlay, LpmTrie<MapData, Address, abi::Overlay>>,
     routes: Mirror<Prefix, abi::Route, LpmTrie<MapData, Address, abi::Route>>,
     links: Mirror<u32, abi::Link, HashMap<MapData, u32, abi::Link>>,
+    masquerade: Mirror<WayPrefix, [u8; 16], LpmTrie<MapData, Way, [u8; 16]>>,
 }
 
 impl Tables {
@@ -55,6 +56,11 @@ impl Tables {
                 take_map(programs, abi::LINKS)?,
                 "subnet-side NICs",
                 abi::MAX_LINKS,
+            ),
+            masquerade: Mirror::new(
+                take_map(programs, abi::MASQUERADE)?,
+                "external addresses",
+                abi::MAX_MASQUERADE,
             ),
         })
     }
@@ -85,14 +91,13 @@ impl Tables {
             .map(|link| {
                 let mtu = mtu(&link.name)
                     .map_err(|error| failed(format!("read the MTU of {}", link.name), error))?;
-                let external = spec
-                    .external
-                    .get(&link.index)
-                    .map_or(&[][..], Vec::as_slice);
-                Ok((link.index, link_value(mtu, external)))
+                let external = spec.external.get(&link.index);
+                let chosen = external.map_or(&[][..], |external| &external.chosen);
+                Ok((link.index, link_value(mtu, chosen)))
             })
             .collect::<Result<_, Error>>()?;
         let bank = self.policy.stage(&spec.policy)?;
+        self.masquerade.install(masquerade(&spec.external))?;
         self.links.install(links)?;
         self.routes.install(routes)?;
         self.overlay.install(overlay)?;
@@ -149,6 +154,19 @@ pub(super) fn begin_behind(programs: &mut aya::Ebpf, generation: u32) -> Result<
 /// Zero is what no flow was ever judged by.
 fn next_generation(generation: u32) -> u32 {
     generation.checked_add(1).unwrap_or(1)
+}
+
+fn masquerade(external: &BTreeMap<u32, External>) -> BTreeMap<WayPrefix, [u8; 16]> {
+    let of_link = |(index, external): (&u32, &External)| {
+        let index = *index;
+        let table = external.masquerade.clone().into_iter();
+        table.map(move |(net, taken)| {
+            let way = Way::new(index, address(net.network()));
+            let prefix = WayPrefix::toward(way, net.prefix_len());
+            (prefix, address(taken).octets)
+        })
+    };
+    external.iter().flat_map(of_link).collect()
 }
 
 fn link_value(mtu: u32, external: &[IpAddr]) -> abi::Link {
@@ -265,6 +283,20 @@ where
 
     fn delete(&mut self, key: &Prefix) -> Result<(), MapError> {
         self.remove(&Key::new(key.len, key.address))
+    }
+}
+
+impl<T, V> Store<WayPrefix, V> for LpmTrie<T, Way, V>
+where
+    T: Borrow<MapData> + std::borrow::BorrowMut<MapData>,
+    V: Pod,
+{
+    fn put(&mut self, key: &WayPrefix, value: &V) -> Result<(), MapError> {
+        self.insert(&Key::new(key.len, key.way), value, 0)
+    }
+
+    fn delete(&mut self, key: &WayPrefix) -> Result<(), MapError> {
+        self.remove(&Key::new(key.len, key.way))
     }
 }
 

@@ -1,11 +1,11 @@
 //! Several NICs toward one network, and several addresses on a NIC.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, ensure};
 use lab::packet::Packet;
-use lab::site::{self, Arms, CORE, Client, SERVER, Site, VPC};
-use lab::{Lab, wait_until};
+use lab::site::{self, Arms, CORE, Client, ENDPOINT, OVERLAY, SERVER, Site, VPC};
+use lab::{Lab, Tunnel, wait_until};
 
 use super::super::{Path, SOON, on_every_path, warm_up};
 use super::{PORT, receive, udp_at, udp_to};
@@ -81,6 +81,77 @@ fn every_next_hop_of_a_route_is_served(path: Path) {
             }
             ensure!(served == [true; 2], "{server} by {served:?}");
         }
+        Ok(())
+    });
+}
+
+/// A NIC with addresses of several networks: sources become the one that the kernel's masquerade takes
+/// toward this next hop (IPv4) or destination (IPv6). Another one the server may not know the way
+/// back to.
+#[test]
+fn sources_become_the_address_that_fits_the_way() {
+    for datapath in ["ebpf", "kernel"] {
+        fitting_address(datapath);
+    }
+}
+
+fn fitting_address(datapath: &'static str) {
+    /// Where the server is, and the router's address that it must see.
+    const FITTING: [(&str, &str); 6] = [
+        // On a network of the NIC.
+        ("10.20.2.9", "10.20.2.1"),
+        ("2001:db8:20:2::9", "2001:db8:20:2::1"),
+        // Behind a gateway on another one.
+        ("10.20.0.1", "10.30.0.10"),
+        // The longest prefix in common, and no deprecated address.
+        ("2001:db8:20:3::9", "2001:db8:20:3::5"),
+        ("2001:db8:20:4::9", "2001:db8:20:3::5"),
+        ("fd20::9", "fd20::1"),
+    ];
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        let core = site.core.as_ref().context("two-armed")?;
+        for (own, far) in [
+            ("10.20.2.1/24", "10.20.2.9/24"),
+            ("fd20::1/64", "fd20::9/64"),
+            ("2001:db8:20:2::1/64", "2001:db8:20:2::9/64"),
+            ("2001:db8:20:3::5/64", "2001:db8:20:3::9/64"),
+        ] {
+            site.router.ip(&format!("address add {own} dev lan"))?;
+            core.ip(&format!("address add {far} dev router"))?;
+        }
+        // The newest IPv6 address comes first.
+        let deprecated = "2001:db8:20:3::7/64 dev lan preferred_lft 0";
+        site.router.ip(&format!("address add {deprecated}"))?;
+        core.ip("address add 2001:db8:20:4::9/64 dev server")?;
+        let client = Client::new("laptop", 2)?;
+        let mut config = site::config(&[&client], datapath, true)?;
+        let mut more = config.routes[1].clone();
+        more.cidr = "fd20::/64".to_owned();
+        config.routes.push(more);
+        let _sluice = site.router.sluice(&config)?;
+        let inside = OVERLAY.into_iter().chain(VPC).chain(["fd20::/64"]);
+        let [v4, v6] = client.addresses;
+        let tunnel = Tunnel::new(&client.key)
+            .address(&format!("{v4}/32"))
+            .address(&format!("{v6}/128"))
+            .peer(&config.key.public, ENDPOINT, inside);
+        let _tunnel = site.laptop.wireguard_go(&tunnel)?;
+        let mut wrong = Vec::new();
+        for (server, fitting) in FITTING {
+            let server = server.parse()?;
+            wait_until(SOON, "the tunnel", || warm_up(&site.laptop, server).is_ok())?;
+            let far = udp_at(core, SocketAddr::new(server, PORT))?;
+            let near = udp_to(&site.laptop, far.local_addr()?)?;
+            near.send(b"up")?;
+            let (_, from) = receive(&far)?;
+            if from.ip() != fitting.parse::<IpAddr>()? {
+                wrong.push(format!("{server} sees {from}, not {fitting}"));
+            }
+            far.send_to(b"down", from)?;
+            assert_eq!(receive(&near)?.0, b"down", "{server} as {from}");
+        }
+        ensure!(wrong.is_empty(), "{datapath}: {wrong:#?}");
         Ok(())
     });
 }
