@@ -49,7 +49,7 @@ use crate::datapath::kernel::Kernel;
 use crate::datapath::{self, Datapath, Link};
 use crate::engine::{self, Engine};
 use crate::netlink::sysctl::{self, Sysctls};
-use crate::netlink::{self, Change, Changes, Family, Netlink, RuleSpec};
+use crate::netlink::{self, Change, Changes, Concern, Family, Netlink, RuleSpec};
 use crate::telemetry::Metrics;
 use crate::uapi::{Question, Server};
 use crate::wireguard::keys::PublicKey;
@@ -485,6 +485,7 @@ impl Daemon {
             plan.datapath.external.clear();
             plan.datapath.handed_over = None;
         }
+        self.changes.concern(concern(&plan));
         self.core.want(plan);
         self.guard_uplink();
     }
@@ -577,6 +578,13 @@ impl Daemon {
             }
         }
     }
+}
+
+/// Where packets of this plan go is a matter of these routes alone.
+fn concern(plan: &crate::core::Plan) -> Concern {
+    let routed = plan.datapath.routes.iter().map(|route| route.cidr);
+    let overlay = plan.datapath.overlay.iter().chain(&plan.tunnel_routes);
+    Concern::new(TABLE, routed.chain(overlay.copied()))
 }
 
 async fn either(terminate: &mut Signal, interrupt: &mut Signal) -> &'static str {

@@ -8,6 +8,7 @@ use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::MulticastGroup;
 
+use super::concern::Concern;
 use super::neighbours::Known;
 use super::{Error, Netlink};
 
@@ -22,7 +23,7 @@ pub enum Change {
     Link,
     /// An address came or went.
     Address,
-    /// A route came, went or changed.
+    /// A route came, went or changed, and concerns this router ([`Changes::concern`]).
     Route,
     /// A routing rule came or went (some network managers remove rules that they do not know).
     Rule,
@@ -63,6 +64,8 @@ pub struct Changes {
     notices: Box<dyn Stream<Item = Notice> + Send + Unpin>,
     own_ports: [u32; 2],
     neighbours: Known,
+    /// `None`: any route.
+    concern: Option<Concern>,
     pending: u8,
 }
 
@@ -90,6 +93,7 @@ impl Changes {
             notices: Box::new(notices),
             own_ports,
             neighbours: Known::default(),
+            concern: None,
             pending: 0,
         })
     }
@@ -100,6 +104,11 @@ impl Changes {
             self.neighbours.learn(&message, false);
         }
         Ok(())
+    }
+
+    /// Has only these routes told of from now on.
+    pub fn concern(&mut self, concern: Concern) {
+        self.concern = Some(concern);
     }
 
     /// The next change; each part at most once in 100 ms. `None` when the subscription ended,
@@ -135,6 +144,10 @@ impl Changes {
                 let is_news = match inner {
                     M::NewNeighbour(message) => self.neighbours.learn(message, false),
                     M::DelNeighbour(message) => self.neighbours.learn(message, true),
+                    M::NewRoute(message) | M::DelRoute(message) => self
+                        .concern
+                        .as_ref()
+                        .is_none_or(|concern| concern.includes(message)),
                     _ => true,
                 };
                 self.pending |= Change::of(inner).filter(|_| is_news).map_or(0, Change::bit);

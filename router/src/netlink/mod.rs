@@ -5,6 +5,7 @@
 //! a blocking socket instead.
 
 mod changes;
+mod concern;
 mod neighbours;
 pub(crate) mod nft;
 pub(crate) mod outgoing;
@@ -34,6 +35,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::AsyncSocket as _;
 
 pub use changes::{Change, Changes};
+pub use concern::Concern;
 pub use nft::Family;
 pub use routes::NextHop;
 pub use rules::{Priorities, RuleSpec};

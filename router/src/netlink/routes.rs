@@ -1,7 +1,7 @@
 //! Routes: those into the TUN device in our own table, and the way to an address.
 
 use std::collections::HashSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::PoisonError;
 
 use ipnet::IpNet;
@@ -19,6 +19,10 @@ use crate::datapath::Link;
 /// Routes per datagram: enough that the system call does not count, few enough that the refusals
 /// of all of them fit the receive buffer.
 const ROUTES_PER_DATAGRAM: usize = 512;
+
+/// Addresses that nobody has: reserved (RFC 1112, section 4), and of no allocated block.
+const NOWHERE_V4: Ipv4Addr = Ipv4Addr::new(240, 0, 0, 1);
+const NOWHERE_V6: Ipv6Addr = Ipv6Addr::new(0x4000, 0, 0, 0, 0, 0, 0, 1);
 
 /// The next hop toward an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +116,22 @@ impl Netlink {
     /// The main table's default route, the one with the lowest metric. `family` is that of an
     /// address such as `Ipv4Addr::UNSPECIFIED`.
     pub async fn default_route(&self, family: IpAddr) -> Result<Option<NextHop>, Error> {
+        // As a rule the kernel can be asked for it by an address to which nothing else leads, without
+        // a look at each of its routes.
+        let nowhere = match family {
+            IpAddr::V4(_) => IpAddr::from(NOWHERE_V4),
+            IpAddr::V6(_) => IpAddr::from(NOWHERE_V6),
+        };
+        match self.fib_entry(nowhere).await? {
+            None => return Ok(None),
+            Some(message)
+                if message.header.destination_prefix_length == 0
+                    && message.header.table == RouteHeader::RT_TABLE_MAIN =>
+            {
+                return self.next_hop(Some(message)).await;
+            }
+            Some(_) => {}
+        }
         let mut request = RouteMessage::default();
         request.header.address_family = family_of(family);
         let request = RouteNetlinkMessage::GetRoute(request);
@@ -185,7 +205,7 @@ pub(super) fn route(answer: RouteNetlinkMessage) -> Option<RouteMessage> {
     }
 }
 
-fn ip(address: &RouteAddress) -> Option<IpAddr> {
+pub(super) fn ip(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(v4) => Some((*v4).into()),
         RouteAddress::Inet6(v6) => Some((*v6).into()),

@@ -1,7 +1,23 @@
-//! Where routes lead.
+//! Where routes lead, and which of them are news.
+
+use anyhow::Context;
+use router::netlink::{Change, Changes, Concern};
 
 use super::configuration::{TABLE, index, nets, router};
 use super::connect;
+
+/// The next change of a route or a rule that is told.
+async fn next(changes: &mut Changes) -> anyhow::Result<Change> {
+    let limit = std::time::Duration::from_secs(10);
+    loop {
+        let next = tokio::time::timeout(limit, changes.next()).await;
+        let change = next.context("no change")?;
+        let change = change.context("the subscription ended")?;
+        if matches!(change, Change::Route | Change::Rule) {
+            return Ok(change);
+        }
+    }
+}
 
 #[test]
 fn all_next_hops_of_a_route_are_found() {
@@ -54,6 +70,48 @@ fn all_next_hops_of_a_route_are_found() {
                     let wanted = wanted.iter().copied().collect();
                     assert_eq!(found, wanted, "{to}, compatible {compatible}");
                 }
+            }
+            Ok(())
+        })
+    });
+}
+
+/// A machine may learn and forget routes all day.
+#[test]
+fn routes_that_do_not_concern_us_are_not_told() {
+    lab::test(|lab| {
+        let router = router(lab)?;
+        connect(&router, async |_, mut changes| {
+            router.ip("route add 11.0.0.0/24 via 192.0.2.254")?;
+            assert_eq!(
+                next(&mut changes).await?,
+                Change::Route,
+                "all concern us at first"
+            );
+            changes.concern(Concern::new(TABLE, nets(&["10.20.0.0/16"])));
+            for part in 0..20 {
+                // Few at a time, and not on this thread, so that none is lost.
+                let lines = (50 * part..50 * (part + 1)).map(|n| {
+                    let net = format!("11.{}.{}.0/24", n / 256, n % 256);
+                    format!("route replace {net} via 192.0.2.254\nroute del {net}\n")
+                });
+                let ip = router.command(["ip", "-batch", "-"]);
+                let ip = ip.stdin(lines.collect::<String>());
+                tokio::task::spawn_blocking(move || ip.run()).await??;
+            }
+            // Were a route told of, it would come first.
+            router.ip("rule add from 10.99.0.0/16 lookup 99 priority 7000")?;
+            assert_eq!(next(&mut changes).await?, Change::Rule);
+            for related in [
+                "route add 10.20.7.0/24 via 192.0.2.254",
+                "route add 10.0.0.0/8 via 192.0.2.254",
+                "route replace default via 192.0.2.253",
+                "-6 route replace default via 2001:db8::fd",
+                "route add 198.18.0.0/15 dev eth0 table 51820",
+                "route del 10.20.7.0/24",
+            ] {
+                router.ip(related)?;
+                assert_eq!(next(&mut changes).await?, Change::Route, "{related}");
             }
             Ok(())
         })
