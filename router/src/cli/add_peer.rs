@@ -55,6 +55,12 @@ pub(super) fn add_peer(args: &Args) -> anyhow::Result<()> {
         args.name,
         args.config.display()
     );
+    if config.snapshot.routes.is_empty() {
+        eprintln!(
+            "there is no [[route]] yet, so that its AllowedIPs hold this router alone: give it the \
+             networks there too once they have a [[route]]"
+        );
+    }
     let text = client(
         &config,
         private.as_ref(),
@@ -311,9 +317,6 @@ mod tests {
             config.local.private_key.public()
         );
         assert_eq!(*text, expected);
-        if config.snapshot.routes.is_empty() {
-            eprintln!("there is no [[route]] yet, so it leads to the router alone");
-        }
         let text = client(&config, None, &addresses, None);
         assert!(
             text.contains("# PrivateKey") && text.contains("# Endpoint"),
