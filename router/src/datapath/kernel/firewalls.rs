@@ -188,7 +188,7 @@ impl Firewalls {
         if problems.is_empty() && !self.told.is_empty() {
             tracing::info!("no other firewall stops this router's packets any more");
         }
-        self.told = problems.iter().map(head).collect();
+        self.told = problems.iter().map(|problem| head(problem)).collect();
     }
 
     /// What was lost of what our rules have let through: from peers, and to them.
@@ -264,7 +264,7 @@ impl Firewalls {
 }
 
 /// What of a problem stays the same while numbers grow.
-fn head(problem: &String) -> String {
+fn head(problem: &str) -> String {
     let end = problem.find(" drop").unwrap_or(problem.len());
     let numbers = |c: char| c.is_ascii_digit();
     problem.get(..end).unwrap_or_default().replace(numbers, "")

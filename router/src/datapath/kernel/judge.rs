@@ -366,7 +366,7 @@ mod tests {
         let known = state(6);
         assert_eq!(outcome(true, &[]), dropped);
         assert_eq!(outcome(false, &[]), passed);
-        assert_eq!(outcome(true, &[(&[ours.clone()], Effect::Accept)]), passed);
+        assert_eq!(outcome(true, &[(&[ours][..], Effect::Accept)]), passed);
         let docker = is(Field::OifName, &name(b"docker0"));
         for (conditions, expected) in [
             (vec![docker.clone()], dropped),
@@ -379,10 +379,11 @@ mod tests {
             (vec![is(Field::IifName, b"sluice")], passed),
             (vec![is(Field::Oif, &3_u32.to_ne_bytes())], passed),
         ] {
-            let got = outcome(true, &[(&conditions, Effect::Accept)]);
+            let got = outcome(true, &[(conditions.as_slice(), Effect::Accept)]);
             assert_eq!(got, expected, "{conditions:?}");
         }
         // A last rule that rejects, and one behind what decides.
+        let any: &[Condition] = &[];
         let states = [(6_u32, Effect::Accept), (8, Effect::Drop)];
         let list = |list: &[(u32, Effect)]| {
             let list = list
@@ -391,21 +392,21 @@ mod tests {
             Effect::ByValue(Field::CtState, list.collect())
         };
         for (rules, expected) in [
-            (vec![(&[][..], Effect::Drop)], dropped),
-            (vec![(&[][..], Effect::Accept), (&[], Effect::Drop)], passed),
-            (vec![(&[][..], list(&states))], dropped),
-            (vec![(&[][..], list(&states[..1]))], passed),
+            (vec![(any, Effect::Drop)], dropped),
+            (vec![(any, Effect::Accept), (any, Effect::Drop)], passed),
+            (vec![(any, list(&states))], dropped),
+            (vec![(any, list(&states[..1]))], passed),
             (
-                vec![(&[][..], Effect::Jump("back".into())), (&[], Effect::Drop)],
+                vec![(any, Effect::Jump("back".into())), (any, Effect::Drop)],
                 dropped,
             ),
             (
-                vec![(&[][..], Effect::Goto("back".into())), (&[], Effect::Drop)],
+                vec![(any, Effect::Goto("back".into())), (any, Effect::Drop)],
                 passed,
             ),
-            (vec![(&[][..], Effect::Return), (&[], Effect::Drop)], passed),
-            (vec![(&[][..], Effect::Unknown)], either),
-            (vec![(&[][..], Effect::Jump("loop".into()))], either),
+            (vec![(any, Effect::Return), (any, Effect::Drop)], passed),
+            (vec![(any, Effect::Unknown)], either),
+            (vec![(any, Effect::Jump("loop".into()))], either),
         ] {
             assert_eq!(outcome(false, &rules), expected, "{rules:?}");
         }
