@@ -136,10 +136,10 @@ fn our_rules_come_behind_the_local_one(path: Path) {
         let _tunnel = client.connect(&site.laptop, &config.key)?;
         let _servers = serve(&site.server)?;
         for (from, to) in [(32765, 0), (0, 6000), (6000, 32765)] {
-            for family in 0..2 {
+            for (family, address) in ROUTER.iter().enumerate() {
                 serves(&site, family)?;
                 // To the router itself, by the tunnel and by the internet.
-                ensure!(site.laptop.pings(&ROUTER[family].to_string(), &[])?);
+                ensure!(site.laptop.pings(&address.to_string(), &[])?);
             }
             ensure!(site.laptop.pings(&ENDPOINT_V6.ip().to_string(), &[])?);
             move_local(router, from, to)?;
