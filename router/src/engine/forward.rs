@@ -363,7 +363,7 @@ impl Forwarder {
             self.counters.add(Counter::DropTunRead, 1);
             return;
         };
-        let gso = peer.gso;
+        let gso = peer.gso(now);
         let tunnel = peer.tunnel(&self.local);
         if tunnel.ready(now) {
             let mut lane = self.batch.lane(io, endpoint, Some(id), ecn, gso);
@@ -451,10 +451,10 @@ impl Forwarder {
         }
     }
 
-    /// Sends each datagram for a peer as a message of its own until the peer moves.
-    pub(super) fn without_gso(&mut self, id: PeerId) {
+    /// Sends each datagram for a peer as a message of its own for some time.
+    pub(super) fn without_gso(&mut self, id: PeerId, now: Duration) {
         if let Some(peer) = self.peers.get_mut(id) {
-            peer.gso = false;
+            peer.without_gso(now);
         }
     }
 

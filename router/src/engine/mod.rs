@@ -80,6 +80,9 @@ pub struct PeerStats {
     pub rx_bytes: u64,
     /// Underlay bytes sent to it.
     pub tx_bytes: u64,
+    /// The kernel has refused to cut messages to it into datagrams (UDP GSO) within the last seconds:
+    /// each is sent by itself.
+    pub uncut: bool,
     /// The last packet for it that was dropped because nobody knows where it is.
     pub nowhere: Option<Nowhere>,
 }

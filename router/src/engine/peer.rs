@@ -10,11 +10,16 @@ use super::batch::Endpoint;
 use super::location::{Location, Way};
 use super::routes::PeerId;
 use super::{Nowhere, PeerStats};
+use super::worker::uptime;
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 use crate::wireguard::{LocalKey, Packets, Tunnel};
 
 /// Packets that wait for a peer's handshake; the oldest is dropped for a new one (as in the kernel).
 pub(super) const STAGED: usize = 128;
+
+/// How long each datagram is a message of its own when the kernel has refused to cut one up. Then it is
+/// asked again: nothing tells when the path becomes wider, and to be refused costs one call, no packet.
+const UNCUT: Duration = Duration::from_secs(10);
 
 /// What the control side reads of a peer while its worker writes.
 #[derive(Debug)]
@@ -24,6 +29,8 @@ pub(super) struct Shared {
     tx_bytes: AtomicU64,
     /// Nanoseconds since 1970; 0 for never.
     last_handshake: AtomicU64,
+    /// [`Peer::uncut_until`] in nanoseconds.
+    uncut_until: AtomicU64,
     /// Locked by the worker only when the peer moves.
     endpoint: Mutex<Option<SocketAddr>>,
     /// Locked by the worker only for packets that it drops.
@@ -38,6 +45,7 @@ impl Shared {
             rx_bytes: AtomicU64::new(0),
             tx_bytes: AtomicU64::new(0),
             last_handshake: AtomicU64::new(0),
+            uncut_until: AtomicU64::new(0),
             endpoint: Mutex::new(None),
             nowhere: Mutex::new(None),
         }
@@ -53,6 +61,7 @@ impl Shared {
             rx_bytes: self.rx_bytes.load(Ordering::Relaxed),
             tx_bytes: self.tx_bytes.load(Ordering::Relaxed),
             nowhere: *self.nowhere.lock().unwrap_or_else(PoisonError::into_inner),
+            uncut: uptime() < Duration::from_nanos(self.uncut_until.load(Ordering::Relaxed)),
         }
     }
 }
@@ -88,8 +97,8 @@ pub(super) struct Peer {
     /// The tunnel has yet to take `preshared_key`: at its next use, for it costs key exchanges.
     has_new_key: bool,
     location: Location,
-    /// Whether the kernel cuts up messages on the way to the endpoint.
-    pub(super) gso: bool,
+    /// Until then the kernel is not asked to cut up messages on the way to the endpoint.
+    uncut_until: Duration,
     pub(super) keepalive: Option<Duration>,
     /// Sealable packets, oldest first.
     pub(super) staged: VecDeque<Box<[u8]>>,
@@ -112,7 +121,7 @@ impl Peer {
             tunnel: None,
             has_new_key: false,
             location: Location::default(),
-            gso: true,
+            uncut_until: Duration::ZERO,
             keepalive: setup.keepalive,
             staged: VecDeque::new(),
             active: false,
@@ -182,7 +191,7 @@ impl Peer {
         if old == new {
             return false;
         }
-        self.gso = true;
+        self.set_uncut(Duration::ZERO);
         let mut shared = self
             .shared
             .endpoint
@@ -200,6 +209,22 @@ impl Peer {
         };
         let nowhere = &self.shared.nowhere;
         *nowhere.lock().unwrap_or_else(PoisonError::into_inner) = Some(packet);
+    }
+
+    /// Whether to ask the kernel to cut up messages on the way to the endpoint.
+    pub(super) fn gso(&self, now: Duration) -> bool {
+        now >= self.uncut_until
+    }
+
+    /// The kernel has refused to: the path is too narrow, or the device cannot.
+    pub(super) fn without_gso(&mut self, now: Duration) {
+        self.set_uncut(now + UNCUT);
+    }
+
+    fn set_uncut(&mut self, until: Duration) {
+        self.uncut_until = until;
+        let nanos = u64::try_from(until.as_nanos()).unwrap_or(u64::MAX);
+        self.shared.uncut_until.store(nanos, Ordering::Relaxed);
     }
 
     /// Counts authentic messages that came.
@@ -294,5 +319,35 @@ impl Packets for Staged<'_> {
     fn next(&mut self) -> Option<&[u8]> {
         self.current = self.queue.pop_front()?;
         Some(&self.current)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_asked_again_to_cut_up_messages() {
+        let public_key = PublicKey([7; 32]);
+        let shared = Arc::new(Shared::new(public_key));
+        let at = |host| SocketAddr::from(([192, 0, 2, host], 51820));
+        let mut peer = Peer::new(Setup {
+            id: 0,
+            public_key,
+            preshared_key: None,
+            index: 0,
+            endpoints: vec![at(1)],
+            keepalive: None,
+            shared: shared.clone(),
+        });
+        let now = uptime();
+        assert!(peer.gso(now) && !shared.stats().uncut);
+        peer.without_gso(now);
+        assert!(!peer.gso(now + UNCUT / 2) && shared.stats().uncut);
+        assert!(peer.gso(now + UNCUT));
+        peer.relocate(|location| location.move_to(at(1)));
+        assert!(!peer.gso(now));
+        peer.relocate(|location| location.move_to(at(2)));
+        assert!(peer.gso(now) && !shared.stats().uncut);
     }
 }

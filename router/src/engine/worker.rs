@@ -217,14 +217,14 @@ impl Worker {
                 self.forwarder.forget_source(id);
             }
             for id in port.outlet.uncut.drain(..) {
-                self.forwarder.without_gso(id);
+                self.forwarder.without_gso(id, now);
             }
         }
     }
 }
 
 /// Time since boot with sleep counted: sessions age while the machine sleeps, as they do at the peer.
-fn uptime() -> Duration {
+pub(super) fn uptime() -> Duration {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,

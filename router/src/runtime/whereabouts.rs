@@ -73,6 +73,7 @@ mod tests {
             rx_bytes: 0,
             tx_bytes: 0,
             nowhere: None,
+            uncut: false,
         };
         let peers = [
             peer(1, Some("192.0.2.1:5"), Some(20)),

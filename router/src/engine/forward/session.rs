@@ -47,7 +47,7 @@ impl Forwarder {
         };
         let mut queue = std::mem::take(&mut peer.staged);
         self.staged -= queue.len();
-        let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso);
+        let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso(now));
         let mut staged = Staged::new(&mut queue);
         let tunnel = peer.tunnel(&self.local);
         let bytes = tunnel.seal(&mut staged, now, &mut lane);
@@ -239,7 +239,7 @@ impl Forwarder {
         let Some(endpoint) = peer.endpoint() else {
             return;
         };
-        let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso);
+        let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso(now));
         let mut keepalive = Keepalive(false);
         let tunnel = peer.tunnel(&self.local);
         let bytes = tunnel.seal(&mut keepalive, now, &mut lane);
@@ -272,7 +272,7 @@ impl Forwarder {
         };
         peer.sent(message.len() as u64, now);
         self.batch
-            .lane(io, endpoint, Some(id), 0, peer.gso)
+            .lane(io, endpoint, Some(id), 0, peer.gso(now))
             .push(message);
     }
 }

@@ -273,6 +273,7 @@ fn a_get_shows_what_wireguard_go_shows() {
         rx_bytes: 2224,
         tx_bytes: 38333,
         nowhere: None,
+        uncut: false,
     };
     let expected = format!(
         "private_key={}\nlisten_port=51820\nfwmark=16\npublic_key={}\npreshared_key={}\n\
