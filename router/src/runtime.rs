@@ -16,6 +16,7 @@ mod nowhere;
 mod reload;
 mod status;
 mod uapi;
+mod underlay;
 mod unserved;
 mod whereabouts;
 
@@ -39,11 +40,13 @@ use self::guard::UplinkGuard;
 pub use self::lock::LockError;
 use self::lock::RouterLock;
 use self::reload::check;
+use self::underlay::Underlay;
+pub use self::underlay::try_mtu;
 use crate::api;
 use crate::config::{self, Config, DatapathMode, Local};
 use crate::control::Snapshot;
 use crate::control::file::FileSource;
-use crate::core::{Action, Core, Facts, Names, Part, PeerNumbers};
+use crate::core::{Action, Core, Facts, Names, Part, PeerNumbers, tunnel_mtu};
 use crate::datapath::ebpf::{AtLimit, Ebpf};
 use crate::datapath::kernel::Kernel;
 use crate::datapath::{self, Datapath, Link};
@@ -104,14 +107,7 @@ pub enum Error {
 
 /// Runs the daemon with the configuration at `config` until it is told to stop.
 pub fn run(config: &Path) -> Result<(), Error> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|source| Error::Io {
-            what: "start the runtime",
-            source,
-        })?;
-    runtime.block_on(async {
+    runtime()?.block_on(async {
         let mut daemon = Daemon::start(config).await?;
         let outcome = daemon.serve().await;
         notify::notify("STOPPING=1");
@@ -120,6 +116,16 @@ pub fn run(config: &Path) -> Result<(), Error> {
             Ok(Ending::Stop) | Err(_) => daemon.stop().await,
         }
         outcome.map(|_| ())
+    })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime.map_err(|source| Error::Io {
+        what: "start the runtime",
+        source,
     })
 }
 
@@ -153,6 +159,7 @@ struct Daemon {
     facts_due: Option<Instant>,
     neighbours_due: Instant,
     facts: Facts,
+    underlay: Underlay,
     /// External addresses that no subnet-side interface has, as last told.
     absent: Vec<IpAddr>,
     ipv6: families::Watch,
@@ -215,7 +222,7 @@ impl Daemon {
         let engine = Engine::start(
             engine::Options {
                 device: local.device.clone(),
-                mtu: local.mtu,
+                mtu: tunnel_mtu(local, &facts).0,
                 listen_port: local.listen_port,
                 fwmark: local.marks.underlay,
                 workers: local.workers,
@@ -252,6 +259,7 @@ impl Daemon {
             facts_due: None,
             neighbours_due: started + NEIGHBOURS,
             facts,
+            underlay: Underlay::new(started),
             absent: Vec::new(),
             ipv6: families::Watch::default(),
             missed: Vec::new(),
@@ -387,7 +395,7 @@ impl Daemon {
                 self.core.invalidate(Part::Forwarding(family));
                 self.core.invalidate(Part::Routes(family));
             }
-            let gathered = facts::gather(&self.netlink, &self.snapshot, Some(self.tun.index)).await;
+            let gathered = self.gather(&self.snapshot).await;
             match gathered.map(|facts| self.remember_subnet(facts, &self.snapshot)) {
                 Ok(facts) if facts != self.facts => {
                     tracing::debug!("the network changed");
@@ -403,6 +411,9 @@ impl Daemon {
         }
         if self.ipv6.changed(self.facts.ipv6, &self.tun.name, now) {
             self.facts_due.get_or_insert(now);
+        }
+        if self.underlay.due <= now {
+            self.look_at_underlay().await;
         }
         if self.kernel.due().is_some_and(|due| due <= now) {
             self.kernel.tend(now);
@@ -452,6 +463,7 @@ impl Daemon {
             self.names.poll_timeout(),
             self.facts_due,
             self.ipv6.due(),
+            Some(self.underlay.due),
             self.ebpf.as_ref().map(|_| self.neighbours_due),
             self.kernel.due(),
         ]
@@ -481,6 +493,7 @@ impl Daemon {
             tracing::warn!("{problem}");
         }
         self.tell_unserved(&plan);
+        self.tell_mtu();
         if self.ebpf.is_none() {
             plan.datapath.external.clear();
             plan.datapath.handed_over = None;
@@ -514,6 +527,8 @@ impl Daemon {
         match action {
             Action::Device { mtu } => {
                 let changed = self.netlink.set_link(index, u32::from(*mtu), true).await;
+                // Packets are padded no further.
+                self.engine.set_mtu(*mtu).map_err(|e| text(&e))?;
                 if self.ebpf.is_some()
                     && let Err(error) = sysctl::accept_local(&self.tun.name)
                 {
@@ -572,6 +587,7 @@ impl Daemon {
                 .map_err(|e| text(&e)),
             Action::Peers(peers) => {
                 self.engine.set_peers(peers).map_err(|e| text(&e))?;
+                self.underlay.due = Instant::now();
                 let whereabouts = std::mem::take(&mut self.whereabouts);
                 let resumed = self.engine.resume(&whereabouts);
                 resumed.map(|()| Vec::new()).map_err(|e| text(&e))

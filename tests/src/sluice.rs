@@ -29,8 +29,8 @@ pub struct Config {
     pub listen_port: u16,
     /// Tunnel addresses with their prefix length.
     pub addresses: Vec<String>,
-    /// Tunnel MTU in bytes.
-    pub mtu: u16,
+    /// Tunnel MTU in bytes; `None` for the router's own choice.
+    pub mtu: Option<u16>,
     /// `[[peer]]`.
     pub peers: Vec<Peer>,
     /// `[[route]]`.
@@ -99,7 +99,7 @@ impl Config {
             key: Keypair::generate()?,
             listen_port: 51820,
             addresses: Vec::new(),
-            mtu: 1420,
+            mtu: None,
             peers: Vec::new(),
             routes: Vec::new(),
             rules: Vec::new(),
@@ -130,15 +130,13 @@ impl Config {
         };
         let text = |text: &str| Value::from(text).to_string();
         section("", &[("name", text(name))])?;
-        section(
-            "[wireguard]",
-            &[
-                ("private_key_file", text(&key.to_string_lossy())),
-                ("listen_port", self.listen_port.to_string()),
-                ("addresses", list(&self.addresses)),
-                ("mtu", self.mtu.to_string()),
-            ],
-        )?;
+        let mut wireguard = vec![
+            ("private_key_file", text(&key.to_string_lossy())),
+            ("listen_port", self.listen_port.to_string()),
+            ("addresses", list(&self.addresses)),
+        ];
+        wireguard.extend(self.mtu.map(|mtu| ("mtu", mtu.to_string())));
+        section("[wireguard]", &wireguard)?;
         for peer in &self.peers {
             section(
                 "[[peer]]",
@@ -455,7 +453,7 @@ mod tests {
             },
             listen_port: 51821,
             addresses: vec!["100.64.0.1/24".to_owned(), "fd64::1/64".to_owned()],
-            mtu: 1380,
+            mtu: Some(1380),
             peers: vec![Peer {
                 name: "laptop".to_owned(),
                 public_key: "key".to_owned(),

@@ -162,7 +162,7 @@ impl Job<'_> {
         config.key = self.key.clone();
         config.listen_port = PORT;
         config.addresses = vec![self.address.to_owned()];
-        config.mtu = self.mtu;
+        config.mtu = Some(self.mtu);
         config.datapath = mode;
         let workers = self.crowd.workers.map(|workers| workers as usize);
         config.workers = workers.or(self.cpus.map(<[usize]>::len));

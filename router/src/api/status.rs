@@ -139,6 +139,10 @@ pub struct PeerStatus {
     pub rx_bytes: u64,
     /// Underlay bytes sent to it.
     pub tx_bytes: u64,
+    /// What the path to it carries in bytes, where its route or a router on it has told.
+    pub path_mtu: Option<u32>,
+    /// Datagrams to it are sent one by one, since the kernel refuses to cut them out of larger messages.
+    pub uncut: bool,
 }
 
 /// The fast path's flows as the last sweep has left them.

@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 use super::files::{Existing, write_atomic};
 use super::keys::warn_if_world_accessible;
 use crate::config::{self, Config};
+use crate::runtime;
 use crate::wireguard::keys::{PrivateKey, PublicKey};
 
 /// How many addresses are tried before the tunnel network counts as full.
@@ -61,8 +62,11 @@ pub(super) fn add_peer(args: &Args) -> anyhow::Result<()> {
              networks there too once they have a [[route]]"
         );
     }
+    // What the router will do where this runs, most often the router itself.
+    let mtu = runtime::try_mtu(&config).map_or(config::DEFAULT_MTU, |(mtu, _)| mtu);
     let text = client(
         &config,
+        mtu,
         private.as_ref(),
         &addresses,
         args.endpoint.as_deref(),
@@ -176,6 +180,7 @@ fn nth(network: &IpNet, n: u32) -> Option<IpAddr> {
 /// The peer's configuration for wg-quick(8).
 fn client(
     config: &Config,
+    mtu: u16,
     private: Option<&PrivateKey>,
     addresses: &[IpNet],
     endpoint: Option<&str>,
@@ -196,8 +201,8 @@ fn client(
         None => writeln!(out, "# PrivateKey = the one that the peer made"),
     };
     let _ = writeln!(out, "Address = {}", list(&mut addresses.iter().copied()));
-    if local.mtu != config::DEFAULT_MTU {
-        let _ = writeln!(out, "MTU = {}", local.mtu);
+    if mtu != config::DEFAULT_MTU {
+        let _ = writeln!(out, "MTU = {mtu}");
     }
     let router = local.addresses.iter().map(|net| IpNet::from(net.addr()));
     let routes = config.snapshot.routes.iter().map(|route| route.cidr);
@@ -304,6 +309,7 @@ mod tests {
         let addresses = ["100.64.0.4/32".parse().unwrap()];
         let text = client(
             &config,
+            1420,
             Some(&key),
             &addresses,
             Some("vpn.example.com:51820"),
@@ -317,11 +323,8 @@ mod tests {
             config.local.private_key.public()
         );
         assert_eq!(*text, expected);
-        let text = client(&config, None, &addresses, None);
-        assert!(
-            text.contains("# PrivateKey") && text.contains("# Endpoint"),
-            "{}",
-            *text
-        );
+        let text = client(&config, 1360, None, &addresses, None);
+        let lines = ["# PrivateKey", "# Endpoint", "\nMTU = 1360\n"];
+        assert!(lines.iter().all(|line| text.contains(line)), "{}", *text);
     }
 }

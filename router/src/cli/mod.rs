@@ -195,7 +195,14 @@ fn print(text: &str) -> anyhow::Result<()> {
 }
 
 fn check_config(file: &Path) -> anyhow::Result<String> {
-    let snapshot = config::load(file)?.snapshot;
+    let config = config::load(file)?;
+    // Only a warning: the router starts with it, and the file may be another machine's.
+    match runtime::try_mtu(&config) {
+        Ok((_, None)) => {}
+        Ok((_, Some(misfit))) => eprintln!("warning: {}: on this machine {misfit}", file.display()),
+        Err(error) => eprintln!("warning: the MTUs of this machine were not looked at: {error}"),
+    }
+    let snapshot = config.snapshot;
     let mut line = "ok:".to_owned();
     let counts = [
         (snapshot.peers.len(), "peer"),

@@ -39,7 +39,8 @@ use crate::wireguard::keys::PrivateKey;
 
 /// UDP port of the underlay if the file names none.
 pub const DEFAULT_LISTEN_PORT: u16 = 51820;
-/// Tunnel MTU in bytes if the file names none: 1500 less the 80 bytes of IPv6, UDP and WireGuard.
+/// Tunnel MTU in bytes that WireGuard's clients have by default, and the largest that [`Mtu::Auto`]
+/// chooses: 1500 less the 80 bytes of IPv6, UDP and WireGuard.
 pub const DEFAULT_MTU: u16 = 1420;
 /// Tunnel MTUs in bytes that can work. Below 1280 the kernel takes IPv6 off the device (RFC 8200
 /// section 5). A UDP datagram over IPv4 holds 65,507 bytes; less 32 for WireGuard's header and tag,
@@ -199,8 +200,8 @@ pub struct Local {
     pub listen_port: u16,
     /// Tunnel addresses with their prefix length; at most one of each family.
     pub addresses: Vec<IpNet>,
-    /// Tunnel MTU in bytes.
-    pub mtu: u16,
+    /// The tunnel MTU.
+    pub mtu: Mtu,
     /// Which datapath to use.
     pub datapath: DatapathMode,
     /// The uplink.
@@ -227,6 +228,16 @@ pub struct Local {
     pub http_hosts: Vec<String>,
     /// Path of the local API socket.
     pub socket: PathBuf,
+}
+
+/// How the tunnel MTU is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mtu {
+    /// What uplink and routes to the peers carry, at most [`DEFAULT_MTU`] and never less than
+    /// [`MTU`] allows.
+    Auto,
+    /// This, in bytes.
+    Fixed(u16),
 }
 
 /// Which datapath an operator asks for.

@@ -27,7 +27,7 @@ pub(super) struct Wireguard<'i> {
     pub(super) private_key_file: Option<Text<'i>>,
     pub(super) addresses: Option<At<Vec<Text<'i>>>>,
     pub(super) listen_port: Option<At<i64>>,
-    pub(super) mtu: Option<At<i64>>,
+    pub(super) mtu: Option<TextOr<'i, At<i64>>>,
     pub(super) device: Option<Text<'i>>,
 }
 
@@ -134,7 +134,7 @@ fn wireguard<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Wireg
         private_key_file: section.text("private_key_file", problems),
         addresses: section.texts("addresses", problems),
         listen_port: section.integer("listen_port", problems),
-        mtu: section.integer("mtu", problems),
+        mtu: section.text_or("mtu", problems, Section::integer),
         device: section.text("device", problems),
     };
     section.finish(problems);

@@ -161,7 +161,7 @@ mod tests {
         let link = |name: &str, addresses: &[&str]| LinkFacts {
             name: name.into(),
             addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
-            external: Vec::new(),
+            ..LinkFacts::default()
         };
         Facts {
             links: BTreeMap::from([

@@ -180,7 +180,7 @@ fn the_least_file_gets_the_defaults() {
     )
     .unwrap();
     let local = config.local;
-    assert_eq!((local.listen_port, local.mtu), (51820, 1420));
+    assert_eq!((local.listen_port, local.mtu), (51820, Mtu::Auto));
     assert_eq!(local.socket, Path::new("/run/sluice/sluice0.sock"));
     assert_eq!((local.uplink, local.subnet.len()), (Interface::Auto, 0));
     assert_eq!((local.workers, local.http), (None, None));
@@ -219,7 +219,7 @@ fn only_changed_settings_need_a_restart() {
     let old = parse_in_temporary_directory(EXAMPLE).unwrap().local;
     assert_eq!(restart_needed(&old, &old), Vec::<String>::new());
     let new = Local {
-        mtu: 1300,
+        mtu: Mtu::Fixed(1300),
         listen_port: 5,
         private_key: crate::wireguard::keys::PrivateKey::from_bytes([1; 32]),
         ..old.clone()

@@ -6,6 +6,7 @@
 //! with a growing pause, while the others go on. No clock is read here: the caller passes `now`.
 
 mod foreign;
+mod mtu;
 mod names;
 mod numbers;
 mod plan;
@@ -17,9 +18,10 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 pub use foreign::{Foreign, PATIENCE};
+pub use mtu::{Narrow, misfit, tunnel_mtu};
 pub use names::{Names, REFRESH, RETRY};
 pub use numbers::PeerNumbers;
-pub use plan::{Facts, LinkFacts, Plan, peer_spec, plan};
+pub use plan::{Facts, LinkFacts, Path, Plan, peer_spec, plan};
 pub use vrf::Vrf;
 
 use crate::datapath::{Link, Spec};

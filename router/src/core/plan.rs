@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
+use super::mtu::tunnel_mtu;
 use super::vrf::{self, Vrf};
 use super::{Action, Part};
 use crate::config::{Interface, Local};
@@ -39,6 +40,17 @@ pub struct Facts {
     pub vrfs_heard: bool,
     /// The kernel's labels of IPv6 addresses.
     pub labels: Vec<Label>,
+    /// Ways of underlay packets: to the endpoints of peers, and by default (to `0.0.0.0` and `::`).
+    pub paths: BTreeMap<IpAddr, Path>,
+}
+
+/// A way of underlay packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Path {
+    /// Index of the interface.
+    pub link: u32,
+    /// MTU in bytes, where the route has one of its own or a router on the path has told one.
+    pub mtu: Option<u32>,
 }
 
 /// One interface.
@@ -50,6 +62,8 @@ pub struct LinkFacts {
     pub addresses: Vec<IpNet>,
     /// What the kernel's masquerade could translate sources to here, in the kernel's order.
     pub external: Vec<Candidate>,
+    /// MTU in bytes.
+    pub mtu: u32,
 }
 
 impl Facts {
@@ -264,10 +278,11 @@ pub fn plan(
     let own: BTreeSet<IpAddr> = local.addresses.iter().map(IpNet::addr).collect();
     let connected: BTreeSet<IpNet> = local.addresses.iter().map(IpNet::trunc).collect();
     let host_route = |net: &IpNet| net.prefix_len() == net.max_prefix_len();
+    let (mtu, _) = tunnel_mtu(local, facts);
     let vrf_problems = vrf::problems(snapshot, tun, facts, uplink.as_ref(), &subnet);
     Plan {
         tun: tun.clone(),
-        mtu: local.mtu,
+        mtu,
         vrf_problems,
         addresses: local.addresses.clone(),
         ipv6: facts.ipv6,
@@ -287,7 +302,7 @@ pub fn plan(
             .collect(),
         datapath: Spec {
             tun: tun.clone(),
-            mtu: local.mtu,
+            mtu,
             subnet: subnet.into_iter().collect(),
             overlay: overlay.into_iter().collect(),
             // Numbers outlive plans: whoever keeps them fills this in.
@@ -337,7 +352,7 @@ pub fn peer_spec(peer: &Peer, resolve: impl Fn(&str, u16) -> Vec<SocketAddr>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::DatapathMode;
+    use crate::config::{DatapathMode, Mtu};
     use crate::control::{Route, RouteMode};
     use crate::wireguard::keys::{PrivateKey, PublicKey};
 
@@ -351,7 +366,7 @@ mod tests {
                 "100.64.0.1/24".parse().unwrap(),
                 "fd7a::1/128".parse().unwrap(),
             ],
-            mtu: 1420,
+            mtu: Mtu::Auto,
             datapath: DatapathMode::Auto,
             uplink: Interface::Auto,
             uplink_guard: false,
@@ -371,7 +386,7 @@ mod tests {
         let link = |name: &str, addresses: &[&str]| LinkFacts {
             name: name.into(),
             addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
-            external: Vec::new(),
+            ..LinkFacts::default()
         };
         Facts {
             links: BTreeMap::from([

@@ -9,8 +9,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::batch::Endpoint;
 use super::location::{Location, Way};
 use super::routes::PeerId;
-use super::{Nowhere, PeerStats};
 use super::worker::uptime;
+use super::{Nowhere, PeerStats};
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 use crate::wireguard::{LocalKey, Packets, Tunnel};
 

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::IpNet;
 
 use crate::control::Snapshot;
-use crate::core::{Facts, LinkFacts, Vrf};
+use crate::core::{Facts, LinkFacts, Path, Vrf};
 use crate::netlink::{self, LinkInfo, Netlink, sysctl};
 
 /// So many networks of the overlay a VRF is asked about: one that is missing is enough to tell.
@@ -31,6 +31,7 @@ pub(super) async fn gather(
                 name: info.link.name,
                 addresses: Vec::new(),
                 external: Vec::new(),
+                mtu: info.mtu,
             };
             links.insert(info.link.index, facts);
         }
@@ -54,12 +55,15 @@ pub(super) async fn gather(
         }
     }
     let (mut default_link, mut gateways) = (None, BTreeSet::new());
+    let mut paths = BTreeMap::new();
     for family in [
         IpAddr::from(Ipv4Addr::UNSPECIFIED),
         IpAddr::from(Ipv6Addr::UNSPECIFIED),
     ] {
         if let Some(hop) = netlink.default_route(family).await? {
             default_link = default_link.or(Some(hop.link.index));
+            let (link, mtu) = (hop.link.index, hop.mtu);
+            paths.insert(family, Path { link, mtu });
             // A link-local gateway says nothing without its link, and no allowed IP holds it.
             gateways.extend(hop.gateway.filter(|gateway| !is_link_local(*gateway)));
         }
@@ -75,6 +79,7 @@ pub(super) async fn gather(
         // What a new device begins with, as long as there is none.
         ipv6: sysctl::ipv6_of(own_name.as_deref().unwrap_or("default")),
         labels: netlink.labels().await?,
+        paths,
     })
 }
 

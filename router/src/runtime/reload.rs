@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Daemon, Error, facts};
+use super::{Daemon, Error};
 use crate::config::{self, Config};
 use crate::control::Snapshot;
 use crate::core::{Facts, Part};
@@ -24,7 +24,7 @@ impl Daemon {
 
     async fn try_reload(&mut self) -> Result<Vec<String>, Error> {
         let config = self.source.load()?;
-        let facts = facts::gather(&self.netlink, &config.snapshot, Some(self.tun.index)).await?;
+        let facts = self.gather(&config.snapshot).await?;
         check(&config, &facts)?;
         let facts = self.remember_subnet(facts, &config.snapshot);
         let moved = config.local.listen_port != self.local.listen_port;

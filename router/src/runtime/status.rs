@@ -69,6 +69,8 @@ impl Daemon {
             part: "firewall".to_owned(),
             error,
         }));
+        let stats = self.stats_by_peer();
+        problems.extend(self.underlay_problems(stats.values()));
         let mut packets = Vec::new();
         let datapaths = [
             Some(&self.kernel as &dyn Datapath),
@@ -100,7 +102,7 @@ impl Daemon {
             device: DeviceStatus {
                 name: self.tun.name.clone(),
                 index: self.tun.index,
-                mtu: self.local.mtu,
+                mtu: plan.map_or(0, |plan| plan.mtu),
                 addresses: self.local.addresses.clone(),
                 public_key: self.local.private_key.public().to_string(),
                 listen_port: self.local.listen_port,
@@ -130,7 +132,7 @@ impl Daemon {
             },
             uplink_guard,
             routes: self.route_status(),
-            peers: self.peer_status(),
+            peers: self.peer_status(&stats),
             flows,
             rule_hits: self.rule_hits(),
             packets,
@@ -232,8 +234,7 @@ impl Daemon {
         stats.map(|stats| (stats.public_key, stats)).collect()
     }
 
-    fn peer_status(&self) -> Vec<PeerStatus> {
-        let stats = self.stats_by_peer();
+    fn peer_status(&self, stats: &HashMap<PublicKey, PeerStats>) -> Vec<PeerStatus> {
         let status = self.snapshot.peers.iter().map(|peer| {
             let stats = stats.get(&peer.public_key);
             let epoch = |time: SystemTime| time.duration_since(UNIX_EPOCH).ok();
@@ -248,6 +249,8 @@ impl Daemon {
                     .map(|t| t.as_secs()),
                 rx_bytes: stats.map_or(0, |stats| stats.rx_bytes),
                 tx_bytes: stats.map_or(0, |stats| stats.tx_bytes),
+                path_mtu: stats.and_then(|stats| self.facts.paths.get(&stats.endpoint?.ip())?.mtu),
+                uncut: stats.is_some_and(|stats| stats.uncut),
             }
         });
         status.collect()

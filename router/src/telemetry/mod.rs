@@ -325,6 +325,8 @@ mod tests {
                 last_handshake: Some(1_000_000_000),
                 rx_bytes: 5,
                 tx_bytes: 6,
+                path_mtu: None,
+                uncut: false,
             }],
             flows: Some(FlowStatus {
                 tables: BTreeMap::from([(

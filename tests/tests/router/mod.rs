@@ -8,6 +8,7 @@ mod policy;
 mod reach;
 mod sizes;
 mod traps;
+mod underlay;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;

@@ -39,7 +39,10 @@ fn a_server_of_wg_quick_becomes_a_router() {
     let config = config::load(&args.dir.join("sluice.toml")).unwrap();
     let local = &config.local;
     assert_eq!(local.private_key.expose_base64(), OWN);
-    assert_eq!((local.listen_port, local.mtu), (51821, 1380));
+    assert_eq!(
+        (local.listen_port, local.mtu),
+        (51821, config::Mtu::Fixed(1380))
+    );
     assert_eq!(local.device, "wg0");
     let nets: Vec<String> = local.addresses.iter().map(ToString::to_string).collect();
     assert_eq!(nets, ["10.66.66.1/24", "fd42:42:42::1/64"]);

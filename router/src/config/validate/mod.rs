@@ -23,8 +23,8 @@ use super::problem::{Position, Problems};
 use super::raw::{Datapath, Raw, Wireguard};
 use super::section::{At, Text, TextOr, quoted, within};
 use super::{
-    Config, DEFAULT_DEVICE, DEFAULT_LISTEN_PORT, DEFAULT_MTU, DatapathMode, Interface, Local, MTU,
-    Origin, Places, default_socket, keyfile, net,
+    Config, DEFAULT_DEVICE, DEFAULT_LISTEN_PORT, DatapathMode, Interface, Local, MTU, Mtu, Origin,
+    Places, default_socket, keyfile, net,
 };
 use crate::control::{Denied, Policy, Snapshot};
 use crate::wireguard::keys::PrivateKey;
@@ -142,7 +142,7 @@ struct Tunnel {
     private_key: Option<PrivateKey>,
     addresses: Vec<At<IpNet>>,
     listen_port: u16,
-    mtu: u16,
+    mtu: Mtu,
     device: String,
 }
 
@@ -162,10 +162,7 @@ impl Tunnel {
             let key = "wireguard.listen_port";
             within(number, key, 1..=65535, "UDP port", problems)
         });
-        let mtu = raw.mtu.and_then(|number| {
-            let range = i64::from(*MTU.start())..=i64::from(*MTU.end());
-            within(number, "wireguard.mtu", range, "tunnel MTU", problems)
-        });
+        let mtu = raw.mtu.as_ref().and_then(|value| mtu(value, problems));
         let device = raw
             .device
             .as_ref()
@@ -174,8 +171,27 @@ impl Tunnel {
             private_key,
             addresses: tunnel_addresses(raw, problems),
             listen_port: listen_port.unwrap_or(DEFAULT_LISTEN_PORT),
-            mtu: mtu.unwrap_or(DEFAULT_MTU),
+            mtu: mtu.unwrap_or(Mtu::Auto),
             device: device.unwrap_or_else(|| DEFAULT_DEVICE.to_owned()),
+        }
+    }
+}
+
+fn mtu(value: &TextOr<'_, At<i64>>, problems: &mut Problems<'_>) -> Option<Mtu> {
+    const KEY: &str = "wireguard.mtu";
+    match value {
+        TextOr::Text(word) if word.value == "auto" => Some(Mtu::Auto),
+        TextOr::Text(word) => {
+            let message = format!(
+                "{} is no tunnel MTU; write \"auto\" or a number without quotes",
+                quoted(&word.value)
+            );
+            problems.add(word.at, KEY, message);
+            None
+        }
+        TextOr::Other(number) => {
+            let range = i64::from(*MTU.start())..=i64::from(*MTU.end());
+            within(*number, KEY, range, "tunnel MTU", problems).map(Mtu::Fixed)
         }
     }
 }

@@ -42,7 +42,7 @@ impl Router {
         let eth0 = LinkFacts {
             name: "eth0".into(),
             addresses: vec!["203.0.113.5/24".parse().unwrap()],
-            external: Vec::new(),
+            ..LinkFacts::default()
         };
         Self {
             local: file.local.clone(),

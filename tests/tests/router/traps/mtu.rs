@@ -157,7 +157,7 @@ fn goes_on_when_the_tunnel_becomes_narrower(path: Path) {
             pairs.push(pair);
         }
         run.sluice.stop()?;
-        run.config.mtu = NARROW;
+        run.config.mtu = Some(NARROW);
         let _sluice = run.site.router.sluice(&run.config)?;
         drop(run.tunnel);
         let tunnel = run.client.tunnel(&run.config.key).mtu(NARROW.into());
