@@ -80,14 +80,14 @@ fn ways<'f>(local: &'f Local, facts: &'f Facts) -> impl Iterator<Item = Narrow> 
         })
     });
     // A named uplink that no default route leads to.
-    let uplink = facts.links.iter().filter_map(move |(index, link)| {
-        (named == Some(&link.name)).then(|| Narrow {
-            carries: link.mtu,
-            link: link.name.clone(),
-            to: None,
-            told: false,
-            v6: global_v6(*index) && link.addresses.iter().all(|net| net.addr().is_ipv6()),
-        })
+    let links = facts.links.iter();
+    let links = links.filter(move |(_, link)| named == Some(&link.name));
+    let uplink = links.map(move |(index, link)| Narrow {
+        carries: link.mtu,
+        link: link.name.clone(),
+        to: None,
+        told: false,
+        v6: global_v6(*index) && link.addresses.iter().all(|net| net.addr().is_ipv6()),
     });
     routed.chain(uplink).filter(|way| way.carries > 0)
 }
