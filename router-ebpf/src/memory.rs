@@ -3,7 +3,7 @@
 use crate::abi::Side;
 use crate::csum::Delta;
 use crate::mss::{MAX_OPTIONS, Options};
-use crate::packet::{Bytes, Covers, Frame, Sum};
+use crate::packet::{Bytes, Covers, Frame, JUMBO_HEADER, Sum};
 use crate::verdict::Verdict;
 
 /// A packet as a program of one side sees it, with complete checksums.
@@ -105,6 +105,12 @@ impl Frame for Memory {
 
     fn insert<const N: usize>(&mut self, headers: &Bytes<N>) -> Result<(), Verdict> {
         self.bytes.splice(self.offset..self.offset, headers.0);
+        Ok(())
+    }
+
+    fn cut_jumbo_header(&mut self) -> Result<(), Verdict> {
+        let start = self.offset + 40;
+        self.bytes.drain(start..start + JUMBO_HEADER as usize);
         Ok(())
     }
 

@@ -31,7 +31,9 @@ pub const RST: u8 = 0x04;
 pub const ACK: u8 = 0x10;
 
 /// Length in bytes of the IPv6 fragment header (RFC 8200, section 4.5).
-const FRAGMENT_HEADER: u32 = 8;
+pub(crate) const FRAGMENT_HEADER: u32 = 8;
+/// Length in bytes of the hop-by-hop header in front of an IPv6 super-packet above 64 KiB.
+pub(crate) const JUMBO_HEADER: u32 = 8;
 
 /// Bytes of a packet; aligned, so that programs can take them word by word.
 #[repr(C, align(8))]
@@ -123,6 +125,9 @@ pub trait Frame {
         icmp::translate_quote(side, packet, nat, self)
     }
 
+    /// Takes the [`JUMBO_HEADER`] bytes behind the IPv6 header out; segments keep their size.
+    fn cut_jumbo_header(&mut self) -> Result<(), Verdict>;
+
     /// Swaps the hardware addresses, if there are any.
     fn turn_back(&mut self) -> Result<(), Verdict>;
 }
@@ -170,7 +175,8 @@ pub struct Packet {
     pub header_len: u32,
     /// Where the transport header begins, in bytes from the IP header.
     pub transport_at: u32,
-    /// Length in bytes that the IP header tells; the packet has as many.
+    /// Length in bytes that the IP header tells; the packet has as many. A super-packet above 64 KiB
+    /// (BIG TCP) has zero there, and is as long as it is.
     pub len: u32,
     /// Payload bytes of each segment of a super-packet; zero for a plain packet.
     pub gso_size: u32,
@@ -224,8 +230,16 @@ impl Packet {
         if self.gso_size == 0 || self.transport_len == 0 {
             self.len
         } else {
-            self.transport_at + self.transport_len + self.gso_size
+            // What may stand in between no segment has, see `has_jumbo_header`.
+            self.header_len + self.transport_len + self.gso_size
         }
+    }
+
+    /// Whether a hop-by-hop header with the length stands in front of the TCP header: Linux 5.19 to 6.x
+    /// puts it into IPv6 super-packets above 64 KiB, and takes it out when it cuts them.
+    #[inline(always)]
+    pub const fn has_jumbo_header(&self) -> bool {
+        self.gso_size != 0 && self.transport_at != self.header_len
     }
 
     /// The tuple of the flow that the packet goes with.
@@ -260,7 +274,7 @@ pub fn parse<F: Frame>(side: Side, frame: &F, packet: &mut Packet) -> Result<(),
         }
         6 => {
             parse_v6(frame, packet)?;
-            if packet.is_fragment {
+            if packet.transport_at != 40 {
                 transport::<F, 48>(side, frame, packet);
             } else {
                 transport::<F, 40>(side, frame, packet);
@@ -280,9 +294,13 @@ pub fn parse<F: Frame>(side: Side, frame: &F, packet: &mut Packet) -> Result<(),
 fn parse_v4<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
     let header: [u8; 20] = frame.header::<0, 20>().ok_or(Verdict::DropMalformed)?;
     let header_len = 4 * u32::from(header[0] & 0x0f);
-    let len = u32::from(u16::from_be_bytes([header[2], header[3]]));
+    let mut len = u32::from(u16::from_be_bytes([header[2], header[3]]));
     if header_len < 20 || len < header_len {
-        return Err(Verdict::DropMalformed);
+        // As `iph_totlen` of the kernel has it.
+        if header_len != 20 || len != 0 || packet.gso_size == 0 || header[9] != TCP {
+            return Err(Verdict::DropMalformed);
+        }
+        len = frame.len();
     }
     let fragment = u16::from_be_bytes([header[6], header[7]]);
     packet.transport = if header_len != 20 {
@@ -340,6 +358,9 @@ fn parse_v6<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
     packet.transport_at = 40;
     packet.len = 40 + u32::from(u16::from_be_bytes([header[4], header[5]]));
     packet.transport = kind(header[6]);
+    if packet.len == 40 && packet.gso_size != 0 {
+        return parse_jumbo(frame, packet);
+    }
     if header[6] == IPV6_FRAGMENT {
         packet.transport = Transport::Bad;
         if packet.len >= 40 + FRAGMENT_HEADER
@@ -355,6 +376,21 @@ fn parse_v6<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
                 kind(header[0])
             };
         }
+    }
+    Ok(())
+}
+
+/// An IPv6 super-packet above 64 KiB: its payload length is zero, and up to Linux 6.x a hop-by-hop header with
+/// the jumbo payload option alone (RFC 2675) follows, as `ipv6_gro_complete` and `ip6_xmit` make it.
+#[inline(always)]
+fn parse_jumbo<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
+    packet.len = frame.len();
+    if packet.transport == Transport::Options
+        && let Some([TCP, 0, 0xc2, 4]) = frame.header::<40, 4>()
+    {
+        packet.tuple.protocol = TCP;
+        packet.transport = Transport::Tcp;
+        packet.transport_at = 40 + JUMBO_HEADER;
     }
     Ok(())
 }

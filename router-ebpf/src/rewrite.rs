@@ -42,6 +42,12 @@ pub fn apply<F: Frame>(
     if forward.exit == Exit::Stack {
         return Ok(());
     }
+    if side == Side::Subnet && packet.has_jumbo_header() {
+        // Kernels that put it there take it out when they cut the packet, some as if there were always an
+        // Ethernet header in front, which there is none of in the TUN device.
+        frame.write(6, &Bytes([packet.tuple.protocol]), Sum::Changed)?;
+        return frame.cut_jumbo_header();
+    }
     // Ethernet pads to 60 bytes; inside a tunnel the padding would only cost.
     if packet.gso_size == 0 && packet.len < frame.len() {
         frame.trim(packet.len)?;

@@ -131,6 +131,9 @@ fn carry(side: Side, ctx: &TcContext, work: &mut Work, maps: &Maps<'_>) -> Resul
         }
     }
     decide(side, &mut work.packet, skb, maps, &mut work.forward)?;
+    if side == Side::Subnet && skb.is_tagged() {
+        skb.untag();
+    }
     if work.forward.exit == Exit::Answer {
         if !answer::may_send(&work.packet, maps) {
             return Err(work.forward.verdict);

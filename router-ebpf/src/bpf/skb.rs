@@ -4,11 +4,13 @@ use core::hint::black_box;
 use core::mem::MaybeUninit;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
-use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM};
+use aya_ebpf::bindings::bpf_adj_room_mode::{BPF_ADJ_ROOM_MAC, BPF_ADJ_ROOM_NET};
+use aya_ebpf::bindings::{
+    BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+};
 use aya_ebpf::helpers::{
     bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail,
-    bpf_skb_load_bytes, bpf_skb_store_bytes,
+    bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skb_vlan_pop,
 };
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::Side;
@@ -22,6 +24,8 @@ use super::steps;
 
 /// `PACKET_HOST` of linux/if_packet.h: the frame is addressed to this machine.
 const PACKET_HOST: u32 = 0;
+/// The bits of a VLAN tag that name the VLAN.
+const VLAN_ID: u32 = 0xfff;
 /// EtherTypes as `__sk_buff.protocol` holds them, in network byte order.
 const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
 const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
@@ -68,16 +72,34 @@ impl<'a> Skb<'a> {
         unsafe { (&raw const (*self.ctx.skb.skb).ifindex).read_volatile() }
     }
 
-    /// Whether the frame is IP without a VLAN tag and addressed to this machine: a NIC in
-    /// promiscuous mode also brings what other machines are to receive.
+    /// Whether the frame is IP in no VLAN and addressed to this machine: a NIC in promiscuous mode
+    /// also brings what other machines are to receive. A tag of VLAN 0 tells a priority only (IEEE
+    /// 802.1Q); the kernel has taken it out of the frame, and ignores it.
     #[inline(always)]
     pub(crate) fn is_untagged_ip_to_us(&self) -> bool {
         // SAFETY: the kernel passes a valid context, and these fields are readable in tc programs.
-        let (pkt_type, vlan, protocol) = unsafe {
+        let (pkt_type, protocol) = unsafe {
             let skb = self.ctx.skb.skb;
-            ((*skb).pkt_type, (*skb).vlan_present, (*skb).protocol)
+            ((*skb).pkt_type, (*skb).protocol)
         };
-        pkt_type == PACKET_HOST && vlan == 0 && (protocol == ETH_P_IP || protocol == ETH_P_IPV6)
+        pkt_type == PACKET_HOST
+            && (protocol == ETH_P_IP || protocol == ETH_P_IPV6)
+            // SAFETY: as above.
+            && (!self.is_tagged() || unsafe { (*self.ctx.skb.skb).vlan_tci } & VLAN_ID == 0)
+    }
+
+    /// Whether there is a VLAN tag.
+    #[inline(always)]
+    pub(crate) fn is_tagged(&self) -> bool {
+        // SAFETY: as in `is_untagged_ip_to_us`. Volatile, as in `ingress`.
+        unsafe { (&raw const (*self.ctx.skb.skb).vlan_present).read_volatile() != 0 }
+    }
+
+    /// Takes the VLAN tag off, which would leave with the packet otherwise.
+    #[inline(always)]
+    pub(crate) fn untag(&self) {
+        // SAFETY: the helper takes the context alone. It fails only for a tag within the frame.
+        unsafe { bpf_skb_vlan_pop(self.ctx.skb.skb) };
     }
 }
 
@@ -276,6 +298,14 @@ impl Frame for Skb<'_> {
     fn translate_quote(&mut self, _: Side, _: &Packet, _: &Nat) -> Result<(), Verdict> {
         // A step of its own, see `carry`.
         Ok(())
+    }
+
+    #[inline(always)]
+    fn cut_jumbo_header(&mut self) -> Result<(), Verdict> {
+        const LEN: i32 = 8;
+        let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
+        // SAFETY: the helper takes plain numbers.
+        done(unsafe { bpf_skb_adjust_room(self.ctx.skb.skb, -LEN, BPF_ADJ_ROOM_NET, flags) })
     }
 
     #[inline(always)]

@@ -122,3 +122,52 @@ proptest! {
         }
     }
 }
+
+/// BIG TCP: the length in the IP header is zero, and older kernels put a hop-by-hop header into IPv6.
+#[test]
+fn a_super_packet_above_64_kib_is_as_long_as_it_is() {
+    use crate::craft::{ACK, Ip, frame};
+    use crate::decide::Forward;
+    use crate::rewrite;
+    for (v4, jumbo) in [(true, false), (false, false), (false, true)] {
+        let [source, destination]: [std::net::IpAddr; 2] = if v4 {
+            [[10, 0, 0, 2].into(), [100, 64, 0, 2].into()]
+        } else {
+            ["2001:db8::2", "fd64::2"].map(|text| text.parse().unwrap())
+        };
+        let segment = Ip::tcp(source, destination, ACK, &[], 1380);
+        let headers = if v4 { 40 } else { 60 };
+        let mut wanted = segment.bytes();
+        let length = if v4 { 2..4 } else { 4..6 };
+        wanted[length].fill(0);
+        wanted.resize(headers + 50 * 1380, 7);
+        let mut sent = wanted.clone();
+        if jumbo {
+            sent[6] = 0;
+            sent.splice(40..40, [6, 0, 0xc2, 4, 0, 1, 0x10, 0]);
+        }
+        let bytes = frame([2; 6], [4; 6], &sent);
+        let mut packet = Packet::default();
+        let mut memory = Memory::new(Side::Subnet, bytes, 1380);
+        parse(Side::Subnet, &memory, &mut packet).unwrap();
+        assert_eq!(packet.transport, Transport::Tcp);
+        assert_eq!(packet.tuple.ports, [[0x9c, 0x40], [0x01, 0xbb]]);
+        assert_eq!(packet.len as usize, sent.len());
+        assert_eq!(packet.segment_len() as usize, headers + 1380);
+        rewrite::apply(Side::Subnet, &packet, &Forward::default(), &mut memory).unwrap();
+        let out = &memory.bytes[14..];
+        assert_eq!(out.len(), wanted.len());
+        let ttl_at = if v4 { 8 } else { 7 };
+        assert_eq!(out[ttl_at], wanted[ttl_at] - 1);
+        if !v4 {
+            wanted[ttl_at] -= 1;
+            assert!(out == wanted, "jumbo header: {jumbo}");
+        }
+        // A plain packet that says so is none.
+        memory.gso_size = 0;
+        if v4 {
+            let parsed = parse(Side::Subnet, &memory, &mut packet);
+            assert_eq!(parsed, Err(Verdict::DropMalformed));
+        }
+    }
+}

@@ -16,6 +16,7 @@ on_every_path!(
     extension_headers_arrive,
     ecn_bits_arrive_as_they_were_sent,
     strange_frames_disturb_nothing,
+    priority_tagged_frames_are_taken,
 );
 
 /// Hop-by-hop and destination options (RFC 8200, sections 4.3 and 4.6), empty but for padding.
@@ -146,6 +147,34 @@ fn strange_frames_disturb_nothing(path: Path) {
             far.send_to(b"still here", from)?;
             assert_eq!(receive(&near)?.0, b"still here", "{path:?} {server}");
             http::download(&run.site.laptop, SocketAddr::new(server, HTTP), 1 << 20)?;
+        }
+        Ok(())
+    });
+}
+
+/// IEEE 802.1Q, VLAN 0: no VLAN, but a priority; switches and hypervisors send such frames. The kernel
+/// takes them as if they had no tag.
+fn priority_tagged_frames_are_taken(path: Path) {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+        let core = run.site.core.as_ref().context("two-armed")?;
+        for server in SERVER {
+            warm_up(&run.site.laptop, server)?;
+            let address = SocketAddr::new(server, PORT);
+            let far = udp_at(&run.site.server, address)?;
+            let near = udp_to(&run.site.laptop, address)?;
+            near.send(b"hello")?;
+            let (_, from) = receive(&far)?;
+            let at_laptop = run.site.laptop.capture(run.tunnel.device())?;
+            let to_nic = hardware_address(&run, "lan")?;
+            let reply = Ip::udp(server, from.ip(), 400).ports(PORT, from.port());
+            let mut tagged = frame(to_nic, [2, 0, 0, 0, 0, 9], &reply.bytes());
+            tagged.splice(12..12, [0x81, 0, 5 << 5, 0]);
+            core.send_frame("router", &tagged)?;
+            let (got, _) = receive(&near).with_context(|| format!("{path:?} {server}"))?;
+            assert_eq!(got, reply.payload[8..], "{path:?} {server}");
+            let seen = at_laptop.drain(|p| (p.source == server).then_some(p.len));
+            assert_eq!(seen, [reply.bytes().len()], "{path:?} {server}");
         }
         Ok(())
     });

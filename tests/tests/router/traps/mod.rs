@@ -1,6 +1,7 @@
 //! The ways in which routers lose somebody's traffic, each with real TCP/IP stacks at both ends.
 
 mod beside;
+mod big_tcp;
 mod errors;
 mod flows;
 mod fragments;
