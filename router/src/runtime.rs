@@ -497,6 +497,8 @@ impl Daemon {
         if self.ebpf.is_none() {
             plan.datapath.external.clear();
             plan.datapath.handed_over = None;
+        } else {
+            self.tell_left_to_the_kernel(&plan);
         }
         self.changes.concern(concern(&plan));
         self.core.want(plan);
@@ -516,6 +518,19 @@ impl Daemon {
                 );
             }
             self.absent = absent;
+        }
+    }
+
+    fn tell_left_to_the_kernel(&self, plan: &crate::core::Plan) {
+        let known = self.core.wanted().map(|before| &before.stack_links);
+        for link in &plan.stack_links {
+            if !known.is_some_and(|known| known.contains(link)) {
+                tracing::info!(
+                    "{} has no Ethernet header, which the programs need: the kernel carries what \
+                     goes by it",
+                    link.name
+                );
+            }
         }
     }
 

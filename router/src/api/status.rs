@@ -119,7 +119,7 @@ pub struct RouteStatus {
     /// The path its packets take now: `fast` or `slow`.
     pub path: &'static str,
     /// Why it is the slow one.
-    pub reason: Option<&'static str>,
+    pub reason: Option<String>,
 }
 
 /// A WireGuard peer.

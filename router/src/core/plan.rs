@@ -42,6 +42,8 @@ pub struct Facts {
     pub labels: Vec<Label>,
     /// Ways of underlay packets: to the endpoints of peers, and by default (to `0.0.0.0` and `::`).
     pub paths: BTreeMap<IpAddr, Path>,
+    /// Interfaces whose packets have no Ethernet header: tunnels, PPP.
+    pub without_ethernet: BTreeSet<u32>,
 }
 
 /// A way of underlay packets.
@@ -128,6 +130,10 @@ pub struct Plan {
     pub tunnel_routes: Vec<IpNet>,
     /// Interfaces that forward.
     pub forwarding: Vec<Link>,
+    /// Subnet-side interfaces without an Ethernet header, which the programs cannot serve.
+    pub stack_links: BTreeSet<Link>,
+    /// The routes that lead to one of them.
+    pub stack_routes: BTreeMap<IpNet, String>,
     /// What the datapath serves.
     pub datapath: Spec,
     /// The engine's peers.
@@ -269,7 +275,21 @@ pub fn plan(
             .filter_map(|name| facts.link_named(name))
             .collect()
     };
-    let (external, chosen) = external(local, facts, &subnet);
+    let (mut external, chosen) = external(local, facts, &subnet);
+    let is_ethernet = |index: u32| !facts.without_ethernet.contains(&index);
+    external.retain(|index, _| is_ethernet(*index));
+    let stack_links: BTreeSet<Link> = subnet
+        .iter()
+        .filter(|link| !is_ethernet(link.index))
+        .cloned()
+        .collect();
+    let stack_routes = snapshot.routes.iter().filter_map(|route| {
+        let mut links = facts.links_toward(&route.cidr);
+        let link = links.find_map(|index| stack_links.iter().find(|l| l.index == index))?;
+        Some((route.cidr, link.name.clone()))
+    });
+    let stack_routes = stack_routes.collect();
+    let served = subnet.difference(&stack_links).cloned().collect();
     let addresses = subnet
         .iter()
         .filter_map(|link| facts.links.get(&link.index))
@@ -300,10 +320,12 @@ pub fn plan(
         forwarding: std::iter::once(tun.clone())
             .chain(subnet.iter().cloned())
             .collect(),
+        stack_links,
+        stack_routes,
         datapath: Spec {
             tun: tun.clone(),
             mtu,
-            subnet: subnet.into_iter().collect(),
+            subnet: served,
             overlay: overlay.into_iter().collect(),
             // Numbers outlive plans: whoever keeps them fills this in.
             peers: BTreeMap::new(),
@@ -519,6 +541,28 @@ mod tests {
         let plan = plan(&local(), &snapshot(), &tun(), &facts, |_, _| Vec::new());
         let names: Vec<_> = plan.datapath.subnet.iter().map(|l| &*l.name).collect();
         assert_eq!(names, ["eth0", "eth1", "eth2"]);
+    }
+
+    #[test]
+    fn interfaces_without_an_ethernet_header_are_left_to_the_kernel() {
+        let mut facts = facts();
+        facts.without_ethernet = BTreeSet::from([2, 4]);
+        for index in [2, 3] {
+            let link = facts.links.get_mut(&index).unwrap();
+            link.external = vec![candidate("192.0.2.1")];
+        }
+        let plan = plan(&local(), &snapshot(), &tun(), &facts, |_, _| Vec::new());
+        let names = |links: &[Link]| links.iter().map(|l| l.name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&plan.datapath.subnet), ["eth1"]);
+        assert_eq!(plan.datapath.external.keys().collect::<Vec<_>>(), [&3]);
+        assert_eq!(names(&plan.forwarding), ["sluice0", "eth0", "eth1"]);
+        let stack: Vec<Link> = plan.stack_links.into_iter().collect();
+        assert_eq!(names(&stack), ["eth0"]);
+        let route = snapshot().routes[0].cidr;
+        assert_eq!(
+            plan.stack_routes,
+            BTreeMap::from([(route, "eth0".to_owned())])
+        );
     }
 
     #[test]

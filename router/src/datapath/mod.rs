@@ -86,7 +86,8 @@ pub struct Spec {
     pub tun: Link,
     /// Tunnel MTU in bytes.
     pub mtu: u16,
-    /// The subnet-side NICs (often the uplink too).
+    /// The subnet-side NICs (often the uplink too) that the eBPF programs serve: those with an Ethernet
+    /// header.
     pub subnet: Vec<Link>,
     /// The peers' allowed IPs: who may appear as a source from the TUN and as a destination into it.
     pub overlay: Vec<IpNet>,

@@ -29,7 +29,7 @@ use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessa
 use netlink_packet_route::addrlabel::{AddrLabelAttribute, AddrLabelMessage};
 use netlink_packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkInfo as Info,
-    LinkMessage,
+    LinkLayerType, LinkMessage,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::AsyncSocket as _;
@@ -130,6 +130,8 @@ pub struct LinkInfo {
     pub kind: Option<String>,
     /// Index of the bridge, bond or VRF that it belongs to.
     pub master: Option<u32>,
+    /// Whether its packets have an Ethernet header.
+    pub ethernet: bool,
 }
 
 /// A handle on the kernel's network configuration, in the network namespace where it was made.
@@ -404,6 +406,7 @@ fn link_info(answer: RouteNetlinkMessage) -> Option<LinkInfo> {
         up: message.header.flags.contains(LinkFlags::Up),
         kind: None,
         master: None,
+        ethernet: message.header.link_layer_type == LinkLayerType::Ether,
     };
     for attribute in message.attributes {
         match attribute {

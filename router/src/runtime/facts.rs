@@ -18,7 +18,7 @@ pub(super) async fn gather(
     snapshot: &Snapshot,
     tun: Option<u32>,
 ) -> Result<Facts, netlink::Error> {
-    let mut links = BTreeMap::new();
+    let (mut links, mut without_ethernet) = (BTreeMap::new(), BTreeSet::new());
     let mut own_name = None;
     let infos = netlink.links().await?;
     let vrfs = vrfs(netlink, &infos, snapshot, tun).await?;
@@ -34,6 +34,9 @@ pub(super) async fn gather(
                 mtu: info.mtu,
             };
             links.insert(info.link.index, facts);
+            if !info.ethernet {
+                without_ethernet.insert(info.link.index);
+            }
         }
     }
     for (index, address) in netlink.addresses().await? {
@@ -80,6 +83,7 @@ pub(super) async fn gather(
         ipv6: sysctl::ipv6_of(own_name.as_deref().unwrap_or("default")),
         labels: netlink.labels().await?,
         paths,
+        without_ethernet,
     })
 }
 

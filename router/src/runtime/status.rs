@@ -9,7 +9,7 @@ use crate::api::{
     Problem, RouteStatus, Status,
 };
 use crate::config::DatapathMode;
-use crate::control::RouteMode;
+use crate::control::{Route, RouteMode};
 use crate::datapath::ebpf::Ebpf;
 use crate::datapath::{Datapath, slow_reason};
 use crate::engine::{self, PeerStats};
@@ -90,6 +90,9 @@ impl Daemon {
                 }),
             }
         }
+        if self.ebpf.is_some() {
+            problems.extend(self.left_to_the_kernel());
+        }
         let flows = self.flow_status(&mut problems);
         let uplink_guard = self.guard.status(&mut problems);
         let plan = self.core.wanted();
@@ -112,9 +115,11 @@ impl Daemon {
                 .map(|link| link.name.clone()),
             subnet: plan
                 .map(|plan| {
+                    let left = plan.stack_links.iter();
                     plan.datapath
                         .subnet
                         .iter()
+                        .chain(left)
                         .map(|link| link.name.clone())
                         .collect()
                 })
@@ -206,10 +211,37 @@ impl Daemon {
         hits.and_then(Result::ok).unwrap_or_default()
     }
 
+    /// The routes whose packets the kernel carries although nobody asked for it.
+    fn left_to_the_kernel(&self) -> impl Iterator<Item = Problem> {
+        let fast = self.snapshot.routes.iter();
+        let fast = fast.filter(|route| route.mode == RouteMode::Fast);
+        let links = self.core.wanted().map(|plan| &plan.stack_routes);
+        fast.filter_map(move |route| {
+            let (cidr, link) = (route.cidr, links?.get(&route.cidr)?);
+            Some(Problem {
+                part: "datapath".to_owned(),
+                error: format!(
+                    "{cidr} leads to {link}, which has no Ethernet header: the programs cannot carry \
+                     its packets, and the kernel does, which takes more CPU; if that is meant, say \
+                     mode = \"stack\" of the route"
+                ),
+            })
+        })
+    }
+
     fn route_status(&self) -> Vec<RouteStatus> {
+        let stack_links = self.core.wanted().map(|plan| &plan.stack_routes);
+        let without_ethernet = |route: &Route| {
+            let link = stack_links?.get(&route.cidr)?;
+            Some(format!(
+                "{link} has no Ethernet header, which the programs need"
+            ))
+        };
         let reason = |route| match &self.ebpf {
-            None => Some("the kernel datapath is in use"),
-            Some(_) => slow_reason(route),
+            None => Some("the kernel datapath is in use".to_owned()),
+            Some(_) => slow_reason(route)
+                .map(str::to_owned)
+                .or_else(|| without_ethernet(route)),
         };
         let status = self.snapshot.routes.iter().map(|route| RouteStatus {
             cidr: route.cidr,

@@ -120,7 +120,13 @@ fn spec() -> anyhow::Result<Spec> {
 }
 
 /// A TUN device `tun0` with segmentation offload, its addresses, and routes into it.
-fn tun(host: &Host, v4: &str, v6: &str, to_v4: &str, to_v6: &str) -> anyhow::Result<File> {
+pub(crate) fn tun(
+    host: &Host,
+    v4: &str,
+    v6: &str,
+    to_v4: &str,
+    to_v6: &str,
+) -> anyhow::Result<File> {
     let file = host.enter(open_tun)??;
     host.ip(&format!("link set tun0 mtu {MTU} up"))?;
     host.ip(&format!("address add {v4} dev tun0"))?;
@@ -161,7 +167,7 @@ fn open_tun() -> std::io::Result<File> {
 }
 
 /// Carries packets from one TUN device to another until told to stop.
-fn carry(mut from: &File, mut to: &File, stop: &AtomicBool) {
+pub(crate) fn carry(mut from: &File, mut to: &File, stop: &AtomicBool) {
     let mut buffer = vec![0; 70_000];
     while !stop.load(Ordering::Relaxed) {
         let mut ready = libc::pollfd {

@@ -1,7 +1,7 @@
 //! The eBPF programs in the kernel: what they make of packets (TEST_RUN), how they are built and
 //! attached, and that what they redirect arrives.
 
-mod arrival;
+pub(crate) mod arrival;
 mod attach;
 mod complexity;
 mod contract;

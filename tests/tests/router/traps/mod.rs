@@ -7,6 +7,7 @@ mod flows;
 mod fragments;
 mod frames;
 mod limits;
+mod links;
 mod mtu;
 mod nics;
 mod ports;
