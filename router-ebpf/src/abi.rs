@@ -301,7 +301,7 @@ impl Overlay {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Route {
-    /// [`Route::STACK`] and [`Route::SNAT`].
+    /// [`Route::STACK`] and [`Route::SNAT`], and [`Route::mtu`] from bit 16 on.
     pub flags: u32,
 }
 
@@ -310,6 +310,23 @@ impl Route {
     pub const STACK: u32 = 1 << 0;
     /// Flag: the sources of flows that the overlay opens are translated.
     pub const SNAT: u32 = 1 << 1;
+
+    /// MTU in bytes of the kernel's own route (`ip route … mtu`), which its FIB lookup tells only if it is
+    /// locked; 65,535 where it has none.
+    #[inline(always)]
+    pub const fn mtu(self) -> u32 {
+        match self.flags >> 16 {
+            0 => u16::MAX as u32,
+            mtu => mtu,
+        }
+    }
+
+    /// The same with such an MTU; zero: none.
+    pub const fn with_mtu(self, mtu: u16) -> Self {
+        Self {
+            flags: self.flags & u16::MAX as u32 | (mtu as u32) << 16,
+        }
+    }
 }
 
 /// Value of [`LINKS`].

@@ -345,12 +345,15 @@ pub fn decide<F: Frame, T: Tables>(
     if packet.tcp_flags & SYN != 0 {
         // The segments that the announcement allows come the other way: every MTU on both sides
         // counts.
-        let near = match side {
-            Side::Overlay => entry.link(),
-            Side::Subnet => tables.ingress(),
+        let (near, subnet) = match side {
+            Side::Overlay => (entry.link(), &tuple.destination),
+            Side::Subnet => (tables.ingress(), &tuple.source),
         };
         let link = tables.link(near).ok_or(Verdict::SlowOtherLink)?;
         let mut smallest = settings.mtu.min(link.mtu);
+        if let Some(route) = tables.route(&Prefix::host(*subnet)) {
+            smallest = smallest.min(route.mtu());
+        }
         if settings.flags & Settings::FIB_MTU != 0 {
             smallest = smallest.min(forward.mtu);
         }

@@ -137,7 +137,7 @@ pub fn open<T: Tables>(
             let link = tables.link(hop.link).ok_or(Verdict::SlowOtherLink)?;
             overlay.link = hop.link;
             overlay.port = tuple.ports[0];
-            overlay.mtu = path_mtu(hop.mtu, link, settings);
+            overlay.mtu = path_mtu(hop.mtu.min(route.mtu()), link, settings);
             // Without it the flow is opened all the same: the answer to what the kernel carries then
             // comes by this table.
             if let Some(hardware) = hop.hardware {
@@ -339,10 +339,11 @@ pub fn judge<T: Tables>(
         Side::Subnet => entry.other(side, tuple).1,
     };
     // A peer that is none any more is not a spoofed source, but ends alike.
-    route(Side::Overlay, &overlay, tables).map_err(|verdict| match (side, verdict) {
-        (Side::Subnet, Verdict::DropSpoofed) => Verdict::PassUnrelated,
-        (_, verdict) => verdict,
-    })?;
+    let (route, _) =
+        route(Side::Overlay, &overlay, tables).map_err(|verdict| match (side, verdict) {
+            (Side::Subnet, Verdict::DropSpoofed) => Verdict::PassUnrelated,
+            (_, verdict) => verdict,
+        })?;
     let opening = if entry.flags() & Flow::FROM_SUBNET != 0 {
         overlay.reversed()
     } else {
@@ -362,7 +363,7 @@ pub fn judge<T: Tables>(
         }
     })?;
     entry.set_link(hop.link);
-    entry.set_mtu(path_mtu(hop.mtu, link, settings));
+    entry.set_mtu(path_mtu(hop.mtu.min(route.mtu()), link, settings));
     if let Some(hardware) = hop.hardware {
         entry.set_hardware(hardware);
         entry.set_generation(generation);
@@ -377,7 +378,12 @@ pub fn probe_mtu<T: Tables>(packet: &Packet, entry: Entry<'_>, tables: &T) -> Re
     let settings = tables.settings().ok_or(Verdict::DropInternal)?;
     let len = packet.segment_len();
     let link = tables.link(entry.link()).ok_or(Verdict::SlowOtherLink)?;
-    if len > link.mtu {
+    let mut most = link.mtu;
+    // Such kernels forward IPv6 whatever a route says that is not locked.
+    if packet.is_v4() {
+        most = most.min(route(Side::Overlay, packet.flow_tuple(), tables)?.0.mtu());
+    }
+    if len > most {
         return Err(Verdict::SlowMtu);
     }
     tables.next_hop(packet, len, settings)?;

@@ -44,6 +44,8 @@ pub struct Facts {
     pub paths: BTreeMap<IpAddr, Path>,
     /// Interfaces whose packets have no Ethernet header: tunnels, PPP.
     pub without_ethernet: BTreeSet<u32>,
+    /// The main table's routes and their own MTUs in bytes, or zero; empty when none has one.
+    pub route_mtus: BTreeMap<IpNet, u32>,
 }
 
 /// A way of underlay packets.
@@ -326,6 +328,7 @@ pub fn plan(
             tun: tun.clone(),
             mtu,
             subnet: served,
+            route_mtus: facts.route_mtus.clone(),
             overlay: overlay.into_iter().collect(),
             // Numbers outlive plans: whoever keeps them fills this in.
             peers: BTreeMap::new(),

@@ -98,6 +98,8 @@ pub struct Spec {
     pub own: BTreeSet<IpAddr>,
     /// Advertised routes.
     pub routes: Vec<Route>,
+    /// The kernel's routes inside and around them with their own MTUs in bytes, or zero.
+    pub route_mtus: BTreeMap<IpNet, u32>,
     /// What peers may reach.
     pub policy: Policy,
     /// What the eBPF programs translate sources to, by interface index of the subnet-side NICs. Flows

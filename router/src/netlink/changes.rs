@@ -1,6 +1,8 @@
 //! What changes in the kernel's network configuration by others' hands.
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::{FutureExt as _, Stream, StreamExt as _};
@@ -9,6 +11,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::MulticastGroup;
 
 use super::concern::Concern;
+use super::mtus::own_mtu;
 use super::neighbours::Known;
 use super::{Error, Netlink};
 
@@ -66,6 +69,8 @@ pub struct Changes {
     neighbours: Known,
     /// `None`: any route.
     concern: Option<Concern>,
+    /// Set when a route may have an MTU of its own, see [`Netlink::route_mtus`].
+    own_mtus: Arc<AtomicBool>,
     pending: u8,
 }
 
@@ -77,7 +82,7 @@ impl std::fmt::Debug for Changes {
 
 impl Changes {
     /// Subscribes in the network namespace of the calling thread.
-    pub(super) fn subscribe(own_ports: [u32; 2]) -> io::Result<Self> {
+    pub(super) fn subscribe(own_ports: [u32; 2], own_mtus: Arc<AtomicBool>) -> io::Result<Self> {
         let (connection, _, notices) = rtnetlink::new_multicast_connection(&[
             MulticastGroup::Link,
             MulticastGroup::Ipv4Ifaddr,
@@ -94,6 +99,7 @@ impl Changes {
             own_ports,
             neighbours: Known::default(),
             concern: None,
+            own_mtus,
             pending: 0,
         })
     }
@@ -135,12 +141,18 @@ impl Changes {
         match &message.payload {
             // Some were lost: any part may have changed.
             NetlinkPayload::Overrun(_) => {
+                self.own_mtus.store(true, Ordering::Relaxed);
                 self.pending = Change::ALL.into_iter().fold(0, |all, c| all | c.bit());
             }
             NetlinkPayload::InnerMessage(inner)
                 if !self.own_ports.contains(&message.header.port_number) =>
             {
                 use RouteNetlinkMessage as M;
+                if let M::NewRoute(route) = inner
+                    && own_mtu(route).is_some()
+                {
+                    self.own_mtus.store(true, Ordering::Relaxed);
+                }
                 let is_news = match inner {
                     M::NewNeighbour(message) => self.neighbours.learn(message, false),
                     M::DelNeighbour(message) => self.neighbours.learn(message, true),

@@ -6,6 +6,7 @@
 
 mod changes;
 mod concern;
+mod mtus;
 mod neighbours;
 pub(crate) mod nft;
 pub(crate) mod outgoing;
@@ -18,6 +19,7 @@ pub(crate) mod wire;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use futures_util::StreamExt as _;
@@ -141,6 +143,8 @@ pub struct Netlink {
     bulk: Arc<Mutex<Socket>>,
     /// The mark of underlay packets, by which routes are looked up as if our table were not there.
     mark: u32,
+    /// See [`Netlink::route_mtus`].
+    own_mtus: Arc<AtomicBool>,
 }
 
 impl Netlink {
@@ -156,12 +160,14 @@ impl Netlink {
             .bind_auto()
             .map_err(failed)?
             .port_number();
-        let changes = Changes::subscribe([port, bulk.port()]).map_err(failed)?;
+        let own_mtus = Arc::new(AtomicBool::new(true));
+        let changes = Changes::subscribe([port, bulk.port()], own_mtus.clone()).map_err(failed)?;
         tokio::spawn(connection);
         let netlink = Self {
             handle,
             bulk: Arc::new(Mutex::new(bulk)),
             mark: Marks::default().underlay,
+            own_mtus,
         };
         Ok((netlink, changes))
     }

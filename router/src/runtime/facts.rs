@@ -71,6 +71,11 @@ pub(super) async fn gather(
             gateways.extend(hop.gateway.filter(|gateway| !is_link_local(*gateway)));
         }
     }
+    let mut route_mtus = netlink.route_mtus().await?;
+    route_mtus.retain(|net, _| {
+        let mut routes = snapshot.routes.iter();
+        routes.any(|route| route.cidr.contains(net) || net.contains(&route.cidr))
+    });
     Ok(Facts {
         links,
         default_link,
@@ -84,6 +89,7 @@ pub(super) async fn gather(
         labels: netlink.labels().await?,
         paths,
         without_ethernet,
+        route_mtus,
     })
 }
 

@@ -15,6 +15,7 @@ mod log;
 mod object;
 mod pins;
 pub mod policy;
+mod routes;
 mod settled;
 mod sweep;
 mod sweeper;

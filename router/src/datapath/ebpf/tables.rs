@@ -15,8 +15,8 @@ use router_ebpf::abi::{self, Address, Prefix, Settings, Way, WayPrefix};
 
 use super::banks::Banks;
 use super::policy::Compiled;
-use super::{failed, take_map};
-use crate::control::{Denied, Route, RouteMode};
+use super::{failed, routes, take_map};
+use crate::control::Denied;
 use crate::datapath::limits::Limits;
 use crate::datapath::{Error, External, Spec};
 
@@ -80,11 +80,7 @@ impl Tables {
                 (Prefix::host(address(*own)), abi::Overlay { flags, peer: 0 })
             }))
             .collect();
-        let routes = spec
-            .routes
-            .iter()
-            .map(|route| (prefix(&route.cidr), route_value(route)))
-            .collect();
+        let routes = routes::with_mtus(&spec.routes, &spec.route_mtus);
         let links = spec
             .subnet
             .iter()
@@ -211,17 +207,6 @@ fn settings(spec: &Spec) -> Settings {
         ports,
         ..Settings::default()
     }
-}
-
-fn route_value(route: &Route) -> abi::Route {
-    let mut flags = 0;
-    if route.mode == RouteMode::Stack {
-        flags |= abi::Route::STACK;
-    }
-    if route.snat {
-        flags |= abi::Route::SNAT;
-    }
-    abi::Route { flags }
 }
 
 /// An address as a key.

@@ -17,6 +17,7 @@ on_every_path!(
     the_server_learns_the_tunnels_mtu,
     the_laptop_learns_the_mtu_of_a_narrow_link,
     what_may_be_cut_is_cut_for_a_narrow_link,
+    a_routes_own_mtu_holds,
 );
 
 const TUNNEL_MTU: u16 = 1420;
@@ -95,6 +96,66 @@ fn the_laptop_learns_the_mtu_of_a_narrow_link(path: Path) {
                     laptop.ip(&format!("{family} route flush cache"))?;
                 }
             }
+        }
+        Ok(())
+    });
+}
+
+/// A route that says how much its way holds, though the NIC holds more (`ip route … mtu`).
+fn a_routes_own_mtu_holds(path: Path) {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+        let _servers = serve(&run.site.server)?;
+        let (laptop, router) = (&run.site.laptop, &run.site.router);
+        for (server, gateway) in SERVER.into_iter().zip(["10.30.0.1", "2001:db8:30::1"]) {
+            let what = format!("{path:?} {server}");
+            warm_up(laptop, server)?;
+            // More specific than the advertised one, while a flow is there.
+            let address = SocketAddr::new(server, PORT);
+            let far = udp_at(&run.site.server, address)?;
+            let near = udp_to(laptop, address)?;
+            near.send(b"hello")?;
+            let (_, from) = receive(&far)?;
+            let net = if server.is_ipv4() {
+                "10.20.0.0/24"
+            } else {
+                "2001:db8:20::/64"
+            };
+            router.ip(&format!("route add {net} via {gateway} mtu {NARROW}"))?;
+            discover_mtu(&near, server, libc::IP_PMTUDISC_DO)?;
+            let too_big = vec![0; usize::from(TUNNEL_MTU) - udp_headers(server)];
+            poll(SOON, "the laptop to learn the route's MTU", || {
+                let _ = near.send(&too_big);
+                path_mtu(&near, server).ok().filter(|mtu| *mtu == NARROW)
+            })
+            .with_context(|| what.clone())?;
+            let largest = http::pattern(usize::from(NARROW) - udp_headers(server));
+            poll(SOON, "the errors to end", || near.send(&largest).ok())?;
+            poll(SOON, "the largest that fits", || {
+                (receive(&far).ok()? == (largest.clone(), from)).then_some(())
+            })
+            .with_context(|| what.clone())?;
+            // Segments are cut to it from the first on, either way.
+            let by_nic = router.capture("lan")?;
+            let at_laptop = laptop.capture(run.tunnel.device())?;
+            http::upload(laptop, SocketAddr::new(server, HTTP), 2 * MIB)
+                .with_context(|| what.clone())?;
+            let headers = if server.is_ipv4() { 40 } else { 60 };
+            let announced = [
+                by_nic.find(SOON, "a SYN", |p| p.syn_mss())?,
+                at_laptop.find(SOON, "a SYN-ACK", |p| p.syn_ack_mss())?,
+            ];
+            assert_eq!(announced, [NARROW - headers; 2], "{what}");
+            router.ip(&format!("route delete {net} via {gateway}"))?;
+            let wide = http::pattern(too_big.len());
+            poll(SOON, "the route's MTU to be forgotten", || {
+                for family in ["-4", "-6"] {
+                    laptop.ip(&format!("{family} route flush cache")).ok()?;
+                }
+                near.send(&wide).ok()?;
+                (receive(&far).ok()?.0 == wide).then_some(())
+            })
+            .with_context(|| what.clone())?;
         }
         Ok(())
     });
