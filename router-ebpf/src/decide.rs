@@ -150,13 +150,13 @@ pub trait Tables {
         &self,
         side: Side,
         packet: &Packet,
-        translated: bool,
+        entry: Entry<'_>,
         stack: bool,
     ) -> Result<(), Verdict>
     where
         Self: Sized,
     {
-        fragment::lead(side, packet, self, translated, stack)
+        fragment::lead(side, packet, entry, self, stack)
     }
 
     /// The kernel's answer where `packet` goes, were it `len` bytes long.
@@ -335,7 +335,7 @@ pub fn decide<F: Frame, T: Tables>(
         }
     }
     if packet.is_fragment && packet.transport != Transport::Fragment {
-        tables.lead(side, packet, translated, forward.exit == Exit::Stack)?;
+        tables.lead(side, packet, entry, forward.exit == Exit::Stack)?;
     }
     if forward.exit == Exit::Answer {
         return Ok(());

@@ -1,18 +1,18 @@
 //! Fragments: the first of a packet has the ports, and the others follow it.
 
-use crate::abi::{Fragment, FragmentKey, Route, Side};
+use crate::abi::{Flow, Fragment, FragmentKey, Route, Side, Tuple};
 use crate::decide::Tables;
-use crate::flow;
+use crate::flow::{self, Entry};
 use crate::packet::Packet;
 use crate::verdict::Verdict;
 
+/// The key of the fragments that the program of `side` sees with these addresses, or lets out.
 #[inline(always)]
-fn key(side: Side, packet: &Packet) -> FragmentKey {
-    let tuple = &packet.tuple;
+pub(crate) fn key(side: Side, tuple: &Tuple, id: [u8; 4]) -> FragmentKey {
     FragmentKey {
         source: tuple.source.octets,
         destination: tuple.destination.octets,
-        id: packet.id,
+        id,
         protocol: tuple.protocol,
         side: side as u8,
         family: tuple.source.family[0],
@@ -22,7 +22,7 @@ fn key(side: Side, packet: &Packet) -> FragmentKey {
 
 /// What is known of the packet that has `key`.
 #[inline(always)]
-fn known<T: Tables>(key: &FragmentKey, tables: &T) -> Option<Fragment> {
+pub(crate) fn known<T: Tables>(key: &FragmentKey, tables: &T) -> Option<Fragment> {
     let fragment = tables.fragment(key)?;
     let age = Fragment::stamp(tables.now()).wrapping_sub(fragment.since);
     // Another CPU's clock may be a tick ahead.
@@ -33,7 +33,7 @@ fn known<T: Tables>(key: &FragmentKey, tables: &T) -> Option<Fragment> {
 /// gets all of it.
 #[inline(always)]
 pub fn follow<T: Tables>(side: Side, packet: &mut Packet, tables: &T) -> Result<bool, Verdict> {
-    let key = key(side, packet);
+    let key = key(side, &packet.tuple, packet.id);
     if let Some(fragment) = known(&key, tables) {
         if fragment.flags & Fragment::EARLY != 0 {
             return Err(Verdict::SlowFragment);
@@ -59,29 +59,36 @@ pub fn follow<T: Tables>(side: Side, packet: &mut Packet, tables: &T) -> Result<
     Err(Verdict::SlowFragment)
 }
 
-/// Remembers the ports of the first fragment `packet`, and whether the kernel gets all fragments.
+/// Remembers the ports of the first fragment `packet` of the flow `entry`, and whether the kernel gets all
+/// fragments. Of a translated packet also as it leaves: so an error may quote a later fragment.
 #[inline(always)]
 pub fn lead<T: Tables>(
     side: Side,
     packet: &Packet,
+    entry: Entry<'_>,
     tables: &T,
-    translated: bool,
     stack: bool,
 ) -> Result<(), Verdict> {
-    let key = key(side, packet);
-    let early = known(&key, tables).is_some_and(|fragment| fragment.flags & Fragment::EARLY != 0);
+    let tuple = &packet.tuple;
+    let translated = entry.flags() & Flow::SNAT != 0;
+    let seen = key(side, tuple, packet.id);
+    let early = known(&seen, tables).is_some_and(|fragment| fragment.flags & Fragment::EARLY != 0);
     if early && !translated {
         return Err(Verdict::SlowFragment);
     }
     let flags = if stack { Fragment::STACK } else { 0 };
-    tables.add_fragment(
-        &key,
-        Fragment {
-            ports: packet.tuple.ports,
-            flags,
-            since: Fragment::stamp(tables.now()),
-        },
-    );
+    let fragment = Fragment {
+        ports: tuple.ports,
+        flags,
+        since: Fragment::stamp(tables.now()),
+    };
+    tables.add_fragment(&seen, fragment);
+    if translated {
+        let left = entry.other(side, tuple).1.reversed();
+        let ports = left.ports;
+        let left = key(side, &left, packet.id);
+        tables.add_fragment(&left, Fragment { ports, ..fragment });
+    }
     Ok(())
 }
 

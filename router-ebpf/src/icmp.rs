@@ -4,8 +4,10 @@ use crate::abi::{Address, Prefix, Side, Tuple};
 use crate::answer::{Answer, TTL};
 use crate::csum::{Delta, fold};
 use crate::decide::{Nat, Tables, refuse};
+use crate::fragment;
 use crate::packet::{
-    Bytes, Covers, Frame, ICMP, ICMPV6, Packet, Sum, TCP, Transport, UDP, echo_ports,
+    Bytes, Covers, FRAGMENT_HEADER, Frame, ICMP, ICMPV6, IPV6_FRAGMENT, Packet, Sum, TCP,
+    Transport, UDP, echo_ports,
 };
 use crate::verdict::Verdict;
 
@@ -24,45 +26,81 @@ const CHUNKS: u32 = QUOTE_V6.div_ceil(CHUNK);
 /// The tuple of the packet that the error `packet` quotes; `None` where it is no packet of a flow. `seen_by`
 /// is the side whose program has seen it.
 #[inline(always)]
-fn quote<F: Frame>(seen_by: Side, packet: &Packet, frame: &F) -> Option<Tuple> {
+fn quote<F: Frame, T: Tables>(
+    seen_by: Side,
+    packet: &Packet,
+    frame: &F,
+    tables: &T,
+) -> Option<Tuple> {
     let at = packet.transport_at + HEADER;
-    let (source, destination, protocol, transport_at) = if packet.is_v4() {
+    let mut tuple = Packet::default().tuple;
+    let mut transport_at = at + packet.header_len;
+    // Identification and offset of a fragment.
+    let (mut id, mut offset) = ([0; 4], 0);
+    if packet.is_v4() {
         let Bytes(header) = frame.read::<20>(at)?;
-        // Without options, and not a later fragment.
-        if header[0] != 0x45 || u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0 {
+        // Without options.
+        if header[0] != 0x45 {
             return None;
         }
-        let mut source = Address::v4([0; 4]);
-        let mut destination = Address::v4([0; 4]);
-        source.octets[..4].copy_from_slice(&header[12..16]);
-        destination.octets[..4].copy_from_slice(&header[16..20]);
-        (source, destination, header[9], at + 20)
+        tuple.source.octets[..4].copy_from_slice(&header[12..16]);
+        tuple.destination.octets[..4].copy_from_slice(&header[16..20]);
+        tuple.protocol = header[9];
+        id[2..].copy_from_slice(&header[4..6]);
+        offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
     } else {
         let Bytes(header) = frame.read::<40>(at)?;
         if header[0] >> 4 != 6 {
             return None;
         }
-        let mut source = Address::v6([0; 16]);
-        let mut destination = Address::v6([0; 16]);
-        source.octets.copy_from_slice(&header[8..24]);
-        destination.octets.copy_from_slice(&header[24..40]);
-        (source, destination, header[6], at + 40)
-    };
+        tuple.source = Address::v6([0; 16]);
+        tuple.destination = Address::v6([0; 16]);
+        tuple.source.octets.copy_from_slice(&header[8..24]);
+        tuple.destination.octets.copy_from_slice(&header[24..40]);
+        tuple.protocol = header[6];
+        if header[6] == IPV6_FRAGMENT {
+            let Bytes([next, _, a, b, fragment @ ..]) = frame.read::<8>(transport_at)?;
+            tuple.protocol = next;
+            id = fragment;
+            offset = u16::from_be_bytes([a, b]) & 0xfff8;
+            transport_at += FRAGMENT_HEADER;
+        }
+    }
+    if offset != 0 {
+        let key = fragment::key(seen_by, &tuple, id);
+        tuple.ports = fragment::known(&key, tables)?.ports;
+        return Some(tuple);
+    }
     // RFC 792 promises eight bytes behind the IP header.
     if packet.len < transport_at + 8 {
         return None;
     }
     let Bytes([a, b, c, d, e, f]) = frame.read::<6>(transport_at)?;
-    let ports = match protocol {
+    tuple.ports = match tuple.protocol {
         TCP | UDP => [[a, b], [c, d]],
-        _ => echo_ports(seen_by, protocol, a, [e, f])?,
+        protocol => echo_ports(seen_by, protocol, a, [e, f])?,
     };
-    Some(Tuple {
-        source,
-        destination,
-        ports,
-        protocol,
-    })
+    Some(tuple)
+}
+
+/// Where the transport header of the packet begins that the error `packet` quotes; `None` if it has none,
+/// being a later fragment. That packet is one of a flow, see [`quote`].
+#[inline(always)]
+fn quoted_transport<F: Frame>(packet: &Packet, frame: &F) -> Result<Option<u32>, Verdict> {
+    let at = packet.transport_at + HEADER;
+    let transport_at = at + packet.header_len;
+    let (place, bits, transport_at) = if packet.is_v4() {
+        (at + 6, 0x1fff, transport_at)
+    } else {
+        match frame.read::<1>(at + 6) {
+            Some(Bytes([IPV6_FRAGMENT])) => {
+                (transport_at + 2, 0xfff8, transport_at + FRAGMENT_HEADER)
+            }
+            _ => return Ok(Some(transport_at)),
+        }
+    };
+    let Bytes(offset) = frame.read::<2>(place).ok_or(Verdict::DropInternal)?;
+    Ok((u16::from_be_bytes(offset) & bits == 0).then_some(transport_at))
 }
 
 /// Sets [`Packet::flow`] to the flow that the error `packet` is about, as this side's packets have
@@ -83,7 +121,7 @@ pub(crate) fn concerned<F: Frame, T: Tables>(
         return Err(Verdict::DropSpoofed);
     }
     // The packet came through the other program, the other way.
-    match quote(side.other(), packet, frame) {
+    match quote(side.other(), packet, frame, tables) {
         Some(quoted) if quoted.source == packet.tuple.destination => {
             if peer.is_some() && tables.peer(&Prefix::host(quoted.destination)) != peer {
                 return Err(Verdict::DropSpoofed);
@@ -107,30 +145,14 @@ pub fn translate_quote<F: Frame>(
     // The flow has the quoted packet's tuple, reversed: no need to read it again.
     let flow = &packet.flow;
     let at = packet.transport_at + HEADER;
-    let transport_at = at + packet.header_len;
     // What went into the subnet has the overlay's end as its source, what came out as its
     // destination.
     let (old, to_source) = match side {
         Side::Subnet => (&flow.destination, true),
         Side::Overlay => (&flow.source, false),
     };
-    let echo = matches!(flow.protocol, ICMP | ICMPV6);
-    let port_at = transport_at
-        + if echo {
-            4
-        } else if to_source {
-            0
-        } else {
-            2
-        };
-    let Some(Bytes(old_port)) = frame.read::<2>(port_at) else {
-        return Err(Verdict::DropInternal);
-    };
     let addresses = Delta::default().bytes(&old.octets, &nat.address);
-    let ports = Delta::default().word(old_port, nat.port);
-    let mut whole = Delta(addresses.0 + ports.0);
-
-    frame.write(port_at, &Bytes(nat.port), Sum::Kept)?;
+    let mut whole = addresses;
     if packet.is_v4() {
         let Some(Bytes(checksum)) = frame.read::<2>(at + 10) else {
             return Err(Verdict::DropInternal);
@@ -145,6 +167,25 @@ pub fn translate_quote<F: Frame>(
         let place = if to_source { at + 8 } else { at + 24 };
         frame.write(place, &Bytes(nat.address), Sum::Kept)?;
     }
+
+    let Some(transport_at) = quoted_transport(packet, frame)? else {
+        return frame.replace_checksum(packet.transport_at + 2, whole, Covers::Payload);
+    };
+    let echo = matches!(flow.protocol, ICMP | ICMPV6);
+    let port_at = transport_at
+        + if echo {
+            4
+        } else if to_source {
+            0
+        } else {
+            2
+        };
+    let Some(Bytes(old_port)) = frame.read::<2>(port_at) else {
+        return Err(Verdict::DropInternal);
+    };
+    let ports = Delta::default().word(old_port, nat.port);
+    whole = Delta(whole.0 + ports.0);
+    frame.write(port_at, &Bytes(nat.port), Sum::Kept)?;
 
     // The transport checksum, where the quote reaches so far.
     let (checksum_at, under) = match flow.protocol {

@@ -421,8 +421,8 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn lead(&self, side: Side, _: &Packet, translated: bool, stack: bool) -> Result<(), Verdict> {
-        steps::lead(self.ctx, side, translated, stack)
+    fn lead(&self, side: Side, _: &Packet, _: Entry<'_>, stack: bool) -> Result<(), Verdict> {
+        steps::lead(self.ctx, side, stack)
     }
 
     #[inline(always)]

@@ -291,8 +291,12 @@ steps! {
     }
 
     /// [`fragment::lead`].
-    sluice_lead(ctx, work, from, translated, stack) {
-        number(fragment::lead(side(from), &work.packet, &Maps::new(ctx), translated != 0, stack != 0))
+    sluice_lead(ctx, work, from, stack) {
+        let (maps, side) = (Maps::new(ctx), side(from));
+        let Some(entry) = maps.flow(side, work.packet.flow_tuple()) else {
+            return number(Err(Verdict::DropInternal));
+        };
+        number(fragment::lead(side, &work.packet, entry, &maps, stack != 0))
     }
 
     /// [`mss::clamp`] with the packet's TCP header.

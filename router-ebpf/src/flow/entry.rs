@@ -96,7 +96,7 @@ impl<'a> Entry<'a> {
 
     /// [`Flow::other`]; the two fields that it needs never change.
     #[inline(always)]
-    pub(super) fn other(self, side: Side, tuple: &Tuple) -> (Side, Tuple) {
+    pub(crate) fn other(self, side: Side, tuple: &Tuple) -> (Side, Tuple) {
         let address = Address {
             family: tuple.source.family,
             octets: self.address(tuple.source.is_v4()),

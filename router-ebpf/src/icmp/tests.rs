@@ -101,6 +101,47 @@ fn an_error_of_a_peer_about_a_reply_goes_out_translated() {
     }
 }
 
+/// The first fragment has the ports; a later one is known by its identification.
+#[test]
+fn an_error_about_a_fragment_comes_back_as_if_nothing_were_translated() {
+    for family in FAMILIES {
+        let [peer, ..] = family.peers.map(ip);
+        let [server, _] = family.servers.map(ip);
+        let external = ip(family.external);
+        let mut world = router(true);
+        let kind = kinds(peer.is_ipv4())[2];
+        let datagram = Ip::udp(peer, server, 3000).ports(62_000, 80);
+        let mut port = 0;
+        for fragment in datagram.fragments(9, &[1200, 2400]) {
+            let left = up(&mut world, &fragment).unwrap();
+            if port == 0 {
+                let at = if peer.is_ipv4() { 0 } else { 8 };
+                port = u16::from_be_bytes([left.payload[at], left.payload[at + 1]]);
+            }
+            assert_eq!(left.source, external);
+            let error = Ip::error(server, external, kind, 1300, &left.bytes());
+            let arrived = down(&mut world, &error).unwrap();
+            let wanted = Ip::error(server, peer, kind, 1300, &fragment.forwarded().bytes());
+            same(&arrived, &wanted.forwarded());
+        }
+        // And of a peer about a reply.
+        let reply = Ip::udp(server, external, 3000).ports(80, port);
+        for fragment in reply.fragments(10, &[1200, 2400]) {
+            let arrived = down(&mut world, &fragment).unwrap();
+            let error = Ip::error(peer, server, kind, 1300, &arrived.bytes());
+            let out = up(&mut world, &error).unwrap();
+            let wanted = Ip::error(external, server, kind, 1300, &fragment.forwarded().bytes());
+            same(&out, &wanted.forwarded());
+        }
+        // Of a packet that nobody has seen.
+        let other = Ip::udp(external, server, 3000)
+            .fragments(11, &[1200])
+            .remove(1);
+        let error = Ip::error(server, external, kind, 1300, &other.bytes());
+        assert_eq!(down(&mut world, &error), Err(Verdict::PassUnrelated));
+    }
+}
+
 #[test]
 fn an_error_about_nothing_of_ours_is_not_ours() {
     for family in FAMILIES {

@@ -16,6 +16,7 @@ on_every_path!(
     datagrams_of_all_sizes_cross_both_ways,
     datagrams_of_all_sizes_cross_both_ways_under_a_policy,
     fragments_in_reverse_order,
+    fragments_too_big_for_a_narrow_link_are_reported,
     pings_of_all_sizes_are_answered,
 );
 
@@ -138,6 +139,68 @@ fn fragments_in_reverse_order(path: Path) {
                 assert_eq!(got, datagram.payload[8..], "{path:?} {server}");
                 assert_eq!(dropped()?, before, "{path:?}");
             }
+        }
+        Ok(())
+    });
+}
+
+/// What the narrow link's router reports quotes a fragment, the first one or one behind it.
+fn fragments_too_big_for_a_narrow_link_are_reported(path: Path) {
+    const NARROW: usize = 1300;
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
+        let core = run.site.core.as_ref().context("two-armed")?;
+        for (server, source) in SERVER.into_iter().zip(run.client.addresses) {
+            warm_up(&run.site.laptop, server)?;
+            let address = SocketAddr::new(server, PORT);
+            let far = udp_at(&run.site.server, address)?;
+            let near = udp_to(&run.site.laptop, address)?;
+            near.send(b"hello")?;
+            receive(&far)?;
+            core.ip(&format!("link set server mtu {NARROW}"))?;
+            // The kernel puts fragments together, and sends others.
+            let by_programs = path.datapath() == "ebpf";
+            let cuts = [(1, [1360, 2400]), (2, [800, 2160])];
+            let port = near.local_addr()?.port();
+            let at_laptop = run.site.laptop.capture(run.tunnel.device())?;
+            // Of the first datagram the first fragment is too big, of the second a later one.
+            let datagram = Ip::udp(source, server, 2_600).ports(port, PORT);
+            for (id, cuts) in cuts.into_iter().filter(|_| by_programs) {
+                let what = format!("{path:?} {server}: cut at {cuts:?}");
+                let mut sent = datagram.fragments(id, &cuts);
+                for fragment in &mut sent {
+                    if server.is_ipv4() {
+                        fragment.fragment |= 0x4000;
+                    }
+                    // It fails once the laptop has heard of it.
+                    let _ = run.site.laptop.send_ip(&fragment.bytes());
+                }
+                let large = sent.iter().find(|f| f.bytes().len() > NARROW);
+                let large = large.context("none is too big")?.bytes();
+                let of_quote = |p: &Packet<'_>| {
+                    p.too_big_mtu()?;
+                    let quoted = p.payload.get(8..)?;
+                    (p.destination == source).then(|| quoted.to_vec())
+                };
+                let quoted = at_laptop
+                    .find(SOON, "a report", of_quote)
+                    .with_context(|| what.clone())?;
+                // Addresses, identification and all behind, as they were sent; on the way it has lost
+                // some of its TTL, so IPv4's header has another checksum.
+                let same = if server.is_ipv4() { 12..28 } else { 8..48 + 8 };
+                assert_eq!(quoted[same.clone()], large[same], "{what}");
+                for family in ["-4", "-6"] {
+                    run.site.laptop.ip(&format!("{family} route flush cache"))?;
+                }
+            }
+            // And a real sender learns of it.
+            poll(SOON, "a datagram of 4000 bytes", || {
+                near.send(&http::pattern(4000)).ok();
+                far.set_read_timeout(Some(BRIEFLY)).ok()?;
+                (receive(&far).ok()?.0 == http::pattern(4000)).then_some(())
+            })
+            .with_context(|| format!("{path:?} {server}"))?;
+            core.ip(&format!("link set server mtu {}", lab::site::JUMBO))?;
         }
         Ok(())
     });
