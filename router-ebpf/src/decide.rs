@@ -413,6 +413,26 @@ pub fn find_flow<F: Frame, T: Tables>(
     Err(refuse(side, packet, tables, verdict))
 }
 
+/// Whether the kernel must take `packet`, which it gets with `verdict`, as it comes: it is in the middle of
+/// an untranslated flow that the policy has let through, and whose beginning the kernel has not seen.
+#[inline(always)]
+pub fn is_judged<T: Tables>(side: Side, verdict: Verdict, packet: &Packet, tables: &T) -> bool {
+    // Other verdicts come before the flow is found and judged.
+    let but_for = match verdict {
+        Verdict::SlowTtl | Verdict::SlowMtu => Flow::SNAT,
+        Verdict::SlowFragment if packet.transport != Transport::Fragment => Flow::SNAT,
+        // Where the kernel carries one direction of what a peer has opened, its connection tracking must
+        // know of it, or it would not let the other pass.
+        Verdict::SlowOtherLink | Verdict::SlowFib | Verdict::SlowToRouter => 0,
+        _ => return false,
+    };
+    match tables.flow(side, packet.flow_tuple()) {
+        Some(entry) if but_for == 0 => entry.flags() & Flow::FROM_SUBNET != 0,
+        Some(entry) => entry.flags() & but_for == 0,
+        None => false,
+    }
+}
+
 /// The verdict about a packet that belongs to no flow, and that `verdict` would be about if it came
 /// from a peer to an advertised route, or the other way.
 #[inline(always)]

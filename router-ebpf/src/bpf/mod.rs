@@ -93,11 +93,7 @@ fn run(side: Side, ctx: TcContext) -> i32 {
         match outcome {
             Ok(()) => match forward.exit {
                 Exit::Stack => {
-                    // Without the mark the kernel would track it, and translate it once more.
-                    if side == Side::Subnet || forward.is_translated {
-                        // Volatile, for the compiler takes it for a constant.
-                        (*ctx.skb.skb).mark |= (&raw const HANDED_OVER).read_volatile();
-                    }
+                    hand_over(&ctx);
                     TC_ACT_UNSPEC.into()
                 }
                 Exit::Answer => {
@@ -112,10 +108,26 @@ fn run(side: Side, ctx: TcContext) -> i32 {
                 TC_ACT_SHOT.into()
             }
             // Not TC_ACT_OK: programs and filters behind this one have their turn.
-            Err(_) => TC_ACT_UNSPEC.into(),
+            Err(verdict) => {
+                if verdict.class() == Class::Slow && steps::is_judged(&ctx, side, verdict) {
+                    hand_over(&ctx);
+                }
+                TC_ACT_UNSPEC.into()
+            }
         }
     };
     code as i32
+}
+
+/// Tells the kernel's ruleset that the packet was judged. Without the mark the kernel would track it as the
+/// first one of a flow: ask the policy, and translate it, perhaps once more.
+#[inline(always)]
+fn hand_over(ctx: &TcContext) {
+    // SAFETY: the kernel passes a valid context, whose mark a tc program may write; the constant lies there.
+    unsafe {
+        // Volatile, for the compiler takes it for a constant.
+        (*ctx.skb.skb).mark |= (&raw const HANDED_OVER).read_volatile();
+    }
 }
 
 /// Parses the packet, decides about it and carries that out, but for an answer.

@@ -290,6 +290,16 @@ steps! {
         }
     }
 
+    /// [`decide::is_judged`] for the verdict of this number; not zero if it is.
+    sluice_is_judged(ctx, work, from, verdict) {
+        match result(verdict + 1) {
+            Err(verdict) => {
+                decide::is_judged(side(from), verdict, &work.packet, &Maps::new(ctx)).into()
+            }
+            Ok(()) => 0,
+        }
+    }
+
     /// [`fragment::lead`].
     sluice_lead(ctx, work, from, stack) {
         let (maps, side) = (Maps::new(ctx), side(from));
@@ -502,15 +512,17 @@ pub(crate) fn is_routers(ctx: &TcContext) -> bool {
     unsafe { sluice_is_routers(ctx.skb.skb) != 0 }
 }
 
+/// [`decide::is_judged`].
 #[inline(always)]
-pub(crate) fn lead(
-    ctx: &TcContext,
-    side: Side,
-    translated: bool,
-    stack: bool,
-) -> Result<(), Verdict> {
+pub(crate) fn is_judged(ctx: &TcContext, side: Side, verdict: Verdict) -> bool {
     // SAFETY: see `run`.
-    result(unsafe { sluice_lead(ctx.skb.skb, side as u32, translated.into(), stack.into()) })
+    unsafe { sluice_is_judged(ctx.skb.skb, side as u32, verdict as u32) != 0 }
+}
+
+#[inline(always)]
+pub(crate) fn lead(ctx: &TcContext, side: Side, stack: bool) -> Result<(), Verdict> {
+    // SAFETY: see `run`.
+    result(unsafe { sluice_lead(ctx.skb.skb, side as u32, stack.into()) })
 }
 
 #[inline(always)]

@@ -267,3 +267,59 @@ fn what_may_be_cut_is_translated_before_the_kernel_cuts_it() {
         assert_eq!(handed.source, IpAddr::from([10, 0, 0, 9]), "{flags}");
     }
 }
+
+#[test]
+fn a_routes_own_mtu_counts_both_ways() {
+    let mut world = router(0);
+    let own = Route { flags: 0 }.with_mtu(1300);
+    world.routes = vec![(v4([10, 0, 0, 0]), own)];
+    for side in Side::ALL {
+        let (source, destination) = ends(side);
+        let syn = Ip::tcp(source, destination, SYN, &mss(9000), 0);
+        assert_eq!(run(&mut world, side, &syn).1.unwrap().mss, 1300 - 40);
+    }
+    let up = |len| {
+        let (source, destination) = ends(Side::Overlay);
+        Ip::udp(source, destination, len)
+    };
+    let (verdict, forward) = run(&mut world, Side::Overlay, &up(1300 - 28));
+    assert_eq!(verdict, Verdict::Forwarded, "{forward:?}");
+    assert_eq!(
+        run(&mut world, Side::Overlay, &up(1301 - 28)).0,
+        Verdict::SlowMtu
+    );
+}
+
+#[test]
+fn what_the_kernel_gets_of_a_judged_flow_it_takes_as_it_is() {
+    for (route, opener) in [
+        (0, Side::Overlay),
+        (0, Side::Subnet),
+        (Route::SNAT, Side::Subnet),
+    ] {
+        let mut world = router(route);
+        assert_eq!(run(&mut world, opener, &udp(opener)).0, Verdict::Forwarded);
+        for side in Side::ALL {
+            let bytes = match side {
+                Side::Overlay => udp(side).bytes(),
+                Side::Subnet => frame([2; 6], [4; 6], &udp(side).bytes()),
+            };
+            let mut packet = Packet::default();
+            crate::packet::parse(side, &Memory::new(side, bytes, 0), &mut packet).unwrap();
+            let view = world.view(side);
+            for verdict in [Verdict::SlowTtl, Verdict::SlowMtu, Verdict::SlowFragment] {
+                assert!(is_judged(side, verdict, &packet, &view));
+            }
+            let moved = is_judged(side, Verdict::SlowOtherLink, &packet, &view);
+            assert_eq!(moved, opener == Side::Subnet);
+            for verdict in [Verdict::SlowNotRouted, Verdict::SlowNoFlow] {
+                assert!(!is_judged(side, verdict, &packet, &view));
+            }
+            packet.tuple.ports[0] = [1, 1];
+            assert!(
+                !is_judged(side, Verdict::SlowTtl, &packet, &view),
+                "no flow"
+            );
+        }
+    }
+}

@@ -6,6 +6,7 @@ mod errors;
 mod flows;
 mod fragments;
 mod frames;
+mod handed_over;
 mod limits;
 mod links;
 mod mtu;
