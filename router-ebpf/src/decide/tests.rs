@@ -300,9 +300,14 @@ fn what_the_kernel_gets_of_a_judged_flow_it_takes_as_it_is() {
         let mut world = router(route);
         assert_eq!(run(&mut world, opener, &udp(opener)).0, Verdict::Forwarded);
         for side in Side::ALL {
+            let ip = if side == opener {
+                udp(side)
+            } else {
+                udp(side).ports(53, 40_000)
+            };
             let bytes = match side {
-                Side::Overlay => udp(side).bytes(),
-                Side::Subnet => frame([2; 6], [4; 6], &udp(side).bytes()),
+                Side::Overlay => ip.bytes(),
+                Side::Subnet => frame([2; 6], [4; 6], &ip.bytes()),
             };
             let mut packet = Packet::default();
             crate::packet::parse(side, &Memory::new(side, bytes, 0), &mut packet).unwrap();
