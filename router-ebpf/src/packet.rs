@@ -239,7 +239,7 @@ impl Packet {
     /// puts it into IPv6 super-packets above 64 KiB, and takes it out when it cuts them.
     #[inline(always)]
     pub const fn has_jumbo_header(&self) -> bool {
-        self.gso_size != 0 && self.transport_at != self.header_len
+        self.gso_size != 0 && self.transport_at != self.header_len && !self.is_fragment
     }
 
     /// The tuple of the flow that the packet goes with.

@@ -19,7 +19,7 @@ const QUERIES: &[&str] = &[
     "ip -6 rule",
     "ip -4 route show table all",
     "ip -6 route show table all",
-    "nft list ruleset",
+    "nft --stateless list ruleset",
     "bpftool net list",
     "tc qdisc show",
 ];

@@ -103,8 +103,8 @@ impl Facts {
     /// Where packets for routed CIDRs may leave by an interface that `plan` does not serve: the CIDR,
     /// and the interface's name.
     pub fn unserved<'a>(&'a self, plan: &'a Plan) -> impl Iterator<Item = (IpNet, &'a str)> {
-        let served =
-            move |index: &u32| plan.datapath.subnet.iter().any(|link| link.index == *index);
+        // What the programs leave to the kernel is served too.
+        let served = move |index: &u32| plan.forwarding.iter().any(|link| link.index == *index);
         self.egress.iter().flat_map(move |(cidr, interfaces)| {
             let unserved = interfaces.iter().filter(move |index| !served(index));
             let names = unserved.filter_map(move |index| self.links.get(index));
@@ -559,6 +559,7 @@ mod tests {
         assert_eq!(names(&plan.datapath.subnet), ["eth1"]);
         assert_eq!(plan.datapath.external.keys().collect::<Vec<_>>(), [&3]);
         assert_eq!(names(&plan.forwarding), ["sluice0", "eth0", "eth1"]);
+        assert_eq!(facts.unserved(&plan).count(), 0);
         let stack: Vec<Link> = plan.stack_links.into_iter().collect();
         assert_eq!(names(&stack), ["eth0"]);
         let route = snapshot().routes[0].cidr;

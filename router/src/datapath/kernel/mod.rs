@@ -79,13 +79,18 @@ impl Kernel {
 
     /// When [`Kernel::tend`] has something to do.
     pub fn due(&self) -> Option<Instant> {
-        let dues = [self.away.due(), self.firewalls.due()];
+        let dues = [self.addressless_due(), self.firewalls.due()];
         dues.into_iter().flatten().min()
+    }
+
+    /// When flows end that have lost their external address, as far as is known.
+    pub fn addressless_due(&self) -> Option<Instant> {
+        self.away.due()
     }
 
     /// Does what is due: ends flows that have lost their address, and looks what other firewalls do.
     pub fn tend(&mut self, now: Instant) {
-        if self.away.due().is_some_and(|due| due <= now) {
+        if self.addressless_due().is_some_and(|due| due <= now) {
             self.end_addressless(now);
         }
         if let Some(nft) = &self.nft

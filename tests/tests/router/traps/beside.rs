@@ -101,36 +101,35 @@ fn named_firewalls(datapath: &'static str) {
             (0, String::new())
         );
 
-        for (chain, rules) in [
+        // What is jumped to must stand before.
+        for (chain, more, rules) in [
             (
                 "ip filter FORWARD",
+                "",
                 "type filter hook forward priority 0; policy drop;",
             ),
             (
                 "inet host forward",
-                "type filter hook forward priority -10; ct state established,related accept
+                "",
+                "type filter hook forward priority -10
+                ct state established,related accept
                 ip protocol icmp accept
                 reject with icmpx admin-prohibited",
             ),
             (
                 "ip late forward",
+                "chain more { oifname { docker0, docker1 } accept; }",
                 "type filter hook forward priority 10; policy drop;
                 iifname docker0 accept
                 ct state vmap { established : accept, related : accept, invalid : drop }
-                jump more }
-                chain more { oifname { docker0, docker1 } accept",
+                jump more",
             ),
         ] {
             let words: Vec<_> = chain.split(' ').collect();
             let (family, table, name) = (words[0], words[1], words[2]);
-            // What is jumped to must stand before.
-            let (base, more) = rules.split_once("}").unwrap_or((rules, ""));
             nft(
                 router,
-                &format!(
-                    "table {family} {table} {{ {more} {} chain {name} {{ {base} }} }}",
-                    if more.is_empty() { "" } else { "}" }
-                ),
+                &format!("table {family} {table} {{\n{more}\nchain {name} {{\n{rules}\n}}\n}}"),
             )?;
             let told = wait_for(&run.sluice, "firewall", &format!("\"{chain}\""))?;
             let before = (forwarded()?, lost()?);
@@ -153,7 +152,8 @@ fn named_firewalls(datapath: &'static str) {
             router,
             "table inet odd { chain forward { type filter hook forward priority 0;
                 ip daddr 10.20.0.0/16 meta l4proto icmp drop; }
-            chain after { type filter hook postrouting priority 0; policy accept; } }",
+            chain after { type filter hook postrouting priority 0; policy accept; }
+            }",
         )?;
         assert!(!laptop.pings(&server, &[])?);
         wait_for(&run.sluice, "firewall", "\"inet odd forward\"")?;
@@ -172,7 +172,8 @@ fn a_firewall_that_was_there_before_is_named_too_and_one_that_keeps_clients_out(
             "table inet filter {
                 chain input { type filter hook input priority 0; policy drop;
                     iifname lo accept; ct state established,related accept; tcp dport 22 accept; }
-                chain forward { type filter hook forward priority 0; policy drop; } }",
+                chain forward { type filter hook forward priority 0; policy drop; }
+            }",
         )?;
         let client = Client::new("laptop", 2)?;
         let config = site::config(&[&client], "auto", true)?;
@@ -227,7 +228,7 @@ fn disowned_replies(datapath: &'static str) {
             let disowned = || run.sluice.packets("kernel_to_overlay", "drop_invalid");
             let before = disowned()?;
             server.send_ip(&stray.bytes())?;
-            wait_until(SOON, "it to be counted", || {
+            wait_until(SOON, "a stray segment to be counted", || {
                 disowned().is_ok_and(|n| n > before)
             })?;
             carries(&near, &far, "on")?;
@@ -250,7 +251,7 @@ fn disowned_replies(datapath: &'static str) {
             })?;
             let before = disowned()?;
             std::io::Write::write_all(&mut &far, b"late")?;
-            wait_until(SOON, "it to be counted", || {
+            wait_until(SOON, "a late segment to be counted", || {
                 disowned().is_ok_and(|n| n > before)
             })?;
             assert_eq!(resets(), [0; 0], "{address}");
@@ -278,7 +279,8 @@ fn other_bits_of_the_mark_are_others(path: Path) {
                 chain late { type filter hook prerouting priority -290;
                     meta mark set meta mark and 0xfffffffd or 0x20000; }
                 chain out { type route hook output priority -150;
-                    meta mark set meta mark or 0x8000; } }",
+                    meta mark set meta mark or 0x8000; }
+            }",
         )?;
         for server in SERVER {
             warm_up(&run.site.laptop, server)?;

@@ -163,11 +163,13 @@ fn fragments_too_big_for_a_narrow_link_are_reported(path: Path) {
             let cuts = [(1, [1360, 2400]), (2, [800, 2160])];
             let port = near.local_addr()?.port();
             let at_laptop = run.site.laptop.capture(run.tunnel.device())?;
-            // Of the first datagram the first fragment is too big, of the second a later one.
+            // Of the first datagram the first fragment is too big, of the second a later one, which IPv4
+            // reports to nobody (RFC 1122, section 3.2.2).
             let datagram = Ip::udp(source, server, 2_600).ports(port, PORT);
-            for (id, cuts) in cuts.into_iter().filter(|_| by_programs) {
+            let told = if server.is_ipv4() { &cuts[..1] } else { &cuts };
+            for &(id, ref cuts) in told.iter().filter(|_| by_programs) {
                 let what = format!("{path:?} {server}: cut at {cuts:?}");
-                let mut sent = datagram.fragments(id, &cuts);
+                let mut sent = datagram.fragments(id, cuts);
                 for fragment in &mut sent {
                     if server.is_ipv4() {
                         fragment.fragment |= 0x4000;
