@@ -9,6 +9,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
+use router_ebpf::packet::{ICMP, ICMPV6, TCP, UDP};
+
 use super::judge::{Device, Outcome, Packet, judge};
 use crate::datapath::{Link, Spec};
 use crate::netlink::Error;
@@ -299,18 +301,21 @@ fn look(nft: &mut Nft, place: &Place) -> Result<Vec<Suspect>, Error> {
         if !of_ip || chain.table.starts_with(TABLE_PREFIX) {
             continue;
         }
-        let outcomes: Vec<Outcome> = packets(place, &chain)
-            .iter()
-            .map(|packet| {
-                judge(packet, &chain, &mut |name| {
-                    nft.rules(chain.family, &chain.table, name)
-                })
+        let mut ask = |packet: Packet<'_>| {
+            judge(&packet, &chain, &mut |name| {
+                nft.rules(chain.family, &chain.table, name)
             })
-            .collect::<Result<_, _>>()?;
-        if outcomes.iter().any(|outcome| outcome.drops) {
-            let surely = outcomes
-                .iter()
-                .any(|outcome| outcome.drops && !outcome.passes);
+        };
+        let outcomes: Vec<(u8, Outcome)> = packets(place, &chain)
+            .into_iter()
+            .map(|packet| Ok((packet.protocol, ask(packet)?)))
+            .collect::<Result<_, Error>>()?;
+        if outcomes.iter().any(|(_, outcome)| outcome.drops) {
+            // Who drops other protocols alone may mean it, and is named when something is lost.
+            let surely = outcomes.iter().any(|(protocol, outcome)| {
+                let main = *protocol == TCP || chain.hook == INPUT;
+                main && outcome.drops && !outcome.passes
+            });
             suspects.push(Suspect { chain, surely });
         }
     }
@@ -326,7 +331,7 @@ fn packets<'a>(place: &'a Place, chain: &BaseChain) -> Vec<Packet<'a>> {
         family: chain.family,
         from: Device::Foreign,
         to: Device::Foreign,
-        protocol: libc::IPPROTO_TCP as u8,
+        protocol: TCP,
         port: None,
         state: NEW,
     };
@@ -335,24 +340,30 @@ fn packets<'a>(place: &'a Place, chain: &BaseChain) -> Vec<Packet<'a>> {
         links => Device::Among(links),
     };
     match chain.hook {
-        FORWARD => vec![
-            Packet {
-                from: Device::Among(std::slice::from_ref(&place.tun)),
-                to: subnet,
-                ..base
-            },
-            Packet {
-                from: subnet,
-                to: Device::Among(std::slice::from_ref(&place.tun)),
-                state: ESTABLISHED,
-                ..base
-            },
-        ],
+        FORWARD => {
+            let tun = std::slice::from_ref(&place.tun);
+            let of = |protocol| {
+                let there = Packet {
+                    from: Device::Among(tun),
+                    to: subnet,
+                    protocol,
+                    ..base
+                };
+                let back = Packet {
+                    from: subnet,
+                    to: Device::Among(tun),
+                    state: ESTABLISHED,
+                    ..there
+                };
+                [there, back]
+            };
+            [TCP, UDP, ICMP, ICMPV6].into_iter().flat_map(of).collect()
+        }
         INPUT => place
             .knocked_port
             .map(|port| Packet {
                 to: Device::None,
-                protocol: libc::IPPROTO_UDP as u8,
+                protocol: UDP,
                 port: Some(port),
                 ..base
             })

@@ -269,6 +269,26 @@ pub(super) fn write(
     if finds_sockets {
         disowned::write(tx, &tun, &spec.kernel_nat_ports());
     }
+    // What the router tells of its groups leaves as if it had come by the device (`igmp_send_report`,
+    // `mld_sendpack`).
+    for family in [Family::V4, Family::V6] {
+        tx.rule("leave", |r| {
+            for interface in [Meta::Iif, Meta::Oif] {
+                r.meta(interface, REG).cmp(Cmp::Eq, REG, &tun);
+            }
+            let r = of_family(r, family);
+            match family {
+                Family::V4 => r
+                    .payload(Base::Network, 16, 4, REG)
+                    .and(REG, &[0xf0, 0, 0, 0])
+                    .cmp(Cmp::Eq, REG, &[0xe0, 0, 0, 0]),
+                Family::V6 => r
+                    .payload(Base::Network, 24, 1, REG)
+                    .cmp(Cmp::Eq, REG, &[0xff]),
+            };
+            r.verdict(Verdict::Accept);
+        });
+    }
     tx.rule("leave", |r| {
         r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
         decide(r, FROM.forwarded, Verdict::Accept);
