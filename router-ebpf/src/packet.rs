@@ -125,7 +125,8 @@ pub trait Frame {
         icmp::translate_quote(side, packet, nat, self)
     }
 
-    /// Takes the [`JUMBO_HEADER`] bytes behind the IPv6 header out; segments keep their size.
+    /// Takes the eight bytes behind the IPv6 header out, as long as a jumbo payload option is; segments
+    /// keep their size.
     fn cut_jumbo_header(&mut self) -> Result<(), Verdict>;
 
     /// Swaps the hardware addresses, if there are any.
