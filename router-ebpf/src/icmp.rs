@@ -113,18 +113,22 @@ pub(crate) fn concerned<F: Frame, T: Tables>(
     frame: &F,
     tables: &T,
 ) -> Result<(), Verdict> {
-    let peer = match side {
-        Side::Overlay => tables.peer(&Prefix::host(packet.tuple.source)),
-        Side::Subnet => None,
-    };
-    if side == Side::Overlay && peer.is_none() {
-        return Err(Verdict::DropSpoofed);
+    // A plain number: an `Option` that is read where it is none, Linux 5.10 refuses.
+    let mut peer = 0;
+    if side == Side::Overlay {
+        let Some(number) = tables.peer(&Prefix::host(packet.tuple.source)) else {
+            return Err(Verdict::DropSpoofed);
+        };
+        peer = number;
     }
     // The packet came through the other program, the other way.
     match quote(side.other(), packet, frame, tables) {
         Some(quoted) if quoted.source == packet.tuple.destination => {
-            if peer.is_some() && tables.peer(&Prefix::host(quoted.destination)) != peer {
-                return Err(Verdict::DropSpoofed);
+            if side == Side::Overlay {
+                match tables.peer(&Prefix::host(quoted.destination)) {
+                    Some(number) if number == peer => {}
+                    _ => return Err(Verdict::DropSpoofed),
+                }
             }
             packet.flow = quoted.reversed();
             Ok(())

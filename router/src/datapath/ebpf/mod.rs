@@ -454,6 +454,9 @@ fn load_program<'a>(programs: &'a mut aya::Ebpf, name: &str) -> Result<&'a Sched
     }
 }
 
+/// How many of the last lines of the verifier's log are told.
+const VERIFIER_LINES: usize = 8;
+
 /// The kernel does not take a program.
 fn not_loaded(name: &str, error: ProgramError) -> Error {
     let context = format!("load {name}");
@@ -462,7 +465,15 @@ fn not_loaded(name: &str, error: ProgramError) -> Error {
             io_error,
             verifier_log,
         } => {
-            tracing::debug!(program = name, %verifier_log, "refused by the verifier");
+            let log = verifier_log.to_string();
+            tracing::debug!(program = name, log, "refused by the verifier");
+            // A missing right has the same number, but leaves no log.
+            if io_error.raw_os_error() == Some(libc::EACCES) && !log.trim().is_empty() {
+                let mut last: Vec<&str> = log.lines().rev().take(VERIFIER_LINES).collect();
+                last.reverse();
+                let text = format!("the kernel's verifier refuses it: {}", last.join("; "));
+                return failed(context, text);
+            }
             refused(context, io_error)
         }
         error => refused(context, error),
