@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use benches::packet::{Segment, tcp};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ipnet::IpNet;
-use router::engine::pieces::{AllowedIps, Merger, cut, with_slack};
+use router::engine::internals::pieces::{AllowedIps, Merger, cut, with_slack};
 use router_ebpf::abi::{Address, Link, Prefix, Route, Settings, Side};
 use router_ebpf::decide::{Forward, Hop, decide};
 use router_ebpf::memory::Memory;

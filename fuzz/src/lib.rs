@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use blake2::digest::consts::U16;
 use blake2::digest::{FixedOutput, Mac, Update};
 use blake2::{Blake2s256, Blake2sMac, Digest};
-use router::engine::fuzz::Bed;
+use router::engine::internals::bed::Bed;
 
 /// Inputs before the bed is made anew: its session must not grow too old.
 const INPUTS: u32 = 8_000;

@@ -2,7 +2,7 @@
 
 mod command;
 mod conf;
-#[cfg(feature = "fuzz")]
+#[cfg(feature = "internals")]
 pub(super) mod fuzz;
 mod values;
 mod written;

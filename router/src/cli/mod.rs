@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-#[cfg(feature = "fuzz")]
+#[cfg(feature = "internals")]
 pub use import::fuzz::{Imported, import as import_text};
 
 use crate::datapath::ebpf::FlowFilter;

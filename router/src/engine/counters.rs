@@ -67,7 +67,7 @@ counters! {
 }
 
 /// Counters of one worker. Only that worker adds; anyone may read. What the kernel dropped is asked of
-/// the sockets instead ([`super::udp::Overflows`]).
+/// the sockets instead ([`crate::engine::io::udp::Overflows`]).
 #[derive(Debug)]
 #[repr(align(128))]
 pub(super) struct Counters([AtomicU64; Counter::ALL.len()]);

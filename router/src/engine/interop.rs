@@ -8,7 +8,10 @@ use std::net::{IpAddr, SocketAddr};
 
 use fixture::{DEADLINE, Namespace, Pair, echo, lone, noise, rooted, spec, unique, until};
 
-use super::{Counter, Engine, Error, Failure, Offloads, Options, PeerSpec};
+use crate::engine::control::Engine;
+use crate::engine::counters::Counter;
+use crate::engine::error::{Error, Failure};
+use crate::engine::types::{Offloads, Options, PeerSpec};
 use crate::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};
 
 fn ping(pair: &Pair) {

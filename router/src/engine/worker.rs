@@ -1,29 +1,32 @@
 //! A worker thread: epoll, and the calls that move packets between its sockets and its TUN queue.
 
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver as Inbox, Sender as Done, SyncSender, TryRecvError};
 use std::time::Duration;
 
 use tracing::{debug, trace};
 
-use super::Failure;
-use super::batch::{Message, UdpSink};
-use super::coalesce::TunSink;
-use super::counters::{Counter, Counters};
-use super::detours::Question;
-use super::directory::Change;
-use super::exchange::Exchange;
-use super::forward::{self, Content, Forwarder, TICK};
-use super::location::Way;
-use super::outlet::Outlet;
-use super::routes::PeerId;
-use super::segment;
-use super::tun::Queue;
-use super::udp::Sockets;
-use super::udp_io::Receiver;
-use super::vnet;
+use crate::engine::clock::uptime;
+use crate::engine::counters::{Counter, Counters};
+use crate::engine::error::Failure;
+use crate::engine::forward::batch::{Message, UdpSink};
+use crate::engine::forward::directory::Change;
+use crate::engine::forward::location::Way;
+use crate::engine::forward::port::Content;
+use crate::engine::forward::routes::PeerId;
+use crate::engine::forward::{Forwarder, TICK, port};
+use crate::engine::io::detours::Question;
+use crate::engine::io::exchange::Exchange;
+use crate::engine::io::outlet::Outlet;
+use crate::engine::io::poll::{Epoll, Waker};
+use crate::engine::io::tun::Queue;
+use crate::engine::io::udp::Sockets;
+use crate::engine::io::udp_io::Receiver;
+use crate::engine::offload::coalesce::TunSink;
+use crate::engine::offload::segment;
+use crate::engine::offload::vnet;
 
 /// Buffers of one receive call, each for a whole GRO run, and their length in bytes.
 const BUFFERS: (usize, usize) = (8, 65_536);
@@ -59,37 +62,6 @@ pub(super) enum Command {
     Stop,
 }
 
-/// An eventfd that wakes a worker.
-#[derive(Debug)]
-pub(super) struct Waker(OwnedFd);
-
-impl Waker {
-    /// A new one.
-    pub(super) fn new() -> io::Result<Self> {
-        // SAFETY: no pointers are passed.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor is new, and nobody else has it.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
-    }
-
-    /// Wakes the worker.
-    pub(super) fn wake(&self) {
-        let one = 1u64.to_ne_bytes();
-        // A full counter means that it is awake already.
-        // SAFETY: pointer and length are those of a live array.
-        let _ = unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
-    }
-
-    fn clear(&self) {
-        let mut count = [0u8; 8];
-        // SAFETY: pointer and length are those of a live array.
-        let _ = unsafe { libc::read(self.0.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
-    }
-}
-
 /// A worker before it runs.
 pub(super) struct Worker {
     pub(super) forwarder: Forwarder,
@@ -111,7 +83,7 @@ impl Worker {
     pub(super) fn run(mut self) -> Result<(), Failure> {
         let epoll = Epoll::new().map_err(Failure::Poll)?;
         let watch = |fd: BorrowedFd<'_>, token| epoll.add(fd, token).map_err(Failure::Poll);
-        watch(self.waker.0.as_fd(), TOKEN_WAKE)?;
+        watch(self.waker.as_fd(), TOKEN_WAKE)?;
         watch(self.queue.as_fd(), TOKEN_TUN)?;
         let watch_sockets = |sockets: &Sockets| {
             let sessions = [(&sockets.v4, TOKEN_V4), (&sockets.v6, TOKEN_V6)];
@@ -223,17 +195,6 @@ impl Worker {
     }
 }
 
-/// Time since boot with sleep counted: sessions age while the machine sleeps, as they do at the peer.
-pub(super) fn uptime() -> Duration {
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the pointer is that of a live struct. The call fails for unknown clocks only.
-    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut time) };
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
 /// How far [`obey`] came.
 enum Obeyed {
     /// Nothing is left to do.
@@ -308,7 +269,7 @@ fn receive(
         receiver.take(filled, |origin, buffer, stride| {
             port.counters.add(Counter::UdpReceives, 1);
             #[cfg(feature = "bench-delay")]
-            super::delay::packets(buffer.len().div_ceil(stride.max(1)));
+            crate::engine::delay::packets(buffer.len().div_ceil(stride.max(1)));
             forwarder.receive(origin, buffer, stride, now, port);
         });
         if !filled.all {
@@ -341,7 +302,7 @@ fn read(
         };
         port.counters.add(Counter::TunReads, 1);
         #[cfg(feature = "bench-delay")]
-        super::delay::packets(1);
+        crate::engine::delay::packets(1);
         let (head, packet) = buffer.split_at_mut(LEAD + vnet::LEN);
         let header = if vnet {
             head.last_chunk().and_then(vnet::Header::decode)
@@ -404,72 +365,9 @@ impl UdpSink for Port<'_> {
     }
 }
 
-impl forward::Port for Port<'_> {
+impl port::Port for Port<'_> {
     fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8]) -> bool {
         self.exchange.send(worker, content, bytes)
-    }
-}
-
-/// An epoll instance, level-triggered.
-struct Epoll(OwnedFd);
-
-impl Epoll {
-    fn new() -> io::Result<Self> {
-        // SAFETY: no pointers are passed.
-        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: the descriptor is new, and nobody else has it.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
-    }
-
-    fn add(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
-        let mut event = libc::epoll_event {
-            events: libc::EPOLLIN as u32,
-            u64: token,
-        };
-        // SAFETY: the event lives for the whole call.
-        let done = unsafe {
-            libc::epoll_ctl(
-                self.0.as_raw_fd(),
-                libc::EPOLL_CTL_ADD,
-                fd.as_raw_fd(),
-                &mut event,
-            )
-        };
-        if done < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
-    }
-
-    /// Waits for events, or until the timeout; gives how many there are.
-    fn wait(
-        &self,
-        events: &mut [libc::epoll_event],
-        timeout: Option<Duration>,
-    ) -> io::Result<usize> {
-        // Rounded up: waking early would make the last millisecond a busy loop.
-        let milliseconds = timeout.map_or(-1, |timeout| {
-            libc::c_int::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(libc::c_int::MAX)
-        });
-        // SAFETY: pointer and length are those of a live slice.
-        let count = unsafe {
-            libc::epoll_wait(
-                self.0.as_raw_fd(),
-                events.as_mut_ptr(),
-                events.len() as libc::c_int,
-                milliseconds,
-            )
-        };
-        if count < 0 {
-            return match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => Ok(0),
-                error => Err(error),
-            };
-        }
-        Ok(count as usize)
     }
 }
 

@@ -489,7 +489,7 @@ impl Tunnel {
     }
 }
 
-#[cfg(any(test, feature = "fuzz"))]
+#[cfg(any(test, feature = "internals"))]
 impl Tunnel {
     /// An initiation even though one is under way.
     pub(crate) fn initiate_again(&mut self, out: &mut [u8; INITIATION]) {

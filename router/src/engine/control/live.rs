@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, mpsc};
 
 use super::{Bind, Change, Command, Engine, Error, Underlay};
-use crate::engine::IndexWatch;
+use crate::engine::types::IndexWatch;
 use crate::wireguard::keys::PublicKey;
 
 impl Engine {

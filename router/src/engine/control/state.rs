@@ -8,12 +8,13 @@ use std::time::Duration;
 use ipnet::IpNet;
 use tracing::debug;
 
-use crate::engine::directory::{Change, Directory};
-use crate::engine::peer::{Setup, Shared};
-use crate::engine::routes::{PeerId, Routes};
-use crate::engine::steer::TunSteering;
-use crate::engine::udp::{Bind, Overflows, Sockets};
-use crate::engine::{Error, IndexWatch, PeerSpec};
+use crate::engine::error::Error;
+use crate::engine::forward::directory::{Change, Directory};
+use crate::engine::forward::peer::{Setup, Shared};
+use crate::engine::forward::routes::{PeerId, Routes};
+use crate::engine::io::steer::queues::TunSteering;
+use crate::engine::io::udp::{Bind, Overflows, Sockets};
+use crate::engine::types::{IndexWatch, PeerSpec};
 use crate::wireguard::keys::PublicKey;
 use crate::wireguard::message::is_low_order;
 

@@ -2,11 +2,11 @@
 
 use std::net::IpAddr;
 
-use super::Port;
-use crate::engine::coalesce::Coalescer;
 use crate::engine::counters::{Counter, Counters};
-use crate::engine::ip;
-use crate::engine::routes::{PeerId, Routes};
+use crate::engine::forward::port::Port;
+use crate::engine::forward::routes::{PeerId, Routes};
+use crate::engine::offload::coalesce::Coalescer;
+use crate::engine::offload::ip;
 use crate::wireguard::{Opened, Refused};
 
 /// Takes opened packets of one peer: source check, ECN, coalescing.

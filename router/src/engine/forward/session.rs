@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use super::{Content, Forwarder, JUDGE_AFTER, JUDGED, Origin, Port, REST_AFTER, TICK};
+use super::{Forwarder, JUDGE_AFTER, JUDGED, REST_AFTER, TICK};
 use crate::engine::counters::Counter;
-use crate::engine::location::Location;
-use crate::engine::peer::Staged;
-use crate::engine::routes::PeerId;
+use crate::engine::forward::location::Location;
+use crate::engine::forward::peer::Staged;
+use crate::engine::forward::port::{Content, Origin, Port};
+use crate::engine::forward::routes::PeerId;
 use crate::wireguard::keys::PublicKey;
 use crate::wireguard::message::{COOKIE, INITIATION};
 use crate::wireguard::{Completed, Packets, Verdict};

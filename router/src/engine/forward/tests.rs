@@ -10,13 +10,15 @@ mod hostile;
 mod simulation;
 mod timing;
 
+use std::net::{IpAddr, SocketAddr};
+
 use super::*;
-use crate::engine::batch::Message;
+use crate::engine::forward::batch::{Message, UdpSink};
+use crate::engine::forward::peer::{Setup, Shared};
+use crate::engine::forward::routes::Routes;
+use crate::engine::offload::coalesce::TunSink;
+use crate::engine::offload::segment::SLACK;
 use crate::engine::packets::Flow;
-use crate::engine::peer::Setup;
-use crate::engine::peer::Shared;
-use crate::engine::routes::Routes;
-use crate::engine::segment::SLACK;
 use crate::wireguard::keys::{PresharedKey, PrivateKey};
 
 const OFFLOAD: Offload = Offload {

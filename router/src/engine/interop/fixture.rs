@@ -8,7 +8,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Error, Offloads, Options, PeerSpec};
+use crate::engine::control::Engine;
+use crate::engine::error::Error;
+use crate::engine::types::{Offloads, Options, PeerSpec};
 use crate::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};
 
 /// How long a condition may take to come true on a busy machine.

@@ -2,17 +2,18 @@
 
 use std::collections::HashMap;
 use std::net::UdpSocket;
+use std::os::fd::{AsRawFd as _, FromRawFd as _};
 
-use super::super::coalesce::Offload;
-use super::super::directory::Directory;
-use super::super::exchange;
-use super::super::forward::Place;
-use super::super::packets::Flow;
-use super::super::peer::{Setup, Shared};
-use super::super::routes::Routes;
-use super::super::segment::{SLACK, Segments};
-use super::super::udp::{Bind, Underlay};
 use super::*;
+use crate::engine::forward::directory::Directory;
+use crate::engine::forward::peer::{Setup, Shared};
+use crate::engine::forward::port::Place;
+use crate::engine::forward::routes::Routes;
+use crate::engine::io::exchange;
+use crate::engine::io::udp::{Bind, Underlay};
+use crate::engine::offload::coalesce::Offload;
+use crate::engine::offload::segment::{SLACK, Segments};
+use crate::engine::packets::Flow;
 use crate::wireguard::keys::PrivateKey;
 use crate::wireguard::message::INITIATION;
 use crate::wireguard::{Arena, LocalKey, Packets as _, Tunnel};
@@ -318,7 +319,7 @@ fn a_turn_at_what_others_hand_over_is_bounded_and_more_is_not_forgotten() {
         });
         assert_eq!(dropped, expected as u64);
         let mut poll = libc::pollfd {
-            fd: waker.0.as_raw_fd(),
+            fd: waker.as_fd().as_raw_fd(),
             events: libc::POLLIN,
             revents: 0,
         };

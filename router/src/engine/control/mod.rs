@@ -1,0 +1,381 @@
+//! The handle of a running engine: what the control side asks, and what it reads.
+
+mod live;
+mod state;
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use state::{State, check};
+use tokio::sync::watch;
+use tracing::info;
+
+use crate::engine::counters::{Counter, Counters};
+use crate::engine::error::{Error, Failure};
+use crate::engine::forward::Forwarder;
+use crate::engine::forward::directory::Change;
+use crate::engine::forward::port::Place;
+use crate::engine::io::poll::Waker;
+use crate::engine::io::steer::queues::TunSteering;
+use crate::engine::io::tun::Device;
+use crate::engine::io::udp::{Bind, Overflows, Underlay};
+use crate::engine::io::{detours, exchange};
+use crate::engine::offload::refusals::{Found, Refused};
+use crate::engine::types::{Features, Options, PeerSpec, PeerStats};
+use crate::engine::worker::{Command, Worker};
+use crate::wireguard::LocalKey;
+use crate::wireguard::keys::{PrivateKey, PublicKey};
+
+/// A running engine. Dropping it ends the workers and takes the device away.
+///
+/// Methods may be called from any thread. Those that change something wait until the workers have
+/// done it, which takes as long as they need for the packets at hand: well under 10 ms.
+#[derive(Debug)]
+pub struct Engine {
+    device: String,
+    index: u32,
+    features: Features,
+    workers: Vec<Handle>,
+    state: Mutex<State>,
+    failure: watch::Receiver<Option<Arc<Failure>>>,
+    refused: Found,
+}
+
+#[derive(Debug)]
+struct Handle {
+    commands: mpsc::Sender<Command>,
+    waker: Arc<Waker>,
+    counters: Arc<Counters>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Handle {
+    fn tell(&self, command: Command) -> Result<(), Error> {
+        self.commands.send(command).map_err(|_| Error::Worker)?;
+        self.waker.wake();
+        Ok(())
+    }
+}
+
+/// More workers than this serve no one: each has its own buffers and its own queue in the kernel.
+const WORKERS: usize = 64;
+
+/// One for each core, as far as memory for buffers is worth it.
+fn default_workers() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().min(16))
+}
+
+/// Tells the control side when a worker ends in any way but on request.
+struct Obituary {
+    failure: Arc<watch::Sender<Option<Arc<Failure>>>>,
+    cause: Option<Failure>,
+}
+
+impl Drop for Obituary {
+    fn drop(&mut self) {
+        if let Some(cause) = self.cause.take() {
+            // The first cause counts; others follow from it.
+            self.failure.send_if_modified(|seen| {
+                let first = seen.is_none();
+                if first {
+                    *seen = Some(Arc::new(cause));
+                }
+                first
+            });
+        }
+    }
+}
+
+impl Engine {
+    /// Creates the TUN device, binds the sockets and starts the workers, all in the network
+    /// namespace of the calling thread. The device is down and has no address yet.
+    pub fn start(options: Options, private_key: &PrivateKey) -> Result<Self, Error> {
+        let workers = options.workers.unwrap_or_else(default_workers);
+        let workers = workers.clamp(1, WORKERS);
+        let device = Device::create(&options.device, options.mtu, workers, options.offloads)?;
+        Self::start_on(device, &options, private_key)
+    }
+
+    /// The same on a TUN device that somebody else has made: its name, MTU and kind stay as they
+    /// are, and one worker serves its one queue.
+    pub fn start_on_tun(
+        tun: OwnedFd,
+        options: &Options,
+        private_key: &PrivateKey,
+    ) -> Result<Self, Error> {
+        let device = Device::adopt(tun, options.mtu, options.offloads)?;
+        Self::start_on(device, options, private_key)
+    }
+
+    fn start_on(
+        device: Device,
+        options: &Options,
+        private_key: &PrivateKey,
+    ) -> Result<Self, Error> {
+        let workers = device.queues.len();
+        let mut bind = Bind {
+            port: options.listen_port,
+            mark: options.fwmark,
+            workers,
+            gro: options.offloads.udp_gro,
+        };
+        let underlay = Underlay::bind(bind)?;
+        let udp_gso = underlay.gso && options.offloads.udp_gso;
+        bind.port = underlay.port;
+        let mut tun_steering = None;
+        if workers > 1 {
+            tun_steering = TunSteering::attach(&device.queues[0])
+                .inspect_err(|error| info!(%error, "no steering of packets to workers"))
+                .ok();
+        }
+        let local = Arc::new(LocalKey::new(private_key));
+        let (sender, failure) = watch::channel(None);
+        let sender = Arc::new(sender);
+        let refused = Found::default();
+        let mut engine = Self {
+            device: device.name,
+            index: device.index,
+            features: Features {
+                workers,
+                vnet_header: device.offload.vnet,
+                tso: device.tso,
+                uso: device.uso,
+                tun_gro: device.offload.tcp || device.offload.udp,
+                udp_gro: underlay.gro,
+                udp_gso,
+                udp_steering: underlay.steered,
+                tun_steering: tun_steering.is_some(),
+                receive_buffer: underlay.receive_buffer,
+                send_buffer: underlay.send_buffer,
+            },
+            workers: Vec::new(),
+            state: Mutex::new(State {
+                bind,
+                sockets: Vec::new(),
+                overflows: Overflows::default(),
+                public: local.public(),
+                peers: HashMap::new(),
+                free: Vec::new(),
+                indices: HashSet::new(),
+                steering: tun_steering,
+                watch: None,
+            }),
+            failure,
+            refused: refused.clone(),
+        };
+        let wakers = (0..workers).map(|_| Waker::new().map(Arc::new));
+        let wakers = wakers
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(Error::Start)?;
+        let exchanges = exchange::connect(&wakers);
+        let detours = detours::start().map_err(Error::Start)?;
+        let sockets: Vec<_> = underlay.sockets.into_iter().map(Arc::new).collect();
+        engine.state().sockets.clone_from(&sockets);
+        let parts = device
+            .queues
+            .into_iter()
+            .zip(sockets)
+            .zip(exchanges)
+            .zip(wakers);
+        for (worker, (((queue, sockets), exchange), waker)) in parts.enumerate() {
+            let counters = Arc::new(Counters::new());
+            let (commands, inbox) = mpsc::channel();
+            let place = Place { worker, workers };
+            let worker = Worker {
+                forwarder: Forwarder::new(
+                    place,
+                    device.mtu,
+                    local.clone(),
+                    device.offload,
+                    udp_gso,
+                    counters.clone(),
+                )
+                .tell_refusals(refused.clone()),
+                queue,
+                sockets,
+                waker: waker.clone(),
+                inbox,
+                own_inbox: commands.clone(),
+                detours: detours.clone(),
+                exchange,
+                counters: counters.clone(),
+                vnet: device.offload.vnet,
+            };
+            let failure = sender.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("worker-{}", place.worker))
+                .spawn(move || {
+                    let mut obituary = Obituary {
+                        failure,
+                        cause: Some(Failure::Panic),
+                    };
+                    obituary.cause = worker.run().err();
+                })
+                .map_err(Error::Start)?;
+            engine.workers.push(Handle {
+                commands,
+                waker,
+                counters,
+                thread: Some(thread),
+            });
+        }
+        Ok(engine)
+    }
+
+    /// The kernel's name for the TUN device at its creation, and its interface index.
+    pub fn device(&self) -> (&str, u32) {
+        (&self.device, self.index)
+    }
+
+    /// The UDP port in use, host byte order.
+    pub fn listen_port(&self) -> u16 {
+        self.state().bind.port
+    }
+
+    /// What the kernel granted.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// Super-packets that the TUN device has refused until the workers gave up making them.
+    pub fn refused(&self) -> Vec<Refused> {
+        self.refused.kinds().collect()
+    }
+
+    /// Makes `specs` the list of peers. Peers that stay keep their sessions and the endpoints they
+    /// roamed to; a changed endpoint in a spec counts as news. A changed preshared key ends the
+    /// session, and nothing else of the peer. Removed peers are gone when this returns. On error
+    /// nothing has changed.
+    pub fn set_peers(&self, specs: &[PeerSpec]) -> Result<(), Error> {
+        let mut state = self.state();
+        check(specs, &state.public)?;
+        let mut changes: Vec<Change> = self.workers.iter().map(|_| Change::default()).collect();
+        let gone = state.diff(specs, &mut changes)?;
+        let directory = Arc::new(state.directory());
+        state.steer();
+        for change in &mut changes {
+            change.directory = Some(directory.clone());
+        }
+        let new = changes.iter().flat_map(|change| &change.add);
+        let new: Vec<u32> = new.map(|setup| setup.index).collect();
+        if let Some(watch) = &mut state.watch {
+            watch.changed(&new, &[]);
+        }
+        let outcome = self.apply(changes);
+        if let Some(watch) = &mut state.watch {
+            watch.changed(&[], &gone);
+        }
+        outcome
+    }
+
+    /// Begins sessions with peers that were at these addresses before the engine was started; who is
+    /// known to be elsewhere by now is asked there.
+    pub fn resume(&self, whereabouts: &[(PublicKey, SocketAddr)]) -> Result<(), Error> {
+        let state = self.state();
+        let mut changes: Vec<Change> = self.workers.iter().map(|_| Change::default()).collect();
+        for (key, endpoint) in whereabouts {
+            if let Some(known) = state.peers.get(key)
+                && let Some(change) = changes.get_mut(known.worker)
+            {
+                change.resume.push((known.id, *endpoint));
+            }
+        }
+        self.apply(changes)
+    }
+
+    /// Changes the private key. No packet is sealed or opened with the old one once this returns:
+    /// each session ends when it is next used or looked at. Peers come back by themselves.
+    pub fn set_private_key(&self, private_key: &PrivateKey) -> Result<(), Error> {
+        let mut state = self.state();
+        let local = Arc::new(LocalKey::new(private_key));
+        let public = local.public();
+        if state.peers.contains_key(&public) {
+            return Err(Error::OwnKey(public));
+        }
+        state.public = public;
+        let change = |_| Change {
+            local: Some(local.clone()),
+            ..Change::default()
+        };
+        self.apply(self.workers.iter().map(change).collect())
+    }
+
+    /// What is known of each peer, in no particular order.
+    pub fn peer_stats(&self) -> Vec<PeerStats> {
+        let state = self.state();
+        state
+            .peers
+            .values()
+            .map(|known| known.shared.stats())
+            .collect()
+    }
+
+    /// Every counter's label and value since the start, all workers together.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let overflows = self.state().overflows();
+        Counter::ALL
+            .iter()
+            .map(|counter| {
+                let value = match counter {
+                    Counter::DropReceiveFull => overflows.sessions,
+                    Counter::DropStrangerFull => overflows.strangers,
+                    _ => {
+                        let workers = self.workers.iter();
+                        workers.map(|worker| worker.counters.get(*counter)).sum()
+                    }
+                };
+                (counter.label(), value)
+            })
+            .collect()
+    }
+
+    /// Waits until the engine has stopped by itself, and tells why. Never returns while it is well.
+    pub async fn failed(&self) -> Arc<Failure> {
+        let mut failure = self.failure.clone();
+        if let Ok(seen) = failure.wait_for(Option::is_some).await
+            && let Some(cause) = seen.as_ref()
+        {
+            return cause.clone();
+        }
+        std::future::pending().await
+    }
+
+    /// Ends the workers and takes the device away. The same as dropping the engine.
+    pub fn shutdown(self) {}
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives each worker its change, then waits for all of them.
+    fn apply(&self, changes: Vec<Change>) -> Result<(), Error> {
+        let (done, waiting) = mpsc::channel();
+        for (worker, change) in self.workers.iter().zip(changes) {
+            worker.tell(Command::Apply(change, done.clone()))?;
+        }
+        drop(done);
+        for _ in &self.workers {
+            waiting.recv().map_err(|_| Error::Worker)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        for worker in &self.workers {
+            // One that has ended needs no telling.
+            let _ = worker.tell(Command::Stop);
+        }
+        for worker in &mut self.workers {
+            if let Some(thread) = worker.thread.take() {
+                // A panic has been reported by the obituary.
+                let _ = thread.join();
+            }
+        }
+    }
+}

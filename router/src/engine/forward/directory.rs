@@ -1,0 +1,84 @@
+//! Who is whose: what every worker knows of the peers, and how it changes.
+
+use std::collections::HashMap;
+use std::hash::Hasher;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::engine::forward::peer::Setup;
+use crate::engine::forward::routes::{PeerId, Routes};
+use crate::wireguard::LocalKey;
+use crate::wireguard::keys::{PresharedKey, PublicKey};
+
+/// What all workers know: who owns which address and key. Replaced whole, never changed.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    /// Allowed IPs.
+    pub(crate) routes: Routes,
+    /// Peers by static public key.
+    pub(crate) keys: HashMap<PublicKey, PeerId>,
+    /// Workers by [`PeerId`].
+    pub(crate) owners: Vec<usize>,
+}
+
+impl Directory {
+    /// Nobody.
+    pub(crate) fn empty() -> Self {
+        Self {
+            routes: Routes::new([]),
+            keys: HashMap::new(),
+            owners: Vec::new(),
+        }
+    }
+
+    /// Which worker a peer belongs to.
+    pub(crate) fn owner(&self, id: PeerId) -> Option<usize> {
+        self.owners.get(id as usize).copied()
+    }
+}
+
+/// A change of the peers, applied by a worker in one go.
+#[derive(Default)]
+pub(crate) struct Change {
+    /// Peers to end at once.
+    pub(crate) remove: Vec<PeerId>,
+    /// New peers.
+    pub(crate) add: Vec<Setup>,
+    /// New lists of where peers may be, best first.
+    pub(crate) configured: Vec<(PeerId, Vec<SocketAddr>)>,
+    /// Where peers are, as somebody insists.
+    pub(crate) endpoints: Vec<(PeerId, SocketAddr)>,
+    /// Where peers were last: sessions with them begin at once.
+    pub(crate) resume: Vec<(PeerId, SocketAddr)>,
+    /// New keepalive intervals.
+    pub(crate) keepalives: Vec<(PeerId, Option<Duration>)>,
+    /// New preshared keys.
+    pub(crate) preshared_keys: Vec<(PeerId, Option<PresharedKey>)>,
+    /// The directory from now on.
+    pub(crate) directory: Option<Arc<Directory>>,
+    /// The device's MTU from now on, in bytes.
+    pub(crate) mtu: Option<u16>,
+    /// Our key from now on.
+    pub(crate) local: Option<Arc<LocalKey>>,
+}
+
+/// Hashes receiver indices, which we drew at random ourselves.
+#[derive(Default)]
+pub(crate) struct IndexHasher(u64);
+
+impl Hasher for IndexHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32(u32::from(*byte));
+        }
+    }
+
+    fn write_u32(&mut self, index: u32) {
+        self.0 = (self.0 ^ u64::from(index)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}

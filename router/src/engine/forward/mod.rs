@@ -1,0 +1,451 @@
+//! What a worker does with datagrams and packets, without any I/O of its own.
+
+pub(crate) mod batch;
+pub(crate) mod directory;
+mod inner;
+pub(crate) mod location;
+pub(crate) mod peer;
+pub(crate) mod port;
+pub(crate) mod routes;
+mod session;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+use std::sync::Arc;
+use std::time::Duration;
+
+use inner::Inner;
+
+use crate::engine::counters::{Counter, Counters};
+use crate::engine::forward::batch::Batch;
+use crate::engine::forward::directory::{Change, Directory, IndexHasher};
+use crate::engine::forward::location::{Location, Way};
+use crate::engine::forward::peer::{Peer, Peers, STAGED};
+use crate::engine::forward::port::{Content, Origin, Place, Port};
+use crate::engine::forward::routes::PeerId;
+use crate::engine::offload::coalesce::{Coalescer, Offload};
+use crate::engine::offload::ip;
+use crate::engine::offload::refusals::Found;
+use crate::engine::offload::segment::Segments;
+use crate::engine::offload::vnet;
+use crate::wireguard::message::{self, Kind};
+use crate::wireguard::{Limiter, LocalKey, Packets as _};
+
+/// How often timers are looked at while any peer is in use.
+pub(crate) const TICK: Duration = Duration::from_millis(100);
+/// A peer's timers rest when it has been silent for this long and has no session: every key has
+/// expired by then (REJECT_AFTER_TIME is 180 s).
+const REST_AFTER: Duration = Duration::from_secs(200);
+/// Handshakes begun by timers before packets have their turn. One costs about 0.2 ms.
+const INITIATIONS: usize = 16;
+/// Ways to peers that are judged in one tick, and how long each rests at least after that.
+const JUDGED: usize = 16;
+const JUDGE_AFTER: Duration = Duration::from_secs(1);
+/// Packets staged in one worker, all peers together.
+const STAGED_TOTAL: usize = 4096;
+
+/// The state of one worker.
+pub(crate) struct Forwarder {
+    place: Place,
+    mtu: usize,
+    local: Arc<LocalKey>,
+    directory: Arc<Directory>,
+    limiter: Limiter,
+    peers: Peers,
+    /// Peers by the upper 24 bits of their receiver indices.
+    indices: HashMap<u32, PeerId, BuildHasherDefault<IndexHasher>>,
+    /// Peers whose timers run.
+    active: Vec<PeerId>,
+    /// Where in `active` the timers go on.
+    cursor: usize,
+    /// Key exchanges since the timers had their turn.
+    exchanges: usize,
+    staged: usize,
+    /// Ways of peers that somebody should ask the kernel about, and then tell [`Forwarder::judge`].
+    pub(crate) doubtful: Vec<(PeerId, Way)>,
+    coalescer: Coalescer,
+    batch: Batch,
+    counters: Arc<Counters>,
+}
+
+impl Forwarder {
+    /// A worker without peers.
+    pub(crate) fn new(
+        place: Place,
+        mtu: u16,
+        local: Arc<LocalKey>,
+        offload: Offload,
+        gso: bool,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Self {
+            place,
+            mtu: mtu.into(),
+            local,
+            directory: Arc::new(Directory::empty()),
+            limiter: Limiter::new(),
+            peers: Peers::default(),
+            indices: HashMap::default(),
+            active: Vec::new(),
+            cursor: 0,
+            exchanges: 0,
+            staged: 0,
+            doubtful: Vec::new(),
+            coalescer: Coalescer::new(offload),
+            batch: Batch::new(gso),
+            counters,
+        }
+    }
+
+    /// Tells in `found` which super-packets the TUN device refuses.
+    pub(crate) fn tell_refusals(mut self, found: Found) -> Self {
+        self.coalescer.tell_refusals(found);
+        self
+    }
+
+    /// Whether [`Forwarder::tick`] has anything to do.
+    pub(crate) fn needs_ticks(&self) -> bool {
+        !self.active.is_empty()
+    }
+
+    /// Applies a change. Removed peers are gone when it returns.
+    pub(crate) fn apply(&mut self, change: Change, now: Duration, io: &mut impl Port) {
+        for id in change.remove {
+            if let Some(peer) = self.peers.remove(id) {
+                self.staged -= peer.staged.len();
+                self.indices.remove(&peer.index);
+                self.active.retain(|active| *active != id);
+            }
+        }
+        if let Some(directory) = change.directory {
+            self.directory = directory;
+        }
+        if let Some(mtu) = change.mtu {
+            self.mtu = mtu.into();
+        }
+        if let Some(local) = change.local {
+            // Tunnels take it at their next use: each costs a key exchange.
+            self.local = local;
+        }
+        for setup in change.add {
+            let (id, index) = (setup.id, setup.index);
+            let wants_keepalive = setup.keepalive.is_some();
+            self.indices.insert(index, id);
+            self.peers.insert(id, Peer::new(setup));
+            if wants_keepalive {
+                self.wake(id, now);
+            }
+        }
+        for (id, key) in change.preshared_keys {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.set_preshared_key(key);
+            }
+        }
+        for (id, addresses) in change.configured {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.relocate(|location| location.configure(addresses));
+            }
+        }
+        for (id, remote) in change.endpoints {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.relocate(|location| location.move_to(remote));
+            }
+        }
+        for (id, remote) in change.resume {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.relocate(|location| location.resume(remote));
+                self.wake(id, now);
+                self.initiate(id, now, io);
+            }
+        }
+        for (id, interval) in change.keepalives {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.set_keepalive(interval);
+                self.wake(id, now);
+            }
+        }
+        self.flush(io);
+    }
+
+    /// Takes datagrams that arrived together, each `stride` bytes long but perhaps the last.
+    pub(crate) fn receive(
+        &mut self,
+        origin: &Origin,
+        buffer: &[u8],
+        stride: usize,
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        let count = buffer.len().div_ceil(stride.max(1));
+        self.counters.add(Counter::RxDatagrams, count as u64);
+        self.datagrams(origin, buffer, stride, now, io);
+    }
+
+    fn datagrams(
+        &mut self,
+        origin: &Origin,
+        buffer: &[u8],
+        stride: usize,
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        let stride = stride.max(1);
+        // Nearly always one run: a sender's datagrams name one session.
+        let mut rest = buffer;
+        while !rest.is_empty() {
+            let kind = message::kind(&rest[..stride.min(rest.len())]);
+            let more = match kind {
+                Some(Kind::Data(_)) => rest
+                    .chunks(stride)
+                    .skip(1)
+                    .take_while(|datagram| message::kind(datagram) == kind)
+                    .count(),
+                _ => 0,
+            };
+            let (run, after) = rest.split_at(rest.len().min((1 + more) * stride));
+            rest = after;
+            let index = match kind {
+                Some(Kind::Data(index) | Kind::Response(index) | Kind::Cookie(index)) => index,
+                Some(Kind::Initiation) => {
+                    self.initiation(origin, run, now, io);
+                    continue;
+                }
+                None => {
+                    self.counters.add(Counter::DropMalformed, 1);
+                    continue;
+                }
+            };
+            let owner = self.place.owner(index);
+            if owner != self.place.worker {
+                let content = Content::Datagrams(*origin, stride);
+                self.hand_over(owner, content, run, io);
+            } else if let Some(Kind::Data(_)) = kind {
+                self.open(index, origin, run.chunks(stride), now, io);
+            } else {
+                self.handshake(index, origin, run, now, io);
+            }
+        }
+    }
+
+    /// Takes a packet of `length` bytes from the TUN device, and [`crate::engine::offload::segment::SLACK`] more.
+    pub(crate) fn transmit(
+        &mut self,
+        header: vnet::Header,
+        buffer: &mut [u8],
+        length: usize,
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        let destination = buffer.get(..length).and_then(ip::destination);
+        let Some(id) = destination.and_then(|to| self.directory.routes.get(to)) else {
+            self.counters.add(Counter::DropNoPeer, 1);
+            return;
+        };
+        match self.directory.owner(id) {
+            Some(owner) if owner != self.place.worker => {
+                self.hand_over(owner, Content::Packet(header), &buffer[..length], io);
+            }
+            _ => self.transmit_to(id, header, buffer, length, now, io),
+        }
+    }
+
+    /// Takes what another worker handed over; `buffer` has room for [`crate::engine::offload::segment::SLACK`] bytes more.
+    pub(crate) fn accept(
+        &mut self,
+        content: Content,
+        buffer: &mut [u8],
+        length: usize,
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        match content {
+            Content::Packet(header) => {
+                // The directory may have changed on the way: look again, here.
+                let destination = ip::destination(&buffer[..length]);
+                let id = destination.and_then(|to| self.directory.routes.get(to));
+                match id.filter(|id| self.directory.owner(*id) == Some(self.place.worker)) {
+                    Some(id) => self.transmit_to(id, header, buffer, length, now, io),
+                    None => self.counters.add(Counter::DropHandOver, 1),
+                }
+            }
+            Content::Datagrams(origin, stride) => {
+                self.datagrams(&origin, &buffer[..length], stride, now, io);
+            }
+            Content::Initiation(origin, key) => {
+                self.respond(&key, &origin, &buffer[..length], now, io);
+            }
+        }
+    }
+
+    fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8], io: &mut impl Port) {
+        let counter = if io.hand_over(worker, content, bytes) {
+            Counter::HandedOver
+        } else {
+            Counter::DropHandOver
+        };
+        self.counters.add(counter, 1);
+    }
+
+    fn transmit_to(
+        &mut self,
+        id: PeerId,
+        header: vnet::Header,
+        buffer: &mut [u8],
+        length: usize,
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        self.wake(id, now);
+        let Some(peer) = self.peers.get_mut(id) else {
+            self.counters.add(Counter::DropNoPeer, 1);
+            return;
+        };
+        let Some(endpoint) = peer.endpoint() else {
+            self.counters.add(Counter::DropNoEndpoint, 1);
+            if let Some(destination) = ip::destination(buffer) {
+                peer.is_nowhere(destination);
+            }
+            return;
+        };
+        let ecn = ip::ecn(buffer);
+        let Ok(mut segments) = Segments::new(header, buffer, length, self.mtu) else {
+            self.counters.add(Counter::DropTunRead, 1);
+            return;
+        };
+        let gso = peer.gso(now);
+        let tunnel = peer.tunnel(&self.local);
+        if tunnel.ready(now) {
+            let mut lane = self.batch.lane(io, endpoint, Some(id), ecn, gso);
+            let bytes = tunnel.seal(&mut segments, now, &mut lane);
+            peer.sent(bytes, now);
+            return;
+        }
+        while let Some(packet) = segments.next() {
+            let Some(peer) = self.peers.get_mut(id) else {
+                break;
+            };
+            let full = self.staged >= STAGED_TOTAL;
+            let share = STAGED_TOTAL / self.active.len().max(1);
+            let own = peer.staged.len();
+            if own >= STAGED || full && own > share {
+                peer.staged.pop_front();
+            } else if full {
+                // Whoever has most gives way: offline peers must not keep out others.
+                let longest = self
+                    .active
+                    .iter()
+                    .copied()
+                    .max_by_key(|id| self.peers.get(*id).map_or(0, |peer| peer.staged.len()));
+                if let Some(longest) = longest.and_then(|id| self.peers.get_mut(id)) {
+                    longest.staged.pop_front();
+                }
+            } else {
+                self.staged += 1;
+            }
+            if full || own >= STAGED {
+                self.counters.add(Counter::DropStaged, 1);
+            }
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.staged.push_back(packet.into());
+            }
+        }
+        self.initiate(id, now, io);
+    }
+
+    /// Moves the timers of every peer in use. False when some are left for the next call: packets
+    /// have their turn first.
+    pub(crate) fn tick(&mut self, now: Duration, io: &mut impl Port) -> bool {
+        self.exchanges = 0;
+        while self.exchanges < INITIATIONS
+            && let Some(id) = self.active.get(self.cursor).copied()
+        {
+            if self.tick_peer(id, now, io) {
+                self.cursor += 1;
+            } else {
+                self.active.swap_remove(self.cursor);
+            }
+        }
+        self.flush(io);
+        let done = self.cursor >= self.active.len();
+        if done {
+            self.cursor = 0;
+        }
+        done
+    }
+
+    /// Datagrams keep coming: until the next [`Forwarder::flush`] packets toward the TUN device may
+    /// wait for others of their flow, no longer than [`crate::engine::offload::coalesce::HOLD`] and until the next
+    /// call. `now` never goes back.
+    pub(crate) fn hold(&mut self, now: Duration, io: &mut impl Port) {
+        self.coalescer.hold(now, io);
+    }
+
+    /// Hands over everything that is under way.
+    pub(crate) fn flush(&mut self, io: &mut impl Port) {
+        self.coalescer.flush_all(io);
+        self.batch.flush(io);
+    }
+
+    /// Our address that a peer talked to is no longer ours.
+    pub(crate) fn forget_source(&mut self, id: PeerId) {
+        if let Some(peer) = self.peers.get_mut(id) {
+            peer.relocate(Location::forget_source);
+        }
+    }
+
+    /// Takes what has been found of a way.
+    pub(crate) fn judge(&mut self, id: PeerId, way: &Way) {
+        if let Some(peer) = self.peers.get_mut(id) {
+            peer.relocate(|location| location.judge(way));
+        }
+    }
+
+    /// Sends each datagram for a peer as a message of its own for some time.
+    pub(crate) fn without_gso(&mut self, id: PeerId, now: Duration) {
+        if let Some(peer) = self.peers.get_mut(id) {
+            peer.without_gso(now);
+        }
+    }
+
+    fn open<'a>(
+        &mut self,
+        index: u32,
+        origin: &Origin,
+        messages: impl Iterator<Item = &'a [u8]>,
+        now: Duration,
+        io: &mut impl Port,
+    ) {
+        let Some(id) = self.by_index(index) else {
+            let count = messages.count() as u64;
+            self.counters.add(Counter::DropIndex, count);
+            return;
+        };
+        self.wake(id, now);
+        let Some(peer) = self.peers.get_mut(id) else {
+            return;
+        };
+        let mut inner = Inner {
+            id,
+            ecn: origin.ecn,
+            source: None,
+            routes: &self.directory.routes,
+            coalescer: &mut self.coalescer,
+            counters: &self.counters,
+            io,
+        };
+        let tunnel = peer.tunnel(&self.local);
+        let (bytes, completed) = tunnel.open(index, messages, now, &mut inner);
+        if bytes > 0 {
+            self.heard(id, origin, bytes, completed, now, io);
+        }
+    }
+
+    /// The peer that a receiver index names. Nobody's before it has been used: strangers must not
+    /// make us set up a session.
+    fn by_index(&self, index: u32) -> Option<PeerId> {
+        let id = *self.indices.get(&(index >> 8))?;
+        self.peers.get(id)?.has_tunnel().then_some(id)
+    }
+}

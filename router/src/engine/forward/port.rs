@@ -1,0 +1,63 @@
+//! What a forwarder is given and where what it makes goes: the seam between it and a worker's I/O.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::engine::forward::batch::{Endpoint, UdpSink};
+use crate::engine::offload::coalesce::TunSink;
+use crate::engine::offload::vnet;
+use crate::wireguard::keys::PublicKey;
+
+/// Where a buffer of datagrams came from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Origin {
+    /// The sender.
+    pub(crate) remote: SocketAddr,
+    /// Our address that it was sent to.
+    pub(crate) local: Option<IpAddr>,
+    /// Index of the interface that it came in by; 0 if that is not known.
+    pub(crate) interface: u32,
+    /// ECN bits of the underlay packets.
+    pub(crate) ecn: u8,
+}
+
+impl Origin {
+    /// The sender, and our address that it knows.
+    pub(crate) fn endpoint(&self) -> Endpoint {
+        Endpoint {
+            remote: self.remote,
+            local: self.local,
+        }
+    }
+}
+
+/// What one worker hands to another.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Content {
+    /// A packet from the TUN device.
+    Packet(vnet::Header),
+    /// Datagrams that arrived together, with the length of each but the last.
+    Datagrams(Origin, usize),
+    /// A handshake initiation of this peer, which the limiter let pass.
+    Initiation(Origin, PublicKey),
+}
+
+/// What a worker's I/O takes: packets for the TUN device, messages for the underlay, and what
+/// belongs to other workers.
+pub(crate) trait Port: TunSink + UdpSink {
+    /// Hands `bytes` to another worker. False when its queue is full.
+    fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8]) -> bool;
+}
+
+/// Which worker of how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) worker: usize,
+    pub(crate) workers: usize,
+}
+
+impl Place {
+    /// The worker that a receiver index belongs to: the engine draws them so.
+    pub(crate) fn owner(self, index: u32) -> usize {
+        (index >> 8) as usize % self.workers
+    }
+}

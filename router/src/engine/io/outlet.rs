@@ -1,0 +1,330 @@
+//! Sends messages to the underlay, and finds another way for those that the kernel refuses.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use tracing::trace;
+
+use crate::engine::counters::{Counter, Counters};
+use crate::engine::forward::batch::{Message, UdpSink};
+use crate::engine::forward::routes::PeerId;
+use crate::engine::io::udp::Sockets;
+use crate::engine::io::udp_io::Sender;
+
+/// What hands messages to a socket.
+pub(crate) trait SendMessages {
+    /// Hands over messages, all for the socket's family; gives how many it took. An error is about
+    /// the first.
+    fn send(&mut self, socket: &OwnedFd, arena: &[u8], messages: &[Message]) -> io::Result<usize>;
+}
+
+impl SendMessages for Sender {
+    fn send(&mut self, socket: &OwnedFd, arena: &[u8], messages: &[Message]) -> io::Result<usize> {
+        Self::send(self, socket, arena, messages)
+    }
+}
+
+/// One worker's way to the underlay.
+pub(crate) struct Outlet<'a, S = Sender> {
+    sockets: Arc<Sockets>,
+    sender: S,
+    counters: &'a Counters,
+    /// Peers whose sticky source the kernel refused.
+    pub(crate) stale: Vec<PeerId>,
+    /// Peers whose messages the kernel will not cut: the path is too narrow, or the device cannot.
+    pub(crate) uncut: Vec<PeerId>,
+}
+
+impl<'a> Outlet<'a> {
+    /// A way out through a worker's sockets.
+    pub(crate) fn new(sockets: Arc<Sockets>, counters: &'a Counters) -> Self {
+        Self::through(Sender::new(), sockets, counters)
+    }
+}
+
+impl<'a, S: SendMessages> Outlet<'a, S> {
+    fn through(sender: S, sockets: Arc<Sockets>, counters: &'a Counters) -> Self {
+        Self {
+            sockets,
+            sender,
+            counters,
+            stale: Vec::new(),
+            uncut: Vec::new(),
+        }
+    }
+
+    /// From now on messages go out by these sockets.
+    pub(crate) fn rebind(&mut self, sockets: Arc<Sockets>) {
+        self.sockets = sockets;
+    }
+
+    fn send_to(&mut self, socket: &OwnedFd, arena: &[u8], mut messages: &[Message]) {
+        while let [first, after_first @ ..] = messages {
+            match self.sender.send(socket, arena, messages) {
+                Ok(count) => {
+                    let (sent, rest) = messages.split_at(count.clamp(1, messages.len()));
+                    self.sent(sent);
+                    messages = rest;
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    // Waiting would hold up every other peer.
+                    Some(libc::EAGAIN | libc::ENOBUFS) => {
+                        let same = |message: &&Message| message.endpoint == first.endpoint;
+                        let count = messages.iter().take_while(same).count();
+                        let (full, rest) = messages.split_at(count);
+                        self.dropped(Counter::DropSendFull, full);
+                        messages = rest;
+                    }
+                    _ => {
+                        trace!(%error, remote = %first.endpoint.remote, "send to the underlay");
+                        if first.segments > 1 {
+                            self.send_uncut(socket, arena, *first, &error);
+                        } else {
+                            self.send_sourceless(socket, arena, *first);
+                        }
+                        messages = after_first;
+                    }
+                },
+            }
+        }
+    }
+
+    /// The kernel refused a message: sends each datagram by itself, until one is refused.
+    fn send_uncut(
+        &mut self,
+        socket: &OwnedFd,
+        arena: &[u8],
+        mut message: Message,
+        error: &io::Error,
+    ) {
+        let end = message.offset + message.length;
+        for (at, offset) in (message.offset..end).step_by(message.size).enumerate() {
+            let length = message.size.min(end - offset);
+            let single = Message {
+                offset,
+                length,
+                size: length,
+                segments: 1,
+                ..message
+            };
+            if self.sender.send(socket, arena, &[single]).is_ok() {
+                self.sent(&[single]);
+                // Only what the kernel says of messages that it cannot cut, not a passing trouble.
+                let cut = matches!(
+                    error.raw_os_error(),
+                    Some(libc::EMSGSIZE | libc::EINVAL | libc::EIO)
+                );
+                if cut && at == 0 {
+                    self.uncut.extend(message.peer);
+                }
+            } else if self.send_sourceless(socket, arena, single) {
+                message.endpoint.local = None;
+            } else {
+                let rest = Message {
+                    segments: message.segments - at - 1,
+                    ..message
+                };
+                self.dropped(Counter::DropSendError, &[rest]);
+                return;
+            }
+        }
+    }
+
+    /// The kernel refused a datagram: our source address may be gone. Tries without, once; true
+    /// when that went.
+    fn send_sourceless(&mut self, socket: &OwnedFd, arena: &[u8], mut single: Message) -> bool {
+        let went = single.endpoint.local.take().is_some()
+            && self.sender.send(socket, arena, &[single]).is_ok();
+        if went {
+            self.stale.extend(single.peer);
+            self.sent(&[single]);
+        } else {
+            self.dropped(Counter::DropSendError, &[single]);
+        }
+        went
+    }
+
+    fn sent(&self, messages: &[Message]) {
+        self.counters.add(Counter::UdpSends, messages.len() as u64);
+        self.counters.add(Counter::TxDatagrams, datagrams(messages));
+    }
+
+    fn dropped(&self, why: Counter, messages: &[Message]) {
+        self.counters.add(why, datagrams(messages));
+    }
+}
+
+impl<S: SendMessages> UdpSink for Outlet<'_, S> {
+    fn send(&mut self, arena: &[u8], messages: &[Message]) {
+        let sockets = Arc::clone(&self.sockets);
+        for run in messages.chunk_by(|a, b| v4(a) == v4(b)) {
+            let socket = if v4(&run[0]) {
+                &sockets.v4
+            } else {
+                &sockets.v6
+            };
+            match socket {
+                Some(socket) => self.send_to(socket, arena, run),
+                None => self.dropped(Counter::DropSendError, run),
+            }
+        }
+    }
+}
+
+fn v4(message: &Message) -> bool {
+    message.endpoint.remote.is_ipv4()
+}
+
+fn datagrams(messages: &[Message]) -> u64 {
+    messages.iter().map(|message| message.segments as u64).sum()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::engine::forward::batch::Endpoint;
+    use crate::engine::io::udp::{Bind, Underlay};
+
+    const SIZE: usize = 40;
+    const PEER: PeerId = 7;
+
+    struct Outcome {
+        stale: Vec<PeerId>,
+        uncut: Vec<PeerId>,
+        dropped: u64,
+    }
+
+    /// Sends one message of `segments` datagrams to a socket on loopback, which must get all of
+    /// `arrive`.
+    fn send(segments: usize, local: Ipv4Addr, to: [u8; 4], arrive: usize) -> Outcome {
+        let mut underlay = Underlay::bind(Bind {
+            port: 0,
+            mark: 0,
+            workers: 1,
+            gro: true,
+        })
+        .unwrap();
+        let sockets = Arc::new(underlay.sockets.remove(0));
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        server
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        let port = server.local_addr().unwrap().port();
+        let counters = Counters::new();
+        let mut outlet = Outlet::new(sockets, &counters);
+        let arena: Vec<u8> = (0..segments).flat_map(|at| [at as u8; SIZE]).collect();
+        let message = Message {
+            offset: 0,
+            length: arena.len(),
+            size: SIZE,
+            segments,
+            endpoint: Endpoint {
+                remote: (to, port).into(),
+                local: Some(IpAddr::V4(local)),
+            },
+            peer: Some(PEER),
+            ecn: 0,
+        };
+        outlet.send(&arena, &[message]);
+        let mut buffer = [0; 2 * SIZE];
+        for at in 0..arrive {
+            assert_eq!(server.recv(&mut buffer).unwrap(), SIZE);
+            assert_eq!(buffer[..SIZE], [at as u8; SIZE]);
+        }
+        assert_eq!(counters.get(Counter::TxDatagrams), arrive as u64);
+        Outcome {
+            stale: outlet.stale,
+            uncut: outlet.uncut,
+            dropped: counters.get(Counter::DropSendError),
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_will_not_cut_is_sent_uncut_from_the_same_source() {
+        // More segments than any kernel takes: an error that only whole messages meet.
+        let outcome = send(200, Ipv4Addr::LOCALHOST, [127, 0, 0, 1], 200);
+        assert_eq!(
+            (outcome.stale, outcome.uncut, outcome.dropped),
+            (vec![], vec![PEER], 0)
+        );
+    }
+
+    #[test]
+    fn a_source_that_is_gone_is_not_taken_for_a_narrow_path() {
+        let gone = Ipv4Addr::new(192, 0, 2, 1);
+        for segments in [1, 3] {
+            let outcome = send(segments, gone, [127, 0, 0, 1], segments);
+            assert_eq!(
+                (outcome.stale, outcome.uncut, outcome.dropped),
+                (vec![PEER], vec![], 0)
+            );
+        }
+    }
+
+    #[test]
+    fn what_the_underlay_refuses_for_good_is_dropped_and_counted_once() {
+        for segments in [1, 3] {
+            // Without SO_BROADCAST the kernel refuses this destination.
+            let outcome = send(segments, Ipv4Addr::LOCALHOST, [255; 4], 0);
+            assert_eq!(
+                (outcome.stale, outcome.uncut, outcome.dropped),
+                (vec![], vec![], segments as u64)
+            );
+        }
+    }
+
+    /// A socket that is full whenever the next message is for one of these.
+    struct Full(Vec<SocketAddr>, Vec<SocketAddr>);
+
+    impl SendMessages for Full {
+        fn send(&mut self, _: &OwnedFd, _: &[u8], messages: &[Message]) -> io::Result<usize> {
+            let room = |message: &&Message| !self.0.contains(&message.endpoint.remote);
+            let took = messages.iter().take_while(room);
+            self.1
+                .extend(took.clone().map(|message| message.endpoint.remote));
+            match took.count() {
+                0 => Err(io::Error::from_raw_os_error(libc::EAGAIN)),
+                count => Ok(count),
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_socket_costs_only_whom_it_is_full_for() {
+        let mut underlay = Underlay::bind(Bind {
+            port: 0,
+            mark: 0,
+            workers: 1,
+            gro: false,
+        })
+        .unwrap();
+        let sockets = Arc::new(underlay.sockets.remove(0));
+        let counters = Counters::new();
+        let peer = |host: u8| SocketAddr::from(([192, 0, 2, host], 51820));
+        let message = |host: u8| Message {
+            offset: 0,
+            length: 2 * SIZE,
+            size: SIZE,
+            segments: 2,
+            endpoint: Endpoint {
+                remote: peer(host),
+                local: None,
+            },
+            peer: Some(host.into()),
+            ecn: 0,
+        };
+        let hosts = [1, 2, 2, 3, 2, 4, 5, 5];
+        let full = Full(vec![peer(2), peer(5)], Vec::new());
+        let mut outlet = Outlet::through(full, sockets, &counters);
+        outlet.send(&[0; 2 * SIZE], &hosts.map(message));
+        assert_eq!(outlet.sender.1, [1, 3, 4].map(peer));
+        assert_eq!(counters.get(Counter::TxDatagrams), 6);
+        assert_eq!(counters.get(Counter::DropSendFull), 10);
+    }
+}

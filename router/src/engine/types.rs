@@ -1,0 +1,162 @@
+//! What the rest of the daemon gives to the engine and reads of it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::SystemTime;
+
+use ipnet::IpNet;
+
+use crate::wireguard::keys::{PresharedKey, PublicKey};
+
+/// A peer as the engine needs it: endpoint already resolved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerSpec {
+    /// Static public key.
+    pub public_key: PublicKey,
+    /// Optional symmetric key mixed into the handshake.
+    pub preshared_key: Option<PresharedKey>,
+    /// CIDRs that are this peer's.
+    pub allowed_ips: Vec<IpNet>,
+    /// Where to send until the peer is heard from elsewhere.
+    pub endpoint: Option<SocketAddr>,
+    /// Where else it may be: tried in this order when it does not answer there.
+    pub others: Vec<SocketAddr>,
+    /// Interval of persistent keepalives in seconds.
+    pub keepalive: Option<u16>,
+}
+
+/// What the engine knows of a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerStats {
+    /// Static public key.
+    pub public_key: PublicKey,
+    /// Where it was last authenticated from, or its configured endpoint.
+    pub endpoint: Option<SocketAddr>,
+    /// When the last handshake completed.
+    pub last_handshake: Option<SystemTime>,
+    /// Underlay bytes received from it, as `wg show` counts them.
+    pub rx_bytes: u64,
+    /// Underlay bytes sent to it.
+    pub tx_bytes: u64,
+    /// The kernel has refused to cut messages to it into datagrams (UDP GSO) within the last seconds:
+    /// each is sent by itself.
+    pub uncut: bool,
+    /// The last packet for it that was dropped because nobody knows where it is.
+    pub nowhere: Option<Nowhere>,
+}
+
+/// A packet for a peer that nobody knows the endpoint of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nowhere {
+    /// The packet's destination.
+    pub destination: IpAddr,
+    /// When it was dropped.
+    pub at: SystemTime,
+}
+
+/// How an engine is set up.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of the TUN device to create.
+    pub device: String,
+    /// MTU of the device in bytes.
+    pub mtu: u16,
+    /// UDP port to listen on, host byte order; 0 lets the system choose.
+    pub listen_port: u16,
+    /// Firewall mark of underlay packets (`SO_MARK`); 0 for none.
+    pub fwmark: u32,
+    /// Number of worker threads; `None` lets the engine choose.
+    pub workers: Option<usize>,
+    /// What may be used where the kernel has it.
+    pub offloads: Offloads,
+}
+
+/// Which offloads may be used where the kernel has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// TCP super-packets on the TUN device (TUN_F_TSO4, TUN_F_TSO6).
+    pub tun_tso: bool,
+    /// UDP super-packets on the TUN device (TUN_F_USO4, TUN_F_USO6).
+    pub tun_uso: bool,
+    /// Decrypted packets are merged into such super-packets.
+    pub tun_gro: bool,
+    /// Datagrams are received in batches (UDP_GRO).
+    pub udp_gro: bool,
+    /// Datagrams are sent in batches (UDP_SEGMENT).
+    pub udp_gso: bool,
+}
+
+impl Offloads {
+    /// All of them.
+    pub const ALL: Self = Self::each(true);
+    /// None of them.
+    pub const NONE: Self = Self::each(false);
+
+    /// Names of all, as the configuration has them.
+    pub const NAMES: [&'static str; 5] = ["tun_tso", "tun_uso", "tun_gro", "udp_gro", "udp_gso"];
+
+    const fn each(on: bool) -> Self {
+        Self {
+            tun_tso: on,
+            tun_uso: on,
+            tun_gro: on,
+            udp_gro: on,
+            udp_gso: on,
+        }
+    }
+
+    /// The one of this name, as the configuration has it.
+    pub fn named(&mut self, name: &str) -> Option<&mut bool> {
+        Some(match name {
+            "tun_tso" => &mut self.tun_tso,
+            "tun_uso" => &mut self.tun_uso,
+            "tun_gro" => &mut self.tun_gro,
+            "udp_gro" => &mut self.udp_gro,
+            "udp_gso" => &mut self.udp_gso,
+            _ => return None,
+        })
+    }
+}
+
+impl Default for Offloads {
+    fn default() -> Self {
+        Self::ALL
+    }
+}
+
+/// What the kernel granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// Worker threads.
+    pub workers: usize,
+    /// TUN packets carry a virtio-net header.
+    pub vnet_header: bool,
+    /// TCP super-packets on the TUN device.
+    pub tso: bool,
+    /// UDP super-packets on the TUN device (Linux 6.2).
+    pub uso: bool,
+    /// Decrypted packets are merged into super-packets.
+    pub tun_gro: bool,
+    /// Datagrams arrive in batches.
+    pub udp_gro: bool,
+    /// Datagrams are sent in batches.
+    pub udp_gso: bool,
+    /// The kernel brings each datagram to the worker that owns its session, and those of no session
+    /// to queues of their own.
+    pub udp_steering: bool,
+    /// With several workers: the kernel brings each packet to the worker that owns its peer.
+    pub tun_steering: bool,
+    /// Receive buffer of each socket for sessions in bytes, as the kernel counts it.
+    pub receive_buffer: usize,
+    /// Send buffer of each socket in bytes, as the kernel counts it.
+    pub send_buffer: usize,
+}
+
+/// Somebody who must know which receiver indices are in use: a filter in front of the sockets.
+///
+/// Every index that a peer is told has its upper 24 bits from here, for as long as the peer stays;
+/// the lower 8 count its sessions. So only changes of the peers are told, no handshake is.
+pub trait IndexWatch: Send + std::fmt::Debug {
+    /// These upper 24 bits will be in use from now on, and those no longer are. The first call
+    /// tells all in use. No message with a new index leaves before this returns.
+    fn changed(&mut self, new: &[u32], gone: &[u32]);
+}
