@@ -9,10 +9,12 @@ use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, 
 use ipnet::IpNet;
 use router::engine::internals::pieces::{AllowedIps, Merger, cut, with_slack};
 use router_ebpf::abi::{Address, Link, Prefix, Route, Settings, Side};
-use router_ebpf::decide::{Forward, Hop, decide};
+use router_ebpf::decide::decide;
+use router_ebpf::forward::Forward;
 use router_ebpf::memory::Memory;
 use router_ebpf::packet::{Packet, parse};
 use router_ebpf::rewrite;
+use router_ebpf::tables::Hop;
 use router_ebpf::verdict::Verdict;
 use router_ebpf::world::World;
 
@@ -84,18 +86,18 @@ fn program(c: &mut Criterion) {
         assert!(forward.is_translated);
         let mut packet = Packet::default();
         parse(SIDE, &frame, &mut packet).unwrap();
+        let tables = world.view(SIDE);
         c.bench_function(&format!("program/parse/{name}"), |b| {
             b.iter(|| parse(SIDE, black_box(&frame), &mut packet));
         });
         c.bench_function(&format!("program/decide/{name}"), |b| {
             let mut forward = Forward::default();
-            let tables = world.view(SIDE);
             b.iter(|| decide(SIDE, black_box(&mut packet), &frame, &tables, &mut forward));
         });
         c.bench_function(&format!("program/rewrite/{name}"), |b| {
             b.iter_batched_ref(
                 || frame.clone(),
-                |frame| rewrite::apply(SIDE, &packet, &forward, frame).unwrap(),
+                |frame| rewrite::apply(SIDE, &packet, &forward, &tables, frame).unwrap(),
                 BatchSize::SmallInput,
             );
         });

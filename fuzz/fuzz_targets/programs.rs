@@ -6,9 +6,10 @@
 
 use libfuzzer_sys::fuzz_target;
 use router_ebpf::abi::{Link, Prefix, Route, Settings, Side};
-use router_ebpf::decide::{Exit, Hop};
+use router_ebpf::forward::Exit;
 use router_ebpf::memory::Memory;
 use router_ebpf::packet::{Packet, parse};
+use router_ebpf::tables::Hop;
 use router_ebpf::verdict::Verdict;
 use router_ebpf::world::World;
 use sluice_fuzz::repair;

@@ -27,7 +27,7 @@ pub use flows::*;
 pub use settled::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 10;
+pub const ABI_VERSION: u32 = 11;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";

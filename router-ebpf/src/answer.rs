@@ -2,29 +2,15 @@
 
 use crate::abi::{Settings, Side};
 use crate::csum::fold;
-use crate::decide::{Exit, Forward, Tables};
-use crate::flow::is_underway;
-use crate::icmp;
-use crate::packet::{ACK, Bytes, FIN, Frame, Packet, RST, SYN, Sum, TCP, Transport};
+use crate::forward::{Answer, Exit, Forward};
+use crate::frame::{Bytes, Frame, Sum};
+use crate::icmp::{self, TTL};
+use crate::packet::{ACK, FIN, Packet, RST, SYN, TCP, Transport};
+use crate::tables::Tables;
 use crate::verdict::Verdict;
 
-/// TTL of what the programs send.
-pub(crate) const TTL: u8 = 64;
 /// Length in bytes of a TCP header without options.
 const TCP_HEADER: u32 = 20;
-
-/// What a sender is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// ICMP "packet too big", with [`Forward::mtu`].
-    TooBig,
-    /// ICMP "time exceeded".
-    TimeExceeded,
-    /// ICMP "administratively prohibited".
-    Prohibited,
-    /// A TCP RST.
-    Reset,
-}
 
 /// Whether an answer to `packet` may be sent: never to an ICMP error or a later fragment (RFC 1812,
 /// section 4.3.2.7; RFC 4443, section 2.4), and not too many. Asked once for a packet.
@@ -49,7 +35,7 @@ pub fn reject<T: Tables>(
     }
     // Perhaps of a flow that the other end has opened, and that nobody remembers: one more packet of it
     // from there, and it goes on.
-    if is_underway(side, packet) && tables.permits(&packet.tuple.reversed(), settings).is_ok() {
+    if packet.is_underway(side) && tables.permits(&packet.tuple.reversed(), settings).is_ok() {
         return Err(Verdict::DropPolicy);
     }
     // To the router itself or a broadcast address: the kernel knows which, judges it by the same rules,
@@ -80,7 +66,7 @@ pub fn send<F: Frame>(packet: &Packet, forward: &Forward, frame: &mut F) -> Resu
         Answer::Reset => reset(packet, frame)?,
         answer => icmp::error(packet, answer, forward.mtu, frame)?,
     }
-    frame.turn_back()
+    frame.swap_ethernet()
 }
 
 /// Makes of the segment `packet` the RST that its sender believes (RFC 9293, section 3.10.7.1). It has

@@ -1,9 +1,10 @@
 //! Fragments: the first of a packet has the ports, and the others follow it.
 
 use crate::abi::{Flow, Fragment, FragmentKey, Route, Side, Tuple};
-use crate::decide::Tables;
-use crate::flow::{self, Entry};
+use crate::entry::Entry;
 use crate::packet::Packet;
+use crate::route;
+use crate::tables::Tables;
 use crate::verdict::Verdict;
 
 /// The key of the fragments that the program of `side` sees with these addresses, or lets out.
@@ -43,7 +44,7 @@ pub fn follow<T: Tables>(side: Side, packet: &mut Packet, tables: &T) -> Result<
         return Ok(fragment.flags & Fragment::STACK != 0);
     }
     // It came before the first one.
-    let (route, _) = flow::route(side, &packet.tuple, tables)?;
+    let (route, _) = route::between(side, &packet.tuple, tables)?;
     if side == Side::Overlay && route.flags & Route::SNAT != 0 {
         // By the time that the ports are known, the kernel would have it under another port.
         return Err(Verdict::DropFragment);

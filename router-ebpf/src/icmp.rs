@@ -1,16 +1,19 @@
 //! ICMP errors: those about packets of a flow, and those that the programs send themselves.
 
 use crate::abi::{Address, Prefix, Side, Tuple};
-use crate::answer::{Answer, TTL};
 use crate::csum::{Delta, fold};
-use crate::decide::{Nat, Tables, refuse};
+use crate::forward::{Answer, Nat};
 use crate::fragment;
+use crate::frame::{Bytes, Covers, Frame, Sum};
 use crate::packet::{
-    Bytes, Covers, FRAGMENT_HEADER, Frame, ICMP, ICMPV6, IPV6_FRAGMENT, Packet, Sum, TCP,
-    Transport, UDP, echo_ports,
+    FRAGMENT_HEADER, ICMP, ICMPV6, IPV6_FRAGMENT, Packet, TCP, Transport, UDP, echo_ports,
 };
+use crate::route;
+use crate::tables::Tables;
 use crate::verdict::Verdict;
 
+/// TTL of what the programs send.
+pub(crate) const TTL: u8 = 64;
 /// Length in bytes of an ICMP error's own header (RFC 792, RFC 4443).
 const HEADER: u32 = 8;
 /// TOS of ICMP errors: internetwork control (RFC 1812, section 4.3.2.5).
@@ -133,7 +136,7 @@ pub(crate) fn concerned<F: Frame, T: Tables>(
             packet.flow = quoted.reversed();
             Ok(())
         }
-        _ => Err(refuse(side, packet, tables, Verdict::SlowNoFlow)),
+        _ => Err(route::refuse(side, packet, tables, Verdict::SlowNoFlow)),
     }
 }
 

@@ -2,8 +2,8 @@
 
 use crate::abi::Side;
 use crate::csum::Delta;
-use crate::mss::{MAX_OPTIONS, Options};
-use crate::packet::{Bytes, Covers, Frame, JUMBO_HEADER, Sum};
+use crate::frame::{Bytes, Covers, Frame, Sum};
+use crate::packet::JUMBO_HEADER;
 use crate::verdict::Verdict;
 
 /// A packet as a program of one side sees it, with complete checksums.
@@ -53,11 +53,11 @@ impl Frame for Memory {
         bytes.first_chunk().copied().map(Bytes)
     }
 
-    fn read_into(&self, at: u32, len: u32, to: &mut Options) -> bool {
+    fn read_into<const N: usize>(&self, at: u32, len: u32, to: &mut Bytes<N>) -> bool {
         let start = self.offset + at as usize;
         let bytes = self.bytes.get(start..start + len as usize);
-        match (bytes, to.bytes.0.get_mut(..len as usize)) {
-            (Some(bytes), Some(to)) if len > 0 && len <= MAX_OPTIONS => {
+        match (bytes, to.0.get_mut(..len as usize)) {
+            (Some(bytes), Some(to)) if len > 0 => {
                 to.copy_from_slice(bytes);
                 true
             }
@@ -114,7 +114,7 @@ impl Frame for Memory {
         Ok(())
     }
 
-    fn turn_back(&mut self) -> Result<(), Verdict> {
+    fn swap_ethernet(&mut self) -> Result<(), Verdict> {
         if self.offset >= 12 {
             self.bytes[..12].rotate_left(6);
         }

@@ -3,7 +3,7 @@
 use core::hint::black_box;
 
 use crate::csum::Delta;
-use crate::packet::{Bytes, Covers, Frame, Sum};
+use crate::frame::{Bytes, Covers, Frame, Sum};
 use crate::verdict::Verdict;
 
 const END: u8 = 0;
@@ -13,13 +13,13 @@ const MSS: u8 = 2;
 const HEADER: u32 = 20;
 
 /// Most bytes of TCP options.
-pub const MAX_OPTIONS: u32 = 40;
+const MAX_OPTIONS: u32 = 40;
 
 /// Room to look for an option.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// The options; as many as a mask lets an index reach, and those of an option behind it.
-    pub(crate) bytes: Bytes<68>,
+    bytes: Bytes<68>,
     /// Where the next one begins. In memory, where the verifier does not follow it: all steps look
     /// alike to it then.
     next: u32,
@@ -35,12 +35,6 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Room for [`MAX_OPTIONS`] bytes.
-    #[inline(always)]
-    pub fn as_mut_ptr(&mut self) -> *mut u8 {
-        self.bytes.0.as_mut_ptr()
-    }
-
     /// The four bytes at a place, of which the lowest six bits count.
     #[inline(always)]
     fn at(&self, at: u32) -> [u8; 4] {
@@ -86,7 +80,7 @@ pub fn clamp<F: Frame>(
     options: &mut Options,
 ) -> Result<(), Verdict> {
     let len = header_len.wrapping_sub(HEADER);
-    if !frame.read_into(tcp + HEADER, len, options) {
+    if !frame.read_into(tcp + HEADER, len, &mut options.bytes) {
         return Ok(());
     }
     let Some((at, old)) = find(options, len) else {

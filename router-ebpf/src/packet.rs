@@ -1,12 +1,9 @@
-//! The bytes of a packet, and what the fast path must know of them.
+//! What the fast path must know of a packet.
 
 use core::hint::black_box;
 
-use crate::abi::{Address, Side, Tuple};
-use crate::csum::Delta;
-use crate::decide::Nat;
-use crate::icmp;
-use crate::mss;
+use crate::abi::{Address, Denied, Side, Tuple};
+use crate::frame::Frame;
 use crate::verdict::Verdict;
 
 /// IP protocol number of ICMP.
@@ -34,104 +31,6 @@ pub const ACK: u8 = 0x10;
 pub(crate) const FRAGMENT_HEADER: u32 = 8;
 /// Length in bytes of the hop-by-hop header in front of an IPv6 super-packet above 64 KiB.
 pub(crate) const JUMBO_HEADER: u32 = 8;
-
-/// Bytes of a packet; aligned, so that programs can take them word by word.
-#[repr(C, align(8))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bytes<const N: usize>(pub [u8; N]);
-
-/// Whether a write leaves the sum over the packet as it was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sum {
-    /// The same rewrite mends a checksum inside the packet, so the sum over all stays.
-    Kept,
-    /// No checksum inside the packet covers the bytes.
-    Changed,
-}
-
-/// What of a changed word a transport checksum covers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Covers {
-    /// The transport header and what is behind it. A checksum that is left to the hardware stays.
-    Payload,
-    /// The pseudo-header: it is in the checksum also while that is left to the hardware.
-    Pseudo,
-    /// As [`Covers::Payload`], of UDP: zero means "no checksum" and stays, and is never made.
-    UdpPayload,
-    /// As [`Covers::Pseudo`], of UDP.
-    UdpPseudo,
-}
-
-/// A packet in place; offsets count from its IP header. The only way to its bytes.
-pub trait Frame {
-    /// Bytes from the IP header to the end, link-layer padding included.
-    fn len(&self) -> u32;
-
-    /// Whether there is nothing behind the link-layer header.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Payload bytes of each segment of a super-packet; zero for a plain packet.
-    fn gso_size(&self) -> u32;
-
-    /// `N` bytes at `AT`, if the packet has them. For headers, whose place is known to the compiler
-    /// and to the verifier: the cheap way.
-    fn header<const AT: usize, const N: usize>(&self) -> Option<[u8; N]>;
-
-    /// `N` bytes at any place, if the packet has them.
-    fn read<const N: usize>(&self, at: u32) -> Option<Bytes<N>>;
-
-    /// Fills the first `len` bytes of `to` with those at `at`; `false` if the packet does not have
-    /// them, or if `len` is zero or more than [`mss::MAX_OPTIONS`].
-    fn read_into(&self, at: u32, len: u32, to: &mut mss::Options) -> bool;
-
-    /// Overwrites bytes that [`Frame::header`] has seen, and no sum over the packet changes by it.
-    fn write_header<const AT: usize, const N: usize>(
-        &mut self,
-        bytes: &Bytes<N>,
-    ) -> Result<(), Verdict>;
-
-    /// Overwrites bytes that [`Frame::read`] has seen.
-    fn write<const N: usize>(&mut self, at: u32, bytes: &Bytes<N>, sum: Sum)
-    -> Result<(), Verdict>;
-
-    /// Accounts in the transport checksum at `at` for what changes under it.
-    fn replace_checksum(&mut self, at: u32, delta: Delta, covers: Covers) -> Result<(), Verdict>;
-
-    /// Cuts the packet to `len` bytes; a super-packet becomes a plain one.
-    fn trim(&mut self, len: u32) -> Result<(), Verdict>;
-
-    /// Puts an Ethernet header in front of a packet that has none.
-    fn push_ethernet(&mut self, header: &Bytes<14>) -> Result<(), Verdict>;
-
-    /// Puts headers in front of the IP header: offsets count from the first of them then.
-    fn insert<const N: usize>(&mut self, headers: &Bytes<N>) -> Result<(), Verdict>;
-
-    /// Lowers the MSS option of the TCP header at `tcp`, `header_len` bytes long, to `limit`, as
-    /// [`mss::clamp`] does.
-    fn clamp_mss(&mut self, tcp: u32, header_len: u32, limit: u16) -> Result<(), Verdict>
-    where
-        Self: Sized,
-    {
-        mss::clamp(self, tcp, header_len, limit, &mut mss::Options::default())
-    }
-
-    /// Translates the packet that an ICMP error quotes, as [`icmp::translate_quote`] does.
-    fn translate_quote(&mut self, side: Side, packet: &Packet, nat: &Nat) -> Result<(), Verdict>
-    where
-        Self: Sized,
-    {
-        icmp::translate_quote(side, packet, nat, self)
-    }
-
-    /// Takes the eight bytes behind the IPv6 header out, as long as a jumbo payload option is; segments
-    /// keep their size.
-    fn cut_jumbo_header(&mut self) -> Result<(), Verdict>;
-
-    /// Swaps the hardware addresses, if there are any.
-    fn turn_back(&mut self) -> Result<(), Verdict>;
-}
 
 /// What is behind the IP header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -252,6 +151,41 @@ impl Packet {
         }
     }
 
+    /// Whether the packet, in the program of `side`, cannot be the first of a flow that connection
+    /// tracking would take for new.
+    #[inline(always)]
+    pub fn is_underway(&self, side: Side) -> bool {
+        match self.transport {
+            Transport::Tcp => self.tcp_flags & (SYN | ACK | RST) != SYN,
+            Transport::Echo => {
+                let asked = match side {
+                    Side::Overlay => self.tuple.ports[1] == Tuple::ASKED_BY_OVERLAY,
+                    Side::Subnet => self.tuple.ports[0] == Tuple::ASKED_BY_SUBNET,
+                };
+                !asked
+            }
+            _ => false,
+        }
+    }
+
+    /// What user space is told of the packet, which was denied in the program of `side`; `verdict` is
+    /// the number of a [`Verdict`], `time` in ns of `CLOCK_MONOTONIC`.
+    #[inline(always)]
+    pub const fn denied(&self, side: Side, verdict: u8, time: u64) -> Denied {
+        Denied {
+            time,
+            len: self.len,
+            source: self.tuple.source,
+            destination: self.tuple.destination,
+            ports: self.tuple.ports,
+            protocol: self.tuple.protocol,
+            side: side as u8,
+            verdict,
+            tcp_flags: self.tcp_flags,
+            reserved: [0; 4],
+        }
+    }
+
     /// Whether the packet is IPv4.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
@@ -342,7 +276,7 @@ fn set_v4(address: &mut Address, octets: &[u8]) {
 /// RFC 8200, sections 3 and 4.5.
 #[inline(always)]
 fn parse_v6<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
-    // Each address by itself, so that it is in registers: see `flow::by_words`.
+    // Each address by itself, so that it is in registers: see `entry::by_words`.
     let destination = frame.header::<24, 16>().ok_or(Verdict::DropMalformed)?;
     let source = frame.header::<8, 16>().ok_or(Verdict::DropMalformed)?;
     let header: [u8; 8] = frame.header::<0, 8>().ok_or(Verdict::DropMalformed)?;

@@ -2,8 +2,10 @@
 
 use crate::abi::Side;
 use crate::csum::Delta;
-use crate::decide::{Exit, Forward, Nat};
-use crate::packet::{Bytes, Covers, Frame, ICMP, Packet, Sum, Transport};
+use crate::forward::{Exit, Forward, Nat};
+use crate::frame::{Bytes, Covers, Frame, Sum};
+use crate::packet::{ICMP, Packet, Transport};
+use crate::steps::Steps;
 use crate::verdict::Verdict;
 
 const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
@@ -13,19 +15,20 @@ const ETHERTYPE_IPV6: [u8; 2] = [0x86, 0xdd];
 /// in front. After an error the packet may be half rewritten: it must be dropped. Not for
 /// [`Exit::Answer`].
 #[inline(always)]
-pub fn apply<F: Frame>(
+pub fn apply<F: Frame, S: Steps>(
     side: Side,
     packet: &Packet,
     forward: &Forward,
+    steps: &S,
     frame: &mut F,
-) -> Result<(), Verdict> {
+) -> Result<(), S::Stop> {
     if forward.mss != u16::MAX {
-        frame.clamp_mss(packet.transport_at, packet.transport_len, forward.mss)?;
+        steps.clamp_mss(side, packet, forward.mss, frame)?;
     }
     if forward.is_translated {
         let nat = &forward.nat;
         if packet.transport == Transport::Error {
-            frame.translate_quote(side, packet, nat)?;
+            steps.translate_quote(side, packet, nat, frame)?;
         }
         translate_transport(side, packet, nat, frame)?;
     }
@@ -46,7 +49,7 @@ pub fn apply<F: Frame>(
         // Kernels that put it there take it out when they cut the packet, some as if there were always an
         // Ethernet header in front, which there is none of in the TUN device.
         frame.write(6, &Bytes([packet.tuple.protocol]), Sum::Changed)?;
-        return frame.cut_jumbo_header();
+        return Ok(frame.cut_jumbo_header()?);
     }
     // Ethernet pads to 60 bytes; inside a tunnel the padding would only cost.
     if packet.gso_size == 0 && packet.len < frame.len() {
@@ -178,10 +181,11 @@ fn write_v6<F: Frame>(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::abi::Side;
+    use crate::abi::Settings;
     use crate::csum::tests::sum;
     use crate::memory::Memory;
     use crate::packet::parse;
+    use crate::world::World;
     use proptest::prelude::*;
 
     const MACS: [u8; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
@@ -189,7 +193,8 @@ mod tests {
     fn carried(side: Side, mut frame: Memory, forward: &Forward) -> Vec<u8> {
         let mut packet = Packet::default();
         parse(side, &frame, &mut packet).unwrap();
-        apply(side, &packet, forward, &mut frame).unwrap();
+        let world = World::new(Settings::default());
+        apply(side, &packet, forward, &world.view(side), &mut frame).unwrap();
         frame.bytes
     }
 

@@ -5,8 +5,9 @@ use std::net::IpAddr;
 
 use crate::abi::{Address, Link, Prefix, Route, Settings, Side};
 use crate::craft::{Ip, TCP, frame, sum};
-use crate::decide::{Exit, Hop};
+use crate::forward::Exit;
 use crate::memory::Memory;
+use crate::tables::Hop;
 use crate::verdict::Verdict;
 use crate::world::World;
 

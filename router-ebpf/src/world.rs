@@ -1,4 +1,4 @@
-//! Tables and routing in memory: the host's [`Tables`], for tests and measurements.
+//! Tables and routing in memory: the host's [`Tables`] and [`Steps`], for tests and measurements.
 
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -6,13 +6,17 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use crate::abi::{
     Account, Address, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple, Way,
 };
-use crate::answer;
-use crate::decide::{Exit, Forward, Hop, Refused, Tables, decide};
-use crate::flow::Entry;
+use crate::decide::{self, decide};
+use crate::entry::Entry;
+use crate::flow::{self, Draft};
+use crate::forward::{Exit, Forward, Nat};
+use crate::frame::Frame;
 use crate::memory::Memory;
 use crate::packet::{Packet, parse};
-use crate::rewrite;
+use crate::steps::Steps;
+use crate::tables::{Hop, NO_CLAUSE, Refused, Tables};
 use crate::verdict::Verdict;
+use crate::{answer, fragment, icmp, mss, rewrite};
 
 /// What the kernel's routing answers about a packet, were it as many bytes long.
 pub type Routing = Box<dyn Fn(&Packet, u32) -> Result<Hop, Verdict>>;
@@ -89,7 +93,7 @@ impl World {
         self.removed.get_mut().clear();
         let view = View { world: self, side };
         let mut forward = Forward::default();
-        match view.carry(side, frame, &mut forward) {
+        match view.process(side, frame, &mut forward) {
             Ok(()) => (forward.verdict, Some(forward)),
             Err(verdict) => (verdict, None),
         }
@@ -157,7 +161,8 @@ pub struct View<'a> {
 }
 
 impl View<'_> {
-    fn carry(self, side: Side, frame: &mut Memory, forward: &mut Forward) -> Result<(), Verdict> {
+    /// Parses the packet, decides about it, and carries that out.
+    fn process(self, side: Side, frame: &mut Memory, forward: &mut Forward) -> Result<(), Verdict> {
         let mut packet = Packet::default();
         parse(side, frame, &mut packet).map_err(|verdict| match side {
             Side::Overlay => verdict,
@@ -173,7 +178,7 @@ impl View<'_> {
         if forward.exit == Exit::Answer {
             return answer::send(&packet, forward, frame);
         }
-        rewrite::apply(side, &packet, forward, frame)
+        rewrite::apply(side, &packet, forward, &self, frame)
     }
 }
 
@@ -240,7 +245,7 @@ impl Tables for View<'_> {
 
     fn permits(&self, tuple: &Tuple, settings: &Settings) -> Result<u16, Verdict> {
         if settings.bank == 0 {
-            return Ok(Flow::NO_CLAUSE);
+            return Ok(NO_CLAUSE);
         }
         (self.world.rules)(tuple).ok_or(Verdict::DropPolicy)
     }
@@ -306,7 +311,78 @@ impl Tables for View<'_> {
         left > 0
     }
 
+    fn claim(&self, reply: &Tuple, flow: &Flow) -> Result<(), Refused> {
+        if self.is_socket(reply) {
+            return Err(Refused::Exists);
+        }
+        self.add_flow(Side::Subnet, reply, flow)
+    }
+
     fn next_hop(&self, packet: &Packet, len: u32, _: &Settings) -> Result<Hop, Verdict> {
         (self.world.routing)(packet, len)
+    }
+}
+
+impl Steps for View<'_> {
+    type Stop = Verdict;
+
+    fn find_flow<F: Frame>(
+        &self,
+        side: Side,
+        packet: &mut Packet,
+        frame: &F,
+    ) -> Result<bool, Verdict> {
+        decide::find_flow(side, packet, frame, self)
+    }
+
+    fn open(&self, side: Side, packet: &Packet) -> Result<(), Verdict> {
+        flow::open(side, packet, self, &mut Draft::default())
+    }
+
+    fn judge(&self, side: Side, packet: &Packet, entry: Entry<'_>) -> Result<(), Verdict> {
+        flow::judge(side, packet, entry, self)
+    }
+
+    fn probe_mtu(&self, packet: &Packet, entry: Entry<'_>) -> Result<(), Verdict> {
+        flow::probe_mtu(packet, entry, self)
+    }
+
+    fn look_across(&self, side: Side, packet: &Packet, entry: Entry<'_>) -> bool {
+        flow::look_across(side, packet, entry, self)
+    }
+
+    fn is_routers(&self, packet: &Packet, entry: Entry<'_>) -> bool {
+        flow::is_routers(packet, entry, self)
+    }
+
+    fn lead(
+        &self,
+        side: Side,
+        packet: &Packet,
+        entry: Entry<'_>,
+        stack: bool,
+    ) -> Result<(), Verdict> {
+        fragment::lead(side, packet, entry, self, stack)
+    }
+
+    fn clamp_mss<F: Frame>(
+        &self,
+        _: Side,
+        packet: &Packet,
+        limit: u16,
+        frame: &mut F,
+    ) -> Result<(), Verdict> {
+        let (at, len) = (packet.transport_at, packet.transport_len);
+        mss::clamp(frame, at, len, limit, &mut mss::Options::default())
+    }
+
+    fn translate_quote<F: Frame>(
+        &self,
+        side: Side,
+        packet: &Packet,
+        nat: &Nat,
+        frame: &mut F,
+    ) -> Result<(), Verdict> {
+        icmp::translate_quote(side, packet, nat, frame)
     }
 }

@@ -5,6 +5,8 @@ mod apt;
 mod bench;
 mod build;
 mod ci;
+#[cfg(test)]
+mod circles;
 mod demo;
 mod doctor;
 mod fuzz;

@@ -2,8 +2,7 @@
 
 use core::mem::{align_of, offset_of, size_of};
 
-use super::{Address, Side};
-use crate::packet::Packet;
+use super::Address;
 use crate::verdict::Verdict;
 
 /// Map of packets that were denied, no more than [`Denied::PER_SECOND`] and [`Denied::AT_ONCE`] of a CPU
@@ -29,7 +28,7 @@ pub struct Denied {
     pub ports: [[u8; 2]; 2],
     /// IP protocol.
     pub protocol: u8,
-    /// [`Side`] as a number: the program that has seen it.
+    /// [`super::Side`] as a number: the program that has seen it.
     pub side: u8,
     /// [`Verdict`] as a number.
     pub verdict: u8,
@@ -44,23 +43,6 @@ impl Denied {
     pub const PER_SECOND: u64 = 100;
     /// Most packets of a CPU that are told at once.
     pub const AT_ONCE: u64 = 50;
-
-    /// `packet` in the program of `side`, at `time`.
-    #[inline(always)]
-    pub const fn new(side: Side, verdict: u8, packet: &Packet, time: u64) -> Self {
-        Self {
-            time,
-            len: packet.len,
-            source: packet.tuple.source,
-            destination: packet.tuple.destination,
-            ports: packet.tuple.ports,
-            protocol: packet.tuple.protocol,
-            side: side as u8,
-            verdict,
-            tcp_flags: packet.tcp_flags,
-            reserved: [0; 4],
-        }
-    }
 }
 
 layout! {

@@ -259,8 +259,8 @@ pub struct Flow {
     pub acknowledged: u32,
     /// MTU in bytes of the path of this direction.
     pub mtu: u16,
-    /// Number of the clause of the policy that let the flow through; [`Flow::NO_CLAUSE`]: none.
-    pub clause: u16,
+    /// Zero.
+    pub reserved: [u8; 2],
     /// Destination, then source hardware address of the next hop; only from the overlay.
     pub hardware: [u8; 12],
     /// The port (or ICMP identifier) that goes with `address`, big-endian.
@@ -291,9 +291,6 @@ impl Flow {
     /// TCP: a connection of the router itself, or one that its kernel translates, has got the translated
     /// port since. The flow is over.
     pub const LOST: u8 = 1 << 4;
-
-    /// `clause` when there are no rules.
-    pub const NO_CLAUSE: u16 = u16::MAX;
 
     /// Bytes of an entry that are in use for IPv4, in whole words; those behind are zero.
     pub const V4_LEN: usize = 48;
@@ -384,7 +381,7 @@ layout! {
     Key4: 16, align 8 { source: 0, destination: 4, ports: 8, protocol: 12, side: 13, reserved: 14 }
     Key6: 40, align 8 { source: 0, destination: 16, ports: 32, protocol: 36, side: 37, reserved: 38 }
     Flow: 56, align 8 {
-        last_used: 0, generation: 8, link: 12, acknowledged: 16, mtu: 20, clause: 22, hardware: 24,
+        last_used: 0, generation: 8, link: 12, acknowledged: 16, mtu: 20, reserved: 22, hardware: 24,
         port: 36, tcp: 38, flags: 39, address: 40
     }
     FragmentKey: 40, align 8 { source: 0, destination: 16, id: 32, protocol: 36, side: 37, family: 38, reserved: 39 }

@@ -8,7 +8,7 @@ use aya_ebpf::macros::btf_map;
 use router_ebpf::abi::{
     DEFAULT_ENTRIES, EMPTY, Flow, Key4, Key6, PROBES, Seats, Side, Slot4, Slot6, Tuple,
 };
-use router_ebpf::decide::Refused;
+use router_ebpf::tables::Refused;
 
 /// `EEXIST` as the kernel returns it.
 const EEXIST: i32 = -17;

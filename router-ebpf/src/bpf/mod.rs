@@ -1,25 +1,29 @@
 //! The programs: the outermost functions, which alone count a verdict and turn it into a return
 //! code.
 
+mod carry;
 mod flows;
+mod kernel;
+mod lookups;
 mod maps;
 mod skb;
 mod steps;
+mod tables;
+mod work;
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::{ABI_VERSION, Side};
-use router_ebpf::answer;
-use router_ebpf::decide::{Exit, Tables as _, decide};
-use router_ebpf::packet::{Frame as _, Transport, parse};
-use router_ebpf::rewrite;
-use router_ebpf::verdict::{Class, Verdict};
+use router_ebpf::forward::Exit;
+use router_ebpf::frame::Frame as _;
+use router_ebpf::packet::parse;
+use router_ebpf::tables::Tables as _;
+use router_ebpf::verdict::Class;
 
-use maps::Maps;
 use skb::Skb;
-use steps::Work;
+use tables::Maps;
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
@@ -55,7 +59,7 @@ pub(crate) fn sluice_policy(ctx: TcContext) -> i32 {
     let Some(settings) = maps.settings() else {
         return 0;
     };
-    let Some(work) = steps::work() else {
+    let Some(work) = work::work() else {
         return 0;
     };
     // SAFETY: the place is valid and this program's alone, and `parse` fills what is read.
@@ -63,7 +67,7 @@ pub(crate) fn sluice_policy(ctx: TcContext) -> i32 {
     if parse(Side::Subnet, &Skb::new(&ctx, Side::Subnet), packet).is_err() {
         return 0;
     }
-    match steps::clause(&ctx, &packet.tuple, settings.bank) {
+    match lookups::clause(&ctx, &packet.tuple, settings.bank) {
         Some(clause) => {
             maps::count_hit(settings.bank, clause);
             clause as i32 + 1
@@ -75,10 +79,10 @@ pub(crate) fn sluice_policy(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn run(side: Side, ctx: TcContext) -> i32 {
     let bytes = Skb::at(&ctx, side).len();
-    let Some(work) = steps::work() else {
+    let Some(work) = work::work() else {
         return TC_ACT_SHOT;
     };
-    let outcome = steps::run(&ctx, side, work);
+    let outcome = carry::process(&ctx, side, work);
     // SAFETY: the place is valid and this program's alone, and no step is at work on it any more.
     let forward = unsafe { &(*work).forward };
     let verdict = match outcome {
@@ -98,9 +102,9 @@ fn run(side: Side, ctx: TcContext) -> i32 {
                 }
                 Exit::Answer => {
                     steps::tell(&ctx, side, verdict);
-                    bpf_redirect(Skb::at(&ctx, side).ingress(), 0)
+                    bpf_redirect(kernel::ingress(&ctx), 0)
                 }
-                Exit::Neighbour => steps::redirect_neighbour(forward.link),
+                Exit::Neighbour => kernel::redirect_neighbour(forward.link),
                 _ => bpf_redirect(forward.link, 0),
             },
             Err(verdict) if matches!(verdict.class(), Class::Drop | Class::Reject) => {
@@ -128,35 +132,6 @@ fn hand_over(ctx: &TcContext) {
         // Volatile, for the compiler takes it for a constant.
         (*ctx.skb.skb).mark |= (&raw const HANDED_OVER).read_volatile();
     }
-}
-
-/// Parses the packet, decides about it and carries that out, but for an answer.
-#[inline(always)]
-fn carry(side: Side, ctx: &TcContext, work: &mut Work, maps: &Maps<'_>) -> Result<(), Verdict> {
-    let skb = &mut Skb::new(ctx, side);
-    match side {
-        Side::Overlay => parse(side, skb, &mut work.packet)?,
-        Side::Subnet if !skb.is_untagged_ip_to_us() => return Err(Verdict::PassUnrelated),
-        // What is wrong with a frame from the wire is the stack's to judge and to count.
-        Side::Subnet => {
-            parse(side, skb, &mut work.packet).map_err(|_| Verdict::PassUnrelated)?;
-        }
-    }
-    decide(side, &mut work.packet, skb, maps, &mut work.forward)?;
-    if side == Side::Subnet && skb.is_tagged() {
-        skb.untag();
-    }
-    if work.forward.exit == Exit::Answer {
-        if !answer::may_send(&work.packet, maps) {
-            return Err(work.forward.verdict);
-        }
-        return Ok(());
-    }
-    let quotes = work.packet.transport == Transport::Error && work.forward.is_translated;
-    if quotes && !maps.has_done(steps::QUOTED) {
-        return steps::translate_quote();
-    }
-    rewrite::apply(side, &work.packet, &work.forward, skb)
 }
 
 #[panic_handler]

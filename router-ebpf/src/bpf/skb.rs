@@ -15,12 +15,8 @@ use aya_ebpf::helpers::{
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::Side;
 use router_ebpf::csum::Delta;
-use router_ebpf::decide::Nat;
-use router_ebpf::mss::{MAX_OPTIONS, Options};
-use router_ebpf::packet::{Bytes, Covers, Frame, Packet, Sum};
+use router_ebpf::frame::{Bytes, Covers, Frame, Sum};
 use router_ebpf::verdict::Verdict;
-
-use super::steps;
 
 /// `PACKET_HOST` of linux/if_packet.h: the frame is addressed to this machine.
 const PACKET_HOST: u32 = 0;
@@ -37,9 +33,9 @@ const HEADERS: u32 = 68;
 /// A socket buffer. The helpers behind it serve linear and paged data alike and make shared data
 /// private before they write.
 pub(crate) struct Skb<'a> {
-    pub(super) ctx: &'a TcContext,
+    ctx: &'a TcContext,
     /// Bytes in front of the IP header.
-    pub(super) offset: u32,
+    offset: u32,
 }
 
 impl<'a> Skb<'a> {
@@ -64,14 +60,6 @@ impl<'a> Skb<'a> {
         }
     }
 
-    /// Interface that the packet came in by.
-    #[inline(always)]
-    pub(crate) fn ingress(&self) -> u32 {
-        // Volatile: LLVM must not take the field's address apart from the access.
-        // SAFETY: the kernel passes a valid context, and the field is readable in tc programs.
-        unsafe { (&raw const (*self.ctx.skb.skb).ifindex).read_volatile() }
-    }
-
     /// Whether the frame is IP in no VLAN and addressed to this machine: a NIC in promiscuous mode
     /// also brings what other machines are to receive. A tag of VLAN 0 tells a priority only (IEEE
     /// 802.1Q); the kernel has taken it out of the frame, and ignores it.
@@ -91,7 +79,7 @@ impl<'a> Skb<'a> {
     /// Whether there is a VLAN tag.
     #[inline(always)]
     pub(crate) fn is_tagged(&self) -> bool {
-        // SAFETY: as in `is_untagged_ip_to_us`. Volatile, as in `ingress`.
+        // SAFETY: as in `is_untagged_ip_to_us`. Volatile, as in `kernel::ingress`.
         unsafe { (&raw const (*self.ctx.skb.skb).vlan_present).read_volatile() != 0 }
     }
 
@@ -198,11 +186,11 @@ impl Frame for Skb<'_> {
     }
 
     #[inline(always)]
-    fn read_into(&self, at: u32, len: u32, to: &mut Options) -> bool {
+    fn read_into<const N: usize>(&self, at: u32, len: u32, to: &mut Bytes<N>) -> bool {
         // What is compared must be what is passed, or the verifier does not see the bounds; and
         // before Linux 5.13 it does not learn from a comparison with zero.
         let less = black_box(u64::from(len).wrapping_sub(1));
-        if less >= MAX_OPTIONS.into() {
+        if less >= N as u64 {
             return false;
         }
         let len = less as u32 + 1;
@@ -211,7 +199,7 @@ impl Frame for Skb<'_> {
             bpf_skb_load_bytes(
                 self.ctx.as_ptr(),
                 self.offset + at,
-                to.as_mut_ptr().cast(),
+                to.0.as_mut_ptr().cast(),
                 len,
             )
         };
@@ -290,17 +278,6 @@ impl Frame for Skb<'_> {
     }
 
     #[inline(always)]
-    fn clamp_mss(&mut self, tcp: u32, header_len: u32, limit: u16) -> Result<(), Verdict> {
-        steps::clamp_mss(self.ctx, self.offset, tcp, header_len, limit)
-    }
-
-    #[inline(always)]
-    fn translate_quote(&mut self, _: Side, _: &Packet, _: &Nat) -> Result<(), Verdict> {
-        // A step of its own, see `carry`.
-        Ok(())
-    }
-
-    #[inline(always)]
     fn cut_jumbo_header(&mut self) -> Result<(), Verdict> {
         const LEN: i32 = 8;
         let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
@@ -309,7 +286,7 @@ impl Frame for Skb<'_> {
     }
 
     #[inline(always)]
-    fn turn_back(&mut self) -> Result<(), Verdict> {
+    fn swap_ethernet(&mut self) -> Result<(), Verdict> {
         if self.offset == 0 {
             return Ok(());
         }

@@ -2,9 +2,10 @@
 use std::net::IpAddr;
 
 use super::*;
-use crate::abi::Address;
+use crate::abi::{Address, Link, Route};
 use crate::craft::{ACK, Ip, frame, mss};
 use crate::memory::Memory;
+use crate::tables::{Hop, fib_failure};
 use crate::world::World;
 
 const TUN: u32 = 7;
@@ -173,47 +174,6 @@ fn both_directions_agree_on_the_interfaces() {
     world.ingress = [TUN, 9];
     let down = run(&mut world, Side::Subnet, &udp(Side::Subnet)).0;
     assert_eq!(down, Verdict::SlowOtherLink);
-}
-
-#[test]
-fn special_addresses_are_the_kernels() {
-    let v4 = |octets| flow::check_scope(&Address::v4(octets)).is_err();
-    let v6 = |text: &str| {
-        let address: std::net::Ipv6Addr = text.parse().unwrap();
-        flow::check_scope(&Address::v6(address.octets())).is_err()
-    };
-    for octets in [
-        [0, 0, 0, 0],
-        [127, 0, 0, 1],
-        [169, 254, 169, 254],
-        [224, 0, 0, 1],
-        [239, 1, 2, 3],
-        [240, 0, 0, 1],
-        [255, 255, 255, 255],
-    ] {
-        assert!(v4(octets), "{octets:?}");
-    }
-    for octets in [
-        [1, 0, 0, 0],
-        [126, 0, 0, 1],
-        [169, 253, 0, 1],
-        [223, 255, 255, 255],
-    ] {
-        assert!(!v4(octets), "{octets:?}");
-    }
-    for text in ["::", "::1", "::10.0.0.1", "fe80::1", "febf::1", "ff02::1"] {
-        assert!(v6(text), "{text}");
-    }
-    for text in [
-        "::ffff:10.0.0.1",
-        "64:ff9b::1",
-        "fec0::1",
-        "fd00::1",
-        "fe00::1",
-        "2001:db8::1",
-    ] {
-        assert!(!v6(text), "{text}");
-    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Which external address stands for an overlay address.
 
 use crate::abi::{Address, Link, Tuple, Way};
-use crate::decide::{Hop, Tables};
+use crate::tables::{Hop, Tables};
 use crate::verdict::Verdict;
 
 /// Writes the external address for a flow by `hop`, whose NIC is `link`, to `chosen`, which is all zero.

@@ -3,7 +3,7 @@ use std::net::IpAddr;
 
 use super::*;
 use crate::craft::{ACK, Ip, SYN, frame};
-use crate::decide::Exit;
+use crate::forward::Exit;
 use crate::memory::Memory;
 use crate::site::*;
 use crate::world::World;

@@ -126,9 +126,11 @@ proptest! {
 /// BIG TCP: the length in the IP header is zero, and older kernels put a hop-by-hop header into IPv6.
 #[test]
 fn a_super_packet_above_64_kib_is_as_long_as_it_is() {
+    use crate::abi::Settings;
     use crate::craft::{ACK, Ip, frame};
-    use crate::decide::Forward;
+    use crate::forward::Forward;
     use crate::rewrite;
+    use crate::world::World;
     for (v4, jumbo) in [(true, false), (false, false), (false, true)] {
         let [source, destination]: [std::net::IpAddr; 2] = if v4 {
             [[10, 0, 0, 2].into(), [100, 64, 0, 2].into()]
@@ -154,7 +156,9 @@ fn a_super_packet_above_64_kib_is_as_long_as_it_is() {
         assert_eq!(packet.tuple.ports, [[0x9c, 0x40], [0x01, 0xbb]]);
         assert_eq!(packet.len as usize, sent.len());
         assert_eq!(packet.segment_len() as usize, headers + 1380);
-        rewrite::apply(Side::Subnet, &packet, &Forward::default(), &mut memory).unwrap();
+        let (world, forward) = (World::new(Settings::default()), Forward::default());
+        let steps = world.view(Side::Subnet);
+        rewrite::apply(Side::Subnet, &packet, &forward, &steps, &mut memory).unwrap();
         let out = &memory.bytes[14..];
         assert_eq!(out.len(), wanted.len());
         let ttl_at = if v4 { 8 } else { 7 };

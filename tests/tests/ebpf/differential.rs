@@ -15,11 +15,11 @@ use router::datapath::limits::Limits;
 use router_ebpf::abi::{
     self, Address, Budget, Flow, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple,
 };
-use router_ebpf::answer::Answer;
 use router_ebpf::craft::*;
-use router_ebpf::decide::{Exit, Forward, Hop};
+use router_ebpf::forward::{Answer, Exit, Forward};
 use router_ebpf::memory::Memory;
 use router_ebpf::packet::Packet;
+use router_ebpf::tables::Hop;
 use router_ebpf::verdict::{Class, Verdict};
 use router_ebpf::world::World;
 

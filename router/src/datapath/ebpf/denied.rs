@@ -126,7 +126,7 @@ mod tests {
             tcp_flags: 2,
             ..Packet::default()
         };
-        let record = Denied::new(side, verdict, &packet, 5_000_000_000);
+        let record = packet.denied(side, verdict, 5_000_000_000);
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(100);
         DeniedPacket::new(&record, Duration::from_secs(8), now)
     }

@@ -21,7 +21,7 @@ macro_rules! fields {
             }
 
             #[inline(always)]
-            pub(super) fn $set(self, value: $type) {
+            pub(crate) fn $set(self, value: $type) {
                 // SAFETY: as above; another writer's field is only ever replaced as a whole.
                 unsafe { (*self.0).$name = value }
             }
@@ -52,8 +52,6 @@ impl<'a> Entry<'a> {
         acknowledged set_acknowledged: u32;
         /// [`Flow::mtu`].
         mtu set_mtu: u16;
-        /// [`Flow::clause`].
-        clause set_clause: u16;
         /// [`Flow::tcp`].
         tcp set_tcp: u8;
     }
@@ -66,7 +64,7 @@ impl<'a> Entry<'a> {
     }
 
     #[inline(always)]
-    pub(super) fn set_hardware(self, value: [u8; 12]) {
+    pub(crate) fn set_hardware(self, value: [u8; 12]) {
         // SAFETY: as for the other fields.
         unsafe { (*self.0).hardware = value }
     }

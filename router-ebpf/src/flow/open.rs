@@ -1,0 +1,228 @@
+//! The first packet of a flow opens it.
+
+use super::external;
+use super::judge::{generation, path_mtu};
+use crate::abi::{Account, Flow, Route, Settings, Side, Tuple};
+use crate::packet::{Packet, Transport};
+use crate::route;
+use crate::tables::{Refused, Tables};
+use crate::verdict::Verdict;
+
+/// Ports that a new translated flow tries at most.
+const PROBES: u32 = 32;
+
+/// A flow in the making; too large for the stack of a program.
+#[derive(Default)]
+pub struct Draft {
+    overlay: Flow,
+    subnet: Flow,
+    /// That of packets from the overlay.
+    tuple: Tuple,
+    /// Who opens it, and all of that side.
+    accounts: [Account; 2],
+}
+
+/// Makes all of an entry zero. Of a value of zeros LLVM makes a call for BPF, which goes byte by byte.
+#[inline(always)]
+fn clear(entry: &mut Flow) {
+    let words = core::ptr::from_mut(entry).cast::<u64>();
+    let mut word = 0;
+    while word < size_of::<Flow>() / size_of::<u64>() {
+        // SAFETY: the entry is aligned and as long, as `abi` asserts, and any bytes are valid in it.
+        unsafe { words.add(word).write_volatile(0) };
+        word += 1;
+    }
+}
+
+/// Opens the flow that `packet` is the first of.
+#[inline(always)]
+pub fn open<T: Tables>(
+    side: Side,
+    packet: &Packet,
+    tables: &T,
+    draft: &mut Draft,
+) -> Result<(), Verdict> {
+    let settings = tables.settings().ok_or(Verdict::DropInternal)?;
+    let generation = generation(settings);
+    match packet.transport {
+        Transport::Error => return Err(route::refuse(side, packet, tables, Verdict::SlowNoFlow)),
+        Transport::Fragment => {
+            return Err(route::refuse(side, packet, tables, Verdict::DropFragment));
+        }
+        _ => {}
+    }
+    let tuple = &packet.tuple;
+    let (route, peer) = route::between(side, tuple, tables)?;
+    if packet.ttl <= 1 {
+        return Err(Verdict::SlowTtl);
+    }
+    let snat = route.flags & Route::SNAT != 0;
+    if snat && packet.is_underway(side) {
+        return Err(Verdict::SlowNoFlow);
+    }
+    let clause = tables.permits(tuple, settings)?;
+    let hop = tables.next_hop(packet, packet.header_len, settings)?;
+    let now = tables.now();
+    let Draft {
+        overlay,
+        subnet,
+        tuple: forward,
+        accounts: [opener, all],
+    } = draft;
+    for entry in [&mut *overlay, &mut *subnet] {
+        clear(entry);
+        entry.last_used = now;
+    }
+    subnet.generation = generation;
+    match side {
+        Side::Overlay => {
+            let link = tables.link(hop.link).ok_or(Verdict::SlowOtherLink)?;
+            overlay.link = hop.link;
+            overlay.port = tuple.ports[0];
+            overlay.mtu = path_mtu(hop.mtu.min(route.mtu()), link, settings);
+            // Without it the flow is opened all the same: the answer to what the kernel carries then
+            // comes by this table.
+            if let Some(hardware) = hop.hardware {
+                overlay.hardware = hardware;
+                overlay.generation = generation;
+            }
+            subnet.address = tuple.source.octets;
+            subnet.port = tuple.ports[0];
+            if snat {
+                overlay.flags = Flow::SNAT;
+                subnet.flags = Flow::SNAT;
+                external::choose(tuple, &hop, link, tables, &mut overlay.address)?;
+            } else {
+                overlay.address = tuple.source.octets;
+            }
+        }
+        Side::Subnet => {
+            if hop.link != settings.tun || tables.link(tables.ingress()).is_none() {
+                return Err(Verdict::SlowOtherLink);
+            }
+            // Its next hop is not known yet.
+            overlay.address = tuple.destination.octets;
+            overlay.port = tuple.ports[1];
+            overlay.flags = Flow::FROM_SUBNET;
+            subnet.address = tuple.destination.octets;
+            subnet.port = tuple.ports[1];
+            subnet.flags = Flow::FROM_SUBNET;
+        }
+    }
+    // What the subnet opens is not on the peer's account: it has no say in who sends to it.
+    let from_subnet = side == Side::Subnet;
+    if from_subnet {
+        *forward = tuple.reversed();
+        *opener = Account::host(&tuple.source);
+        *all = Account::subnet(&tuple.source);
+        if !tables.take_place(all, settings.flows_from_subnet) {
+            return Err(Verdict::DropSourceLimit);
+        }
+    } else {
+        *forward = *tuple;
+        *opener = Account::peer(peer, &tuple.source);
+    }
+    let added = counted(opener, settings.flows_per_source, tables, || {
+        add(forward, overlay, subnet, tables, settings)
+    });
+    if from_subnet && added != Ok(true) {
+        tables.give_place_back(all);
+    }
+    added?;
+    tables.count_clause(clause, settings);
+    Ok(())
+}
+
+/// Runs `add`, which says whether it has added a flow, with one more counted for `account`.
+#[inline(always)]
+fn counted<T: Tables>(
+    account: &Account,
+    limit: u32,
+    tables: &T,
+    add: impl FnOnce() -> Result<bool, Verdict>,
+) -> Result<bool, Verdict> {
+    if !tables.take_place(account, limit) {
+        return Err(Verdict::DropSourceLimit);
+    }
+    let added = add();
+    if added != Ok(true) {
+        tables.give_place_back(account);
+    }
+    added
+}
+
+/// Adds both entries of a flow whose packets from the overlay have `tuple`. The reply's entry comes
+/// first: whoever gets it in owns the translation. `false` if another CPU has just opened the flow.
+#[inline(always)]
+fn add<T: Tables>(
+    tuple: &Tuple,
+    overlay: &mut Flow,
+    subnet: &Flow,
+    tables: &T,
+    settings: &Settings,
+) -> Result<bool, Verdict> {
+    let mut reply = overlay.other(Side::Overlay, tuple).1;
+    if overlay.flags & Flow::SNAT == 0 {
+        match tables.add_flow(Side::Subnet, &reply, subnet) {
+            Ok(()) => {}
+            // The remote end and an overlay address: no translated flow can have it, so it is the
+            // other half of this one, left over or just made.
+            Err(Refused::Exists) => {}
+            Err(Refused::Full) => return Err(Verdict::DropTableFull),
+        }
+    } else {
+        claim(&mut reply, subnet, tables, settings)?;
+        overlay.port = reply.ports[1];
+    }
+    match tables.add_flow(Side::Overlay, tuple, overlay) {
+        Ok(()) => Ok(true),
+        Err(refused) => {
+            if overlay.flags & Flow::SNAT != 0 {
+                tables.remove_flow(Side::Subnet, &reply);
+            }
+            match refused {
+                Refused::Exists => Ok(false),
+                Refused::Full => Err(Verdict::DropTableFull),
+            }
+        }
+    }
+}
+
+/// Adds the reply's entry of a translated flow with the first port that is free for it: its own,
+/// else one of our range. `reply` has the own one before, and the one that it got after.
+#[inline(always)]
+fn claim<T: Tables>(
+    reply: &mut Tuple,
+    subnet: &Flow,
+    tables: &T,
+    settings: &Settings,
+) -> Result<(), Verdict> {
+    let own = u16::from_be_bytes(reply.ports[1]);
+    let [kept_first, kept_last] = settings.kept_ports;
+    let [first, last] = settings.ports;
+    let keep = own >= kept_first && own <= kept_last;
+    let span = u32::from(last.wrapping_sub(first)) + 1;
+    let (mut place, mut step) = (0, 0);
+    let mut probe = 0;
+    while probe < PROBES {
+        if probe > 0 || !keep {
+            if step == 0 {
+                place = tables.random() % span;
+                // Odd, hence no port comes twice in a range of a power of two, and seldom in others.
+                step = (tables.random() % span) | 1;
+            }
+            reply.ports[1] = (first.wrapping_add(place as u16)).to_be_bytes();
+            place += step;
+            if place >= span {
+                place -= span;
+            }
+        }
+        match tables.claim(reply, subnet) {
+            Ok(()) => return Ok(()),
+            Err(Refused::Exists) => {}
+            Err(Refused::Full) => return Err(Verdict::DropTableFull),
+        }
+        probe += 1;
+    }
+    Err(Verdict::DropNatExhausted)
+}

@@ -1,0 +1,115 @@
+//! The advertised route that a packet is of.
+
+use crate::abi::{Address, Prefix, Route, Side, Tuple};
+use crate::packet::Packet;
+use crate::tables::Tables;
+use crate::verdict::Verdict;
+
+/// The route between the two ends of `tuple` as the program of `side` sees it, and the number of the
+/// peer at its end; else why the fast path has nothing to do with it.
+#[inline(always)]
+pub(crate) fn between<T: Tables>(
+    side: Side,
+    tuple: &Tuple,
+    tables: &T,
+) -> Result<(Route, u32), Verdict> {
+    let (overlay, subnet) = match side {
+        Side::Overlay => (&tuple.source, &tuple.destination),
+        Side::Subnet => (&tuple.destination, &tuple.source),
+    };
+    let Some(peer) = tables.peer(&Prefix::host(*overlay)) else {
+        return Err(match side {
+            Side::Overlay => Verdict::DropSpoofed,
+            Side::Subnet => Verdict::PassUnrelated,
+        });
+    };
+    let route = tables
+        .route(&Prefix::host(*subnet))
+        .ok_or(Verdict::SlowNotRouted)?;
+    if route.flags & Route::STACK != 0 {
+        return Err(Verdict::SlowStackRoute);
+    }
+    check_scope(overlay)?;
+    check_scope(subnet)?;
+    Ok((route, peer))
+}
+
+/// Addresses that a router must not forward, or forwards by rules of its own (RFC 1812, RFC 4007).
+#[inline(always)]
+fn check_scope(address: &Address) -> Result<(), Verdict> {
+    let o = &address.octets;
+    let special = if address.is_v4() {
+        // 0/8, 127/8, 169.254/16, multicast, reserved and limited broadcast.
+        matches!(o[0], 0 | 127 | 224..) || (o[0] == 169 && o[1] == 254)
+    } else {
+        // Multicast; fe80::/10; ::/96 with the unspecified and the loopback address.
+        o[0] == 0xff || (o[0] == 0xfe && o[1] & 0xc0 == 0x80) || (o[0] == 0 && o[..12] == [0; 12])
+    };
+    if special {
+        Err(Verdict::SlowScope)
+    } else {
+        Ok(())
+    }
+}
+
+/// The verdict about a packet that belongs to no flow, and that `verdict` would be about if it came
+/// from a peer to an advertised route, or the other way.
+#[inline(always)]
+pub(crate) fn refuse<T: Tables>(
+    side: Side,
+    packet: &Packet,
+    tables: &T,
+    verdict: Verdict,
+) -> Verdict {
+    match between(side, &packet.tuple, tables) {
+        Ok(_) => verdict,
+        Err(verdict) => verdict,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn special_addresses_are_the_kernels() {
+        let v4 = |octets| check_scope(&Address::v4(octets)).is_err();
+        let v6 = |text: &str| {
+            let address: std::net::Ipv6Addr = text.parse().unwrap();
+            check_scope(&Address::v6(address.octets())).is_err()
+        };
+        for octets in [
+            [0, 0, 0, 0],
+            [127, 0, 0, 1],
+            [169, 254, 169, 254],
+            [224, 0, 0, 1],
+            [239, 1, 2, 3],
+            [240, 0, 0, 1],
+            [255, 255, 255, 255],
+        ] {
+            assert!(v4(octets), "{octets:?}");
+        }
+        for octets in [
+            [1, 0, 0, 0],
+            [126, 0, 0, 1],
+            [169, 253, 0, 1],
+            [223, 255, 255, 255],
+        ] {
+            assert!(!v4(octets), "{octets:?}");
+        }
+        for text in ["::", "::1", "::10.0.0.1", "fe80::1", "febf::1", "ff02::1"] {
+            assert!(v6(text), "{text}");
+        }
+        for text in [
+            "::ffff:10.0.0.1",
+            "64:ff9b::1",
+            "fec0::1",
+            "fd00::1",
+            "fe00::1",
+            "2001:db8::1",
+        ] {
+            assert!(!v6(text), "{text}");
+        }
+    }
+}
