@@ -3,15 +3,20 @@
 
 use std::fs;
 use std::hint::black_box;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Instant;
 
 use benches::scale::crowd::Crowd;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use ipnet::IpNet;
 use router::config::{self, Config};
 use router::core::{Core, Facts, Plan, plan};
 use router::datapath::Link;
+use router::engine::internals::pieces::PeerTable;
+use router::engine::{PeerChange, PeerSpec};
+use router::wireguard::keys::PublicKey;
 
 const PEERS: [u32; 2] = [100, 10_000];
 
@@ -103,5 +108,41 @@ fn diff(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, parse, derive, diff);
+/// One peer of ten allowed IPs comes and goes.
+fn change_peers(c: &mut Criterion) {
+    let spec = |peer: u32| {
+        let mut key = [1; 32];
+        key[..4].copy_from_slice(&peer.wrapping_mul(0x9e37_79b9).to_le_bytes());
+        let cidr = |at: u32| {
+            let bits = 0x0a00_0000 + peer * 256 + at * 16;
+            IpNet::new(Ipv4Addr::from_bits(bits).into(), 28).unwrap()
+        };
+        PeerSpec {
+            public_key: PublicKey(key),
+            preshared_key: None,
+            allowed_ips: (0..10).map(cidr).collect(),
+            endpoint: None,
+            others: Vec::new(),
+            keepalive: None,
+        }
+    };
+    let mut group = c.benchmark_group("engine/change");
+    for peers in PEERS {
+        let all: Vec<_> = (0..peers).map(spec).collect();
+        let mut table = PeerTable::new(&all);
+        let add = PeerChange {
+            set: vec![spec(peers)],
+            remove: Vec::new(),
+        };
+        let remove = PeerChange {
+            set: Vec::new(),
+            remove: vec![add.set[0].public_key],
+        };
+        group.bench_function(BenchmarkId::from_parameter(peers), |b| {
+            b.iter(|| table.change(&add) + table.change(&remove));
+        });
+    }
+}
+
+criterion_group!(benches, parse, derive, diff, change_peers);
 criterion_main!(benches);

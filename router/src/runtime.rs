@@ -601,11 +601,16 @@ impl Daemon {
                 .await
                 .map_err(|e| text(&e)),
             Action::Peers(peers) => {
-                self.engine.set_peers(peers).map_err(|e| text(&e))?;
+                let skipped = self.engine.set_peers(peers).map_err(|e| text(&e))?;
                 self.underlay.due = Instant::now();
                 let whereabouts = std::mem::take(&mut self.whereabouts);
                 let resumed = self.engine.resume(&whereabouts);
-                resumed.map(|()| Vec::new()).map_err(|e| text(&e))
+                resumed.map_err(|e| text(&e))?;
+                // The others are in force; this one is what `status` names.
+                match skipped.first() {
+                    Some(skipped) => Err(text(&skipped.error)),
+                    None => Ok(Vec::new()),
+                }
             }
         }
     }

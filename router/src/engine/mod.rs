@@ -31,4 +31,6 @@ pub use control::Engine;
 pub use counters::Counter;
 pub use error::{Error, Failure};
 pub use offload::refusals::Refused;
-pub use types::{Features, IndexWatch, Nowhere, Offloads, Options, PeerSpec, PeerStats};
+pub use types::{
+    Features, IndexWatch, Nowhere, Offloads, Options, PeerChange, PeerSpec, PeerStats, Skipped,
+};

@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use ipnet::IpNet;
 
+use crate::engine::error::Error;
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 
 /// A peer as the engine needs it: endpoint already resolved.
@@ -22,6 +23,25 @@ pub struct PeerSpec {
     pub others: Vec<SocketAddr>,
     /// Interval of persistent keepalives in seconds.
     pub keepalive: Option<u16>,
+}
+
+/// A change of the peers.
+#[derive(Clone, Debug, Default)]
+pub struct PeerChange {
+    /// Peers that are added, or are from now on like this.
+    pub set: Vec<PeerSpec>,
+    /// Peers that go. Unknown ones are passed over.
+    pub remove: Vec<PublicKey>,
+}
+
+/// A peer of a change that is not put into force. One that was there before stays as it was, but for
+/// allowed IPs that others have got by the same change.
+#[derive(Debug)]
+pub struct Skipped {
+    /// Whose specification it is.
+    pub public_key: PublicKey,
+    /// What is wrong with it.
+    pub error: Error,
 }
 
 /// What the engine knows of a peer.

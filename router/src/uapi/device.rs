@@ -178,8 +178,12 @@ impl Device {
             if let Some(key) = key {
                 self.engine.set_private_key(key)?;
             }
-            self.engine.set_peers(&new.specs())?;
-            self.engine.set_endpoints(&edited.endpoints)
+            let skipped = self.engine.set_peers(&new.specs())?;
+            self.engine.set_endpoints(&edited.endpoints)?;
+            match skipped.into_iter().next() {
+                Some(skipped) => Err(skipped.error),
+                None => Ok(()),
+            }
         };
         apply()?;
         self.interface = edited.interface;

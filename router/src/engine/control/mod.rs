@@ -1,16 +1,17 @@
 //! The handle of a running engine: what the control side asks, and what it reads.
 
+mod allowed;
 mod live;
-mod state;
+pub(crate) mod state;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use state::{State, check};
+use state::State;
 use tokio::sync::watch;
 use tracing::info;
 
@@ -22,10 +23,10 @@ use crate::engine::forward::port::Place;
 use crate::engine::io::poll::Waker;
 use crate::engine::io::steer::queues::TunSteering;
 use crate::engine::io::tun::Device;
-use crate::engine::io::udp::{Bind, Overflows, Underlay};
+use crate::engine::io::udp::{Bind, Underlay};
 use crate::engine::io::{detours, exchange};
 use crate::engine::offload::refusals::{Found, Refused};
-use crate::engine::types::{Features, Options, PeerSpec, PeerStats};
+use crate::engine::types::{Features, Options, PeerChange, PeerSpec, PeerStats, Skipped};
 use crate::engine::worker::{Command, Worker};
 use crate::wireguard::LocalKey;
 use crate::wireguard::keys::{PrivateKey, PublicKey};
@@ -153,17 +154,7 @@ impl Engine {
                 send_buffer: underlay.send_buffer,
             },
             workers: Vec::new(),
-            state: Mutex::new(State {
-                bind,
-                sockets: Vec::new(),
-                overflows: Overflows::default(),
-                public: local.public(),
-                peers: HashMap::new(),
-                free: Vec::new(),
-                indices: HashSet::new(),
-                steering: tun_steering,
-                watch: None,
-            }),
+            state: Mutex::new(State::new(bind, local.public(), tun_steering)),
             failure,
             refused: refused.clone(),
         };
@@ -248,28 +239,37 @@ impl Engine {
 
     /// Makes `specs` the list of peers. Peers that stay keep their sessions and the endpoints they
     /// roamed to; a changed endpoint in a spec counts as news. A changed preshared key ends the
-    /// session, and nothing else of the peer. Removed peers are gone when this returns. On error
-    /// nothing has changed.
-    pub fn set_peers(&self, specs: &[PeerSpec]) -> Result<(), Error> {
+    /// session, and nothing else of the peer. Removed peers are gone when this returns. Gives the peers
+    /// that cannot be put into force; all others are.
+    pub fn set_peers(&self, specs: &[PeerSpec]) -> Result<Vec<Skipped>, Error> {
         let mut state = self.state();
-        check(specs, &state.public)?;
-        let mut changes: Vec<Change> = self.workers.iter().map(|_| Change::default()).collect();
-        let gone = state.diff(specs, &mut changes)?;
-        let directory = Arc::new(state.directory());
-        state.steer();
-        for change in &mut changes {
-            change.directory = Some(directory.clone());
-        }
-        let new = changes.iter().flat_map(|change| &change.add);
-        let new: Vec<u32> = new.map(|setup| setup.index).collect();
+        let wanted: HashSet<_> = specs.iter().map(|spec| spec.public_key).collect();
+        let gone = state.peers.keys().filter(|key| !wanted.contains(key));
+        let gone: Vec<_> = gone.copied().collect();
+        self.change(&mut state, specs, &gone)
+    }
+
+    /// Changes some peers, as [`Engine::set_peers`] does, and leaves all others alone. What is removed
+    /// is so before anything is added. Costs as much as what changes.
+    pub fn change_peers(&self, change: &PeerChange) -> Result<Vec<Skipped>, Error> {
+        self.change(&mut self.state(), &change.set, &change.remove)
+    }
+
+    fn change(
+        &self,
+        state: &mut State,
+        set: &[PeerSpec],
+        remove: &[PublicKey],
+    ) -> Result<Vec<Skipped>, Error> {
+        let outcome = state.change(set, remove);
         if let Some(watch) = &mut state.watch {
-            watch.changed(&new, &[]);
+            watch.changed(&outcome.new, &[]);
         }
-        let outcome = self.apply(changes);
+        let applied = self.apply(outcome.changes);
         if let Some(watch) = &mut state.watch {
-            watch.changed(&[], &gone);
+            watch.changed(&[], &outcome.gone);
         }
-        outcome
+        applied.map(|()| outcome.skipped)
     }
 
     /// Begins sessions with peers that were at these addresses before the engine was started; who is

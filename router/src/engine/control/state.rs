@@ -8,19 +8,20 @@ use std::time::Duration;
 use ipnet::IpNet;
 use tracing::debug;
 
+use super::allowed::AllowedIps;
 use crate::engine::error::Error;
 use crate::engine::forward::directory::{Change, Directory};
 use crate::engine::forward::peer::{Setup, Shared};
-use crate::engine::forward::routes::{PeerId, Routes};
+use crate::engine::forward::routes::PeerId;
 use crate::engine::io::steer::queues::TunSteering;
 use crate::engine::io::udp::{Bind, Overflows, Sockets};
-use crate::engine::types::{IndexWatch, PeerSpec};
+use crate::engine::types::{IndexWatch, PeerSpec, Skipped};
 use crate::wireguard::keys::PublicKey;
 use crate::wireguard::message::is_low_order;
 
 /// What is in force.
 #[derive(Debug)]
-pub(super) struct State {
+pub(crate) struct State {
     /// What the sockets were bound to, with the port that they have.
     pub(super) bind: Bind,
     /// The sockets of each worker.
@@ -29,12 +30,19 @@ pub(super) struct State {
     pub(super) overflows: Overflows,
     pub(super) public: PublicKey,
     pub(super) peers: HashMap<PublicKey, Known>,
+    /// Keys by number, also of peers that are gone.
+    names: Vec<PublicKey>,
     /// Numbers that were in use and are free now.
-    pub(super) free: Vec<PeerId>,
+    free: Vec<PeerId>,
+    /// Peers of each worker.
+    load: Vec<usize>,
     /// Receiver indices in use (their upper 24 bits).
     pub(super) indices: HashSet<u32>,
+    allowed: AllowedIps,
+    /// What the workers have.
+    directory: Arc<Directory>,
     /// The kernel's copy of who owns which address.
-    pub(super) steering: Option<TunSteering>,
+    steering: Option<TunSteering>,
     /// Who is told of `indices`.
     pub(super) watch: Option<Box<dyn IndexWatch>>,
 }
@@ -48,36 +56,24 @@ pub(super) struct Known {
     pub(super) shared: Arc<Shared>,
 }
 
-/// Refuses what would make traffic ambiguous or unprotected.
-pub(super) fn check(specs: &[PeerSpec], own: &PublicKey) -> Result<(), Error> {
-    let mut keys = HashSet::new();
-    let mut owners: HashMap<IpNet, PublicKey> = HashMap::new();
-    for spec in specs {
-        let key = spec.public_key;
-        if key == *own {
-            return Err(Error::OwnKey(key));
-        }
-        if is_low_order(&key.0) {
-            return Err(Error::LowOrderKey(key));
-        }
-        if !keys.insert(key) {
-            return Err(Error::DoubledPeer(key));
-        }
-        for cidr in &spec.allowed_ips {
-            let cidr = cidr.trunc();
-            if let Some(first) = owners.insert(cidr, key)
-                && first != key
-            {
-                let second = key;
-                return Err(Error::DoubledCidr {
-                    cidr,
-                    first,
-                    second,
-                });
-            }
-        }
+/// What follows from a change of the peers.
+pub(crate) struct Outcome {
+    /// For each worker.
+    pub(crate) changes: Vec<Change>,
+    /// Receiver indices that are in use from now on, and that no longer are.
+    pub(super) new: Vec<u32>,
+    pub(super) gone: Vec<u32>,
+    pub(super) skipped: Vec<Skipped>,
+    /// Allowed IPs that may have another owner now.
+    moved: Vec<IpNet>,
+    /// Keys that may have another peer now.
+    keys: Vec<PublicKey>,
+}
+
+impl Outcome {
+    fn skip(&mut self, public_key: PublicKey, error: Error) {
+        self.skipped.push(Skipped { public_key, error });
     }
-    Ok(())
 }
 
 fn interval(spec: &PeerSpec) -> Option<Duration> {
@@ -91,74 +87,210 @@ fn addresses(spec: &PeerSpec) -> Vec<SocketAddr> {
     spec.endpoint.iter().chain(&spec.others).copied().collect()
 }
 
+fn cidrs(spec: &PeerSpec) -> impl Iterator<Item = IpNet> {
+    spec.allowed_ips.iter().map(IpNet::trunc)
+}
+
 impl State {
-    /// Brings the known peers in line with `specs`, and notes for each worker what changes. Tells
-    /// the receiver indices that are free now.
-    pub(super) fn diff(
-        &mut self,
-        specs: &[PeerSpec],
-        changes: &mut [Change],
-    ) -> Result<Vec<u32>, Error> {
-        let wanted: HashSet<PublicKey> = specs.iter().map(|spec| spec.public_key).collect();
-        let (mut load, mut gone) = (vec![0usize; changes.len()], Vec::new());
-        let (free, indices) = (&mut self.free, &mut self.indices);
-        self.peers.retain(|_, known| {
-            if !wanted.contains(&known.spec.public_key) {
-                changes[known.worker].remove.push(known.id);
-                free.push(known.id);
-                indices.remove(&known.index);
-                gone.push(known.index);
-                return false;
+    /// No peers yet.
+    pub(crate) fn new(bind: Bind, public: PublicKey, steering: Option<TunSteering>) -> Self {
+        Self {
+            bind,
+            sockets: Vec::new(),
+            overflows: Overflows::default(),
+            public,
+            peers: HashMap::new(),
+            names: Vec::new(),
+            free: Vec::new(),
+            load: vec![0; bind.workers],
+            indices: HashSet::new(),
+            allowed: AllowedIps::default(),
+            directory: Arc::new(Directory::empty()),
+            steering,
+            watch: None,
+        }
+    }
+
+    /// Removes peers, then adds or changes others, but none that would make traffic ambiguous or
+    /// unprotected. Costs what has changed.
+    pub(crate) fn change(&mut self, set: &[PeerSpec], remove: &[PublicKey]) -> Outcome {
+        let mut outcome = Outcome {
+            changes: self.load.iter().map(|_| Change::default()).collect(),
+            new: Vec::new(),
+            gone: Vec::new(),
+            skipped: Vec::new(),
+            moved: Vec::new(),
+            keys: Vec::new(),
+        };
+        for key in remove {
+            self.remove(key, &mut outcome);
+        }
+        let mut keys = HashSet::new();
+        let mut news = Vec::new();
+        for spec in set {
+            let key = spec.public_key;
+            if key == self.public {
+                outcome.skip(key, Error::OwnKey(key));
+            } else if is_low_order(&key.0) {
+                outcome.skip(key, Error::LowOrderKey(key));
+            } else if !keys.insert(key) {
+                outcome.skip(key, Error::DoubledPeer(key));
+            } else if self.peers.get(&key).is_none_or(|known| known.spec != *spec) {
+                news.push(spec);
             }
-            load[known.worker] += 1;
-            true
-        });
-        for spec in specs {
-            if let Some(known) = self.peers.get_mut(&spec.public_key) {
-                let change = &mut changes[known.worker];
-                let (old, new) = (addresses(&known.spec), addresses(spec));
-                if new != old && !new.is_empty() {
-                    change.configured.push((known.id, new));
+        }
+        // What one gives up another may have, in whatever order they come.
+        for spec in &news {
+            if let Some(known) = self.peers.get(&spec.public_key)
+                && known.spec.allowed_ips != spec.allowed_ips
+            {
+                let kept: HashSet<IpNet> = cidrs(spec).collect();
+                for cidr in cidrs(&known.spec).filter(|cidr| !kept.contains(cidr)) {
+                    self.allowed.remove(&cidr);
+                    outcome.moved.push(cidr);
                 }
-                if interval(spec) != interval(&known.spec) {
-                    change.keepalives.push((known.id, interval(spec)));
-                }
-                if spec.preshared_key != known.spec.preshared_key {
-                    let key = spec.preshared_key.clone();
-                    change.preshared_keys.push((known.id, key));
-                }
-                known.spec = spec.clone();
-                continue;
             }
-            let worker = (0..load.len()).min_by_key(|at| load[*at]).unwrap_or(0);
-            load[worker] += 1;
-            let index = self.draw_index(worker, load.len())?;
-            let id = self.free.pop().unwrap_or(self.peers.len() as PeerId);
-            let shared = Arc::new(Shared::new(spec.public_key));
-            changes[worker].add.push(Setup {
-                id,
-                public_key: spec.public_key,
-                preshared_key: spec.preshared_key.clone(),
-                index,
-                endpoints: addresses(spec),
-                keepalive: interval(spec),
-                shared: shared.clone(),
-            });
-            let spec = spec.clone();
-            self.peers.insert(
-                spec.public_key,
-                Known {
-                    spec,
-                    id,
-                    index,
-                    worker,
-                    shared,
-                },
-            );
+        }
+        for spec in news {
+            if let Err(error) = self.set(spec, &mut outcome) {
+                outcome.skip(spec.public_key, error);
+                if let Some(known) = self.peers.get(&spec.public_key) {
+                    for cidr in cidrs(&known.spec) {
+                        if self.allowed.get(&cidr).is_none() {
+                            self.allowed.insert(&cidr, known.id);
+                        }
+                    }
+                }
+            }
         }
         // One of them may have been drawn again.
-        gone.retain(|index| !self.indices.contains(index));
-        Ok(gone)
+        outcome.gone.retain(|index| !self.indices.contains(index));
+        self.publish(&mut outcome);
+        outcome
+    }
+
+    fn remove(&mut self, key: &PublicKey, outcome: &mut Outcome) {
+        let Some(known) = self.peers.remove(key) else {
+            return;
+        };
+        for cidr in cidrs(&known.spec) {
+            self.allowed.remove(&cidr);
+            outcome.moved.push(cidr);
+        }
+        outcome.keys.push(*key);
+        outcome.changes[known.worker].remove.push(known.id);
+        outcome.gone.push(known.index);
+        self.load[known.worker] -= 1;
+        self.free.push(known.id);
+        self.indices.remove(&known.index);
+    }
+
+    /// Adds or changes a peer, if nobody else has its allowed IPs.
+    fn set(&mut self, spec: &PeerSpec, outcome: &mut Outcome) -> Result<(), Error> {
+        let key = spec.public_key;
+        let known = self.peers.get(&key).map(|known| known.id);
+        for cidr in cidrs(spec) {
+            if let Some(owner) = self.allowed.get(&cidr).filter(|id| Some(*id) != known) {
+                return Err(Error::DoubledCidr {
+                    cidr,
+                    first: self.names[owner as usize],
+                    second: key,
+                });
+            }
+        }
+        let id = match self.peers.get_mut(&key) {
+            Some(known) => {
+                known.change(spec, &mut outcome.changes[known.worker]);
+                known.id
+            }
+            None => self.add(spec, outcome)?,
+        };
+        for cidr in cidrs(spec) {
+            if self.allowed.get(&cidr).is_none() {
+                self.allowed.insert(&cidr, id);
+                outcome.moved.push(cidr);
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, spec: &PeerSpec, outcome: &mut Outcome) -> Result<PeerId, Error> {
+        let key = spec.public_key;
+        let load = &self.load;
+        let worker = (0..load.len()).min_by_key(|at| load[*at]).unwrap_or(0);
+        let index = self.draw_index(worker)?;
+        let id = match self.free.pop() {
+            Some(id) => {
+                self.names[id as usize] = key;
+                id
+            }
+            None => {
+                self.names.push(key);
+                self.names.len() as PeerId - 1
+            }
+        };
+        self.load[worker] += 1;
+        outcome.keys.push(key);
+        outcome.new.push(index);
+        let shared = Arc::new(Shared::new(key));
+        outcome.changes[worker].add.push(Setup {
+            id,
+            public_key: key,
+            preshared_key: spec.preshared_key.clone(),
+            index,
+            endpoints: addresses(spec),
+            keepalive: interval(spec),
+            shared: shared.clone(),
+        });
+        let known = Known {
+            spec: spec.clone(),
+            id,
+            index,
+            worker,
+            shared,
+        };
+        self.peers.insert(key, known);
+        Ok(id)
+    }
+
+    /// Gives the workers a new directory, and the kernel's steering what it needs, as far as owners
+    /// have changed. Wrong or missing entries of the steering cost a hand-over, no more.
+    fn publish(&mut self, outcome: &mut Outcome) {
+        if outcome.moved.is_empty() && outcome.keys.is_empty() {
+            return;
+        }
+        let mut directory = Directory::clone(&self.directory);
+        self.allowed.update(&mut directory.routes);
+        directory.owners.resize(self.names.len(), 0);
+        for key in &outcome.keys {
+            match self.peers.get(key) {
+                Some(known) => {
+                    directory.owners[known.id as usize] = known.worker as u16;
+                    directory.keys.insert(*key, known.id);
+                }
+                None => directory.keys.remove(key),
+            }
+        }
+        self.directory = Arc::new(directory);
+        for change in &mut outcome.changes {
+            change.directory = Some(self.directory.clone());
+        }
+        if let Some(steering) = &mut self.steering {
+            let worker = |cidr| {
+                let id = self.allowed.get(cidr)?;
+                self.directory.owner(id).map(|worker| worker as u32)
+            };
+            let (mut gone, mut new) = (Vec::new(), Vec::new());
+            for cidr in &outcome.moved {
+                match worker(cidr) {
+                    Some(worker) => new.push((*cidr, worker)),
+                    None => gone.push(*cidr),
+                }
+            }
+            if let Err(error) = steering.change(&gone, new.into_iter()) {
+                debug!(%error, "steering of packets to workers is incomplete");
+            }
+        }
     }
 
     /// Datagrams dropped since the queues of sockets were full, ever since the start.
@@ -168,119 +300,36 @@ impl State {
         sum
     }
 
-    /// Random 24 bits that no peer has, and that name `worker` of `workers`.
-    fn draw_index(&mut self, worker: usize, workers: usize) -> Result<u32, Error> {
+    /// Random 24 bits that no peer has, and that name a worker.
+    fn draw_index(&mut self, worker: usize) -> Result<u32, Error> {
         loop {
             let random = getrandom::u32().map_err(Error::Random)? >> 8;
-            let workers = workers as u32;
+            let workers = self.load.len() as u32;
             let index = random - random % workers + worker as u32;
             if index < 1 << 24 && self.indices.insert(index) {
                 return Ok(index);
             }
         }
     }
+}
 
-    /// Each allowed IP with its owner.
-    fn allowed_ips(&self) -> impl Iterator<Item = (IpNet, &Known)> {
-        self.peers.values().flat_map(|known| {
-            let cidrs = known.spec.allowed_ips.iter();
-            cidrs.map(move |cidr| (cidr.trunc(), known))
-        })
-    }
-
-    pub(super) fn directory(&self) -> Directory {
-        // A peer may name one CIDR twice.
-        let routes: HashMap<IpNet, PeerId> = self
-            .allowed_ips()
-            .map(|(cidr, known)| (cidr, known.id))
-            .collect();
-        let mut owners = vec![0; self.peers.len() + self.free.len()];
-        for known in self.peers.values() {
-            owners[known.id as usize] = known.worker;
+impl Known {
+    /// Takes a new specification, and notes for its worker what changes.
+    fn change(&mut self, spec: &PeerSpec, change: &mut Change) {
+        let (old, new) = (addresses(&self.spec), addresses(spec));
+        if new != old && !new.is_empty() {
+            change.configured.push((self.id, new));
         }
-        Directory {
-            routes: Routes::new(routes),
-            keys: self
-                .peers
-                .iter()
-                .map(|(key, known)| (*key, known.id))
-                .collect(),
-            owners,
+        if interval(spec) != interval(&self.spec) {
+            change.keepalives.push((self.id, interval(spec)));
         }
-    }
-
-    /// Brings the kernel's steering in line. Wrong or missing entries cost a hand-over, no more.
-    pub(super) fn steer(&mut self) {
-        if let Some(mut steering) = self.steering.take() {
-            let wanted = self
-                .allowed_ips()
-                .map(|(cidr, known)| (cidr, known.worker as u32))
-                .collect();
-            if let Err(error) = steering.set(wanted) {
-                debug!(%error, "steering of packets to workers is incomplete");
-            }
-            self.steering = Some(steering);
+        if spec.preshared_key != self.spec.preshared_key {
+            let key = spec.preshared_key.clone();
+            change.preshared_keys.push((self.id, key));
         }
+        self.spec = spec.clone();
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn spec(key: u8) -> PeerSpec {
-        PeerSpec {
-            public_key: PublicKey([key; 32]),
-            preshared_key: None,
-            allowed_ips: Vec::new(),
-            endpoint: None,
-            others: Vec::new(),
-            keepalive: None,
-        }
-    }
-
-    fn state() -> State {
-        State {
-            bind: Bind {
-                port: 0,
-                mark: 0,
-                workers: 2,
-                gro: false,
-            },
-            sockets: Vec::new(),
-            overflows: Overflows::default(),
-            public: PublicKey([1; 32]),
-            peers: HashMap::new(),
-            free: Vec::new(),
-            indices: HashSet::new(),
-            steering: None,
-            watch: None,
-        }
-    }
-
-    #[test]
-    fn indices_stay_with_their_peers() {
-        let mut state = state();
-        let mut diff = |specs: &[PeerSpec]| {
-            let mut changes = [Change::default(), Change::default()];
-            let gone = state.diff(specs, &mut changes).unwrap();
-            let new = changes.iter().flat_map(|change| &change.add);
-            let new: HashSet<u32> = new.map(|setup| setup.index).collect();
-            (new, gone, state.indices.clone())
-        };
-        let (first, gone, in_use) = diff(&[spec(2), spec(3), spec(4)]);
-        assert_eq!((first.len(), &gone[..]), (3, &[][..]));
-        assert_eq!(first, in_use);
-
-        // Whatever changes of a peer that stays, its index does not.
-        let mut moved = spec(2);
-        moved.endpoint = Some(([192, 0, 2, 1], 7).into());
-        let (new, gone, in_use) = diff(&[moved, spec(4), spec(5)]);
-        assert_eq!((new.len(), gone.len(), in_use.len()), (1, 1, 3));
-        assert!(first.contains(&gone[0]) && !in_use.contains(&gone[0]));
-        assert!(new.is_subset(&in_use));
-
-        let (new, gone, in_use) = diff(&[]);
-        assert_eq!((new.len(), gone.len(), in_use.len()), (0, 3, 0));
-    }
-}
+mod tests;

@@ -11,15 +11,50 @@ use crate::engine::forward::routes::{PeerId, Routes};
 use crate::wireguard::LocalKey;
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 
-/// What all workers know: who owns which address and key. Replaced whole, never changed.
-#[derive(Debug)]
+/// Parts of the table of keys: as many as a byte has values.
+const SHARDS: usize = 256;
+
+/// Peers by static public key, in parts that several tables share.
+#[derive(Clone, Debug)]
+pub(crate) struct Keys(Box<[Arc<HashMap<PublicKey, PeerId>>]>);
+
+impl Keys {
+    /// The peer of a key.
+    pub(crate) fn get(&self, key: &PublicKey) -> Option<PeerId> {
+        self.0[usize::from(key.0[0])].get(key).copied()
+    }
+
+    /// Adds a peer.
+    pub(crate) fn insert(&mut self, key: PublicKey, id: PeerId) {
+        Arc::make_mut(&mut self.0[usize::from(key.0[0])]).insert(key, id);
+    }
+
+    /// Takes a peer away.
+    pub(crate) fn remove(&mut self, key: &PublicKey) {
+        Arc::make_mut(&mut self.0[usize::from(key.0[0])]).remove(key);
+    }
+}
+
+impl FromIterator<(PublicKey, PeerId)> for Keys {
+    fn from_iter<T: IntoIterator<Item = (PublicKey, PeerId)>>(peers: T) -> Self {
+        let mut keys = Self(vec![Arc::default(); SHARDS].into());
+        for (key, id) in peers {
+            keys.insert(key, id);
+        }
+        keys
+    }
+}
+
+/// What all workers know: who owns which address and key. Each change makes a new one, which shares
+/// nearly all with the one before.
+#[derive(Clone, Debug)]
 pub(crate) struct Directory {
     /// Allowed IPs.
     pub(crate) routes: Routes,
     /// Peers by static public key.
-    pub(crate) keys: HashMap<PublicKey, PeerId>,
+    pub(crate) keys: Keys,
     /// Workers by [`PeerId`].
-    pub(crate) owners: Vec<usize>,
+    pub(crate) owners: Vec<u16>,
 }
 
 impl Directory {
@@ -27,14 +62,14 @@ impl Directory {
     pub(crate) fn empty() -> Self {
         Self {
             routes: Routes::new([]),
-            keys: HashMap::new(),
+            keys: Keys::from_iter([]),
             owners: Vec::new(),
         }
     }
 
     /// Which worker a peer belongs to.
     pub(crate) fn owner(&self, id: PeerId) -> Option<usize> {
-        self.owners.get(id as usize).copied()
+        self.owners.get(id as usize).copied().map(usize::from)
     }
 }
 

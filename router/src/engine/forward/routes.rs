@@ -1,9 +1,11 @@
 //! Allowed IPs: which peer an address belongs to (longest prefix wins).
 //!
-//! The prefixes are laid out once as sorted, disjoint ranges, so that a lookup is one binary search
-//! over plain arrays: 8 bytes per range for IPv4, 20 for IPv6, nothing to chase, nothing to lock.
+//! The prefixes are laid out as sorted, disjoint ranges, in pieces that several tables share: a lookup is
+//! two binary searches over plain arrays, and a change makes anew only the pieces that it touches.
+//! Nothing is locked.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
@@ -12,79 +14,227 @@ pub(crate) type PeerId = u32;
 
 const NOBODY: PeerId = PeerId::MAX;
 
-/// Ranges of one address family. Range `i` goes from `starts[i]` to the next start.
-#[derive(Debug)]
-struct Ranges<A> {
-    starts: Vec<A>,
-    owners: Vec<PeerId>,
+/// Most ranges of a piece, and how many it gets when it is made of more.
+const PIECE: usize = 128;
+const FILLED: usize = 96;
+
+/// An address of one family as a number.
+pub(crate) trait Address: Copy + Ord {
+    /// The first of all.
+    const ZERO: Self;
+    /// The address after this one, or none after the last.
+    fn next(self) -> Option<Self>;
+    /// The first address of the prefix of `length` bits that this one is in.
+    fn first(self, length: u8) -> Self;
+    /// The last one.
+    fn last(self, length: u8) -> Self;
 }
 
-impl<A: Copy + Ord> Ranges<A> {
-    /// `prefixes` are (first, last, owner), each range nested in or disjoint from every other;
-    /// `next` gives the address after, or none after the last one.
-    fn build(mut prefixes: Vec<(A, A, PeerId)>, zero: A, next: impl Fn(A) -> Option<A>) -> Self {
-        // Outer before inner.
-        prefixes.sort_unstable_by(|a, b| a.0.cmp(&b.0).then(b.1.cmp(&a.1)));
-        let mut ranges = Self {
-            starts: vec![zero],
-            owners: vec![NOBODY],
+macro_rules! address {
+    ($($bits:ty)*) => {$(
+        impl Address for $bits {
+            const ZERO: Self = 0;
+
+            fn next(self) -> Option<Self> {
+                self.checked_add(1)
+            }
+
+            fn first(self, length: u8) -> Self {
+                self & !Self::MAX.checked_shr(length.into()).unwrap_or(0)
+            }
+
+            fn last(self, length: u8) -> Self {
+                self | Self::MAX.checked_shr(length.into()).unwrap_or(0)
+            }
+        }
+    )*};
+}
+
+address!(u32 u128);
+
+/// A prefix: first address, length in bits. Sorted, outer ones come before those inside.
+pub(crate) type Prefix<A> = (A, u8);
+
+/// Where ranges begin, and whose they are.
+struct Layout<A> {
+    starts: Vec<(A, PeerId)>,
+}
+
+impl<A: Address> Layout<A> {
+    /// `prefixes` sorted, all inside one that begins at `first` and is `owner`'s.
+    fn of(first: A, owner: PeerId, prefixes: impl Iterator<Item = (Prefix<A>, PeerId)>) -> Self {
+        let mut layout = Self {
+            starts: vec![(first, owner)],
         };
         let mut enclosing: Vec<(A, PeerId)> = Vec::new();
-        for (first, last, owner) in prefixes {
-            while let Some((end, _)) = enclosing.last()
-                && *end < first
-            {
-                let end = *end;
-                enclosing.pop();
-                ranges.resume_after(end, &enclosing, &next);
+        let resume_after = |layout: &mut Self, end: A, enclosing: &[(A, PeerId)]| {
+            if let Some(start) = end.next() {
+                // An enclosing range that ends at the same address ends in the same moment.
+                let mut outer = enclosing.iter().rev();
+                let outer = outer.find(|(last, _)| *last > end);
+                layout.push(start, outer.map_or(owner, |(_, owner)| *owner));
             }
-            ranges.start(first, owner);
-            enclosing.push((last, owner));
+        };
+        for ((start, length), owner) in prefixes {
+            while let Some((end, _)) = enclosing.last().copied()
+                && end < start
+            {
+                enclosing.pop();
+                resume_after(&mut layout, end, &enclosing);
+            }
+            layout.push(start, owner);
+            enclosing.push((start.last(length), owner));
         }
         while let Some((end, _)) = enclosing.pop() {
-            ranges.resume_after(end, &enclosing, &next);
+            resume_after(&mut layout, end, &enclosing);
         }
-        ranges.starts.shrink_to_fit();
-        ranges.owners.shrink_to_fit();
-        ranges
+        layout
     }
 
-    /// A range has ended: what encloses it goes on.
-    fn resume_after(&mut self, end: A, enclosing: &[(A, PeerId)], next: &impl Fn(A) -> Option<A>) {
-        if let Some(start) = next(end) {
-            // An enclosing range that ends at the same address ends in the same moment.
-            let owner = enclosing
-                .iter()
-                .rev()
-                .find(|(last, _)| *last > end)
-                .map_or(NOBODY, |(_, owner)| *owner);
-            self.start(start, owner);
-        }
-    }
-
-    fn start(&mut self, at: A, owner: PeerId) {
-        if self.starts.last() == Some(&at) {
+    fn push(&mut self, start: A, owner: PeerId) {
+        if self.starts.len() > 1 && self.starts.last().is_some_and(|last| last.0 == start) {
             self.starts.pop();
-            self.owners.pop();
         }
-        if self.owners.last() != Some(&owner) {
-            self.starts.push(at);
-            self.owners.push(owner);
+        match self.starts.last_mut() {
+            Some(last) if last.0 == start => last.1 = owner,
+            Some(last) if last.1 == owner => {}
+            _ => self.starts.push((start, owner)),
         }
+    }
+
+    fn pieces(self) -> impl Iterator<Item = Arc<Piece<A>>> {
+        let count = match self.starts.len() {
+            0..=PIECE => 1,
+            more => more.div_ceil(FILLED),
+        };
+        let size = self.starts.len().div_ceil(count).max(1);
+        let chunks: Vec<_> = self.starts.chunks(size).map(Piece::of).collect();
+        chunks.into_iter().map(Arc::new)
+    }
+}
+
+/// Neighbouring ranges. Range `i` goes from `starts[i]` to the next start, or that of the next piece.
+#[derive(Debug)]
+struct Piece<A> {
+    starts: [A; PIECE],
+    owners: [PeerId; PIECE],
+    count: usize,
+}
+
+impl<A: Address> Piece<A> {
+    fn of(ranges: &[(A, PeerId)]) -> Self {
+        let mut piece = Self {
+            starts: [A::ZERO; PIECE],
+            owners: [NOBODY; PIECE],
+            count: ranges.len().min(PIECE),
+        };
+        for (at, (start, owner)) in ranges.iter().take(PIECE).enumerate() {
+            piece.starts[at] = *start;
+            piece.owners[at] = *owner;
+        }
+        piece
+    }
+
+    fn owner(&self, address: A) -> PeerId {
+        let starts = &self.starts[..self.count.min(PIECE)];
+        let after = starts.partition_point(|start| *start <= address);
+        after.checked_sub(1).map_or(NOBODY, |at| self.owners[at])
+    }
+
+    fn ranges(&self) -> impl Iterator<Item = (A, PeerId)> {
+        let starts = self.starts.iter().copied();
+        starts.zip(self.owners.iter().copied()).take(self.count)
+    }
+}
+
+/// Ranges of one address family, which cover it.
+#[derive(Clone, Debug)]
+pub(crate) struct Ranges<A> {
+    /// Where each piece begins.
+    firsts: Vec<A>,
+    pieces: Vec<Arc<Piece<A>>>,
+}
+
+impl<A: Address> Ranges<A> {
+    fn build(prefixes: impl Iterator<Item = (Prefix<A>, PeerId)>) -> Self {
+        let pieces: Vec<_> = Layout::of(A::ZERO, NOBODY, prefixes).pieces().collect();
+        Self {
+            firsts: pieces.iter().map(|piece| piece.starts[0]).collect(),
+            pieces,
+        }
+    }
+
+    fn piece(&self, address: A) -> usize {
+        let after = self.firsts.partition_point(|first| *first <= address);
+        after.saturating_sub(1)
+    }
+
+    fn owner(&self, address: A) -> PeerId {
+        let piece = self.pieces.get(self.piece(address));
+        piece.map_or(NOBODY, |piece| piece.owner(address))
     }
 
     fn get(&self, address: A) -> Option<PeerId> {
-        let after = self.starts.partition_point(|start| *start <= address);
-        let owner = *self.owners.get(after.checked_sub(1)?)?;
-        (owner != NOBODY).then_some(owner)
+        Some(self.owner(address)).filter(|owner| *owner != NOBODY)
+    }
+
+    /// What is inside a prefix is now laid out like this.
+    fn replace(&mut self, (first, length): Prefix<A>, inside: &Layout<A>) {
+        let last = first.last(length);
+        let (from, mut to) = (self.piece(first), self.piece(last));
+        let mut layout = Layout { starts: Vec::new() };
+        let old = self.pieces[from].ranges();
+        layout.starts.extend(old.take_while(|(at, _)| *at < first));
+        for (start, owner) in inside.starts.iter().filter(|(at, _)| *at <= last) {
+            layout.push(*start, *owner);
+        }
+        if let Some(after) = last.next() {
+            if self.firsts.get(to + 1) != Some(&after) {
+                layout.push(after, self.pieces[to].owner(after));
+            }
+            for (start, owner) in self.pieces[to].ranges().filter(|(at, _)| *at > after) {
+                layout.push(start, owner);
+            }
+        }
+        // Pieces must not get ever smaller.
+        if layout.starts.len() < PIECE / 4
+            && let Some(next) = self.pieces.get(to + 1)
+        {
+            for (start, owner) in next.ranges() {
+                layout.push(start, owner);
+            }
+            to += 1;
+        }
+        let pieces: Vec<_> = layout.pieces().collect();
+        let firsts = pieces.iter().map(|piece| piece.starts[0]);
+        self.firsts.splice(from..=to, firsts);
+        self.pieces.splice(from..=to, pieces);
     }
 }
 
-/// The allowed IPs of all peers.
-#[derive(Debug)]
+/// The allowed IPs of all peers. A copy shares nearly all with the original.
+#[derive(Clone, Debug)]
 pub(crate) struct Routes {
     v4: Ranges<u32>,
     v6: Ranges<u128>,
+}
+
+/// A family's part of [`Routes`].
+pub(crate) trait Family: Address {
+    /// The ranges of this family.
+    fn ranges(routes: &mut Routes) -> &mut Ranges<Self>;
+}
+
+impl Family for u32 {
+    fn ranges(routes: &mut Routes) -> &mut Ranges<Self> {
+        &mut routes.v4
+    }
+}
+
+impl Family for u128 {
+    fn ranges(routes: &mut Routes) -> &mut Ranges<Self> {
+        &mut routes.v6
+    }
 }
 
 impl Routes {
@@ -92,19 +242,37 @@ impl Routes {
     pub(crate) fn new(entries: impl IntoIterator<Item = (IpNet, PeerId)>) -> Self {
         let (mut v4, mut v6) = (Vec::new(), Vec::new());
         for (cidr, peer) in entries {
-            match cidr {
-                IpNet::V4(net) => {
-                    v4.push((net.network().to_bits(), net.broadcast().to_bits(), peer));
-                }
-                IpNet::V6(net) => {
-                    v6.push((net.network().to_bits(), net.broadcast().to_bits(), peer));
-                }
+            let length = cidr.prefix_len();
+            match cidr.network() {
+                IpAddr::V4(first) => v4.push(((first.to_bits(), length), peer)),
+                IpAddr::V6(first) => v6.push(((first.to_bits(), length), peer)),
             }
         }
+        v4.sort_unstable();
+        v6.sort_unstable();
         Self {
-            v4: Ranges::build(v4, 0, |a| a.checked_add(1)),
-            v6: Ranges::build(v6, 0, |a| a.checked_add(1)),
+            v4: Ranges::build(v4.into_iter()),
+            v6: Ranges::build(v6.into_iter()),
         }
+    }
+
+    /// Lays out a family anew, by sorted prefixes.
+    pub(crate) fn rebuild<A: Family>(
+        &mut self,
+        prefixes: impl Iterator<Item = (Prefix<A>, PeerId)>,
+    ) {
+        *A::ranges(self) = Ranges::build(prefixes);
+    }
+
+    /// Lays out anew what is inside one prefix: `owner` has it, but for the sorted prefixes `inside`.
+    pub(crate) fn replace<A: Family>(
+        &mut self,
+        prefix: Prefix<A>,
+        owner: Option<PeerId>,
+        inside: impl Iterator<Item = (Prefix<A>, PeerId)>,
+    ) {
+        let inside = Layout::of(prefix.0, owner.unwrap_or(NOBODY), inside);
+        A::ranges(self).replace(prefix, &inside);
     }
 
     /// Whose address this is.

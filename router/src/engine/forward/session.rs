@@ -72,7 +72,7 @@ impl Forwarder {
             return;
         };
         let id = self.directory.keys.get(&key);
-        match id.and_then(|id| self.directory.owner(*id)) {
+        match id.and_then(|id| self.directory.owner(id)) {
             Some(owner) if owner != self.place.worker => {
                 self.hand_over(owner, Content::Initiation(*origin, key), message, io);
             }
@@ -89,7 +89,7 @@ impl Forwarder {
         now: Duration,
         io: &mut impl Port,
     ) {
-        match self.directory.keys.get(key).copied() {
+        match self.directory.keys.get(key) {
             Some(id) => self.answer(id, origin, message, now, io),
             None => self.counters.add(Counter::DropUnknownPeer, 1),
         }

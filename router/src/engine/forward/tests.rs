@@ -14,6 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::*;
 use crate::engine::forward::batch::{Message, UdpSink};
+use crate::engine::forward::directory::Keys;
 use crate::engine::forward::peer::{Setup, Shared};
 use crate::engine::forward::routes::Routes;
 use crate::engine::offload::coalesce::TunSink;
@@ -131,7 +132,7 @@ impl End {
         let public = them.key.public();
         let directory = Directory {
             routes: Routes::new(allowed.iter().map(|cidr| (cidr.parse().unwrap(), THEM))),
-            keys: HashMap::from([(public, THEM)]),
+            keys: Keys::from_iter([(public, THEM)]),
             owners: vec![0],
         };
         let setup = Setup {
@@ -165,7 +166,7 @@ impl End {
         };
         let directory = Directory {
             routes: Routes::new((0..count).map(|id| (cidr(id), id))),
-            keys: HashMap::new(),
+            keys: Keys::from_iter([]),
             owners: vec![0; count as usize],
         };
         self.change(Change {

@@ -2,7 +2,6 @@
 //!
 //! The peer is honest in its cryptography alone, so that what it seals may be anything.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +9,7 @@ use std::time::Duration;
 use crate::engine::counters::Counters;
 use crate::engine::forward::Forwarder;
 use crate::engine::forward::batch::{Message, UdpSink};
-use crate::engine::forward::directory::{Change, Directory};
+use crate::engine::forward::directory::{Change, Directory, Keys};
 use crate::engine::forward::peer::{Setup, Shared};
 use crate::engine::forward::port::{Content, Origin, Place, Port};
 use crate::engine::forward::routes::Routes;
@@ -120,7 +119,7 @@ impl Bed {
             }],
             directory: Some(Arc::new(Directory {
                 routes: Routes::new(routes),
-                keys: HashMap::from([(peer.public(), 0)]),
+                keys: Keys::from_iter([(peer.public(), 0)]),
                 owners: vec![0],
             })),
             ..Change::default()

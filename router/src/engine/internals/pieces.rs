@@ -4,11 +4,15 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::engine::control::state::State;
 use crate::engine::forward::routes::Routes;
+use crate::engine::io::udp::Bind;
 use crate::engine::offload::coalesce::{Coalescer, Offload, TunSink};
 use crate::engine::offload::segment::{SLACK, Segments};
 use crate::engine::offload::vnet::{self, Header};
+use crate::engine::types::{PeerChange, PeerSpec};
 use crate::wireguard::Packets as _;
+use crate::wireguard::keys::PublicKey;
 
 /// Merges the segments of a flow into what is written to the TUN device.
 pub struct Merger(Coalescer);
@@ -75,5 +79,31 @@ impl AllowedIps {
     /// The owner of `address`.
     pub fn get(&self, address: IpAddr) -> Option<u32> {
         self.0.get(address)
+    }
+}
+
+/// The peers of an engine: what a change of them costs before the workers get it.
+pub struct PeerTable(State);
+
+impl PeerTable {
+    /// A table of these peers.
+    pub fn new(peers: &[PeerSpec]) -> Self {
+        let bind = Bind {
+            port: 0,
+            mark: 0,
+            workers: 2,
+            gro: false,
+        };
+        let mut state = State::new(bind, PublicKey([9; 32]), None);
+        state.change(peers, &[]);
+        Self(state)
+    }
+
+    /// Changes it; yields how many peers the workers are told of.
+    pub fn change(&mut self, change: &PeerChange) -> usize {
+        let outcome = self.0.change(&change.set, &change.remove);
+        let told = outcome.changes.iter();
+        told.map(|change| change.add.len() + change.remove.len())
+            .sum()
     }
 }

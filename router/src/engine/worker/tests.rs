@@ -1,11 +1,10 @@
 //! A worker's turns: whatever waits at one place, all others have their turn soon.
 
-use std::collections::HashMap;
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd as _, FromRawFd as _};
 
 use super::*;
-use crate::engine::forward::directory::Directory;
+use crate::engine::forward::directory::{Directory, Keys};
 use crate::engine::forward::peer::{Setup, Shared};
 use crate::engine::forward::port::Place;
 use crate::engine::forward::routes::Routes;
@@ -120,7 +119,7 @@ impl Bench {
             }],
             directory: Some(Arc::new(Directory {
                 routes: Routes::new([("0.0.0.0/0".parse().unwrap(), 0)]),
-                keys: HashMap::from([(key.public(), 0)]),
+                keys: Keys::from_iter([(key.public(), 0)]),
                 owners: vec![0],
             })),
             ..Change::default()

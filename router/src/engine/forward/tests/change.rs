@@ -57,7 +57,7 @@ fn removed_peers_end_at_once() {
         remove: vec![THEM],
         directory: Some(Arc::new(Directory {
             routes: Routes::new([]),
-            keys: HashMap::new(),
+            keys: Keys::from_iter([]),
             owners: vec![],
         })),
         ..Change::default()
@@ -235,7 +235,7 @@ fn an_allowed_ip_moves_between_peers_who_stay_connected() {
         let keys = [(first.key.public(), 0), (second.key.public(), 1)];
         Some(Arc::new(Directory {
             routes: Routes::new(routes.map(|(cidr, id)| (cidr.parse().unwrap(), id))),
-            keys: HashMap::from(keys),
+            keys: Keys::from_iter(keys),
             owners: vec![0, 0],
         }))
     };

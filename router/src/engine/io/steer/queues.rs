@@ -1,6 +1,6 @@
 //! The choice of a TUN queue, by allowed IPs.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
@@ -15,12 +15,16 @@ use crate::engine::io::tun::Queue;
 pub(crate) struct TunSteering {
     v4: OwnedFd,
     v6: OwnedFd,
-    installed: HashMap<IpNet, u32>,
+    /// What the maps do not say though they should.
+    failed: BTreeMap<IpNet, Option<u32>>,
 }
 
 /// Allowed IPs that a family's map may hold, most first. Linux before 5.11 charges a map's memory in
 /// advance to the user's RLIMIT_MEMLOCK, often 64 KiB; what does not fit is handed over instead.
 const ENTRIES: [u32; 4] = [1 << 20, 1 << 16, 1 << 12, 1 << 8];
+
+/// Entries that failed and are tried again with one change.
+const RETRIES: usize = 16;
 
 impl TunSteering {
     /// Loads the program and gives it to the device. All queues share it.
@@ -28,7 +32,7 @@ impl TunSteering {
         let this = Self {
             v4: largest_trie(4)?,
             v6: largest_trie(16)?,
-            installed: HashMap::new(),
+            failed: BTreeMap::new(),
         };
         let program = bpf::load(&by_destination(this.v4.as_raw_fd(), this.v6.as_raw_fd()))?;
         let mut fd = program.as_raw_fd();
@@ -47,29 +51,48 @@ impl TunSteering {
         Ok(this)
     }
 
-    /// Makes the maps say what `wanted` says: worker by allowed IP. What fails is tried again the
-    /// next time.
-    pub(crate) fn set(&mut self, wanted: HashMap<IpNet, u32>) -> io::Result<()> {
+    /// Allowed IPs have gone, others now belong to these workers. What fails is tried again with later
+    /// changes, for until then it costs a hand-over, no more.
+    pub(crate) fn change(
+        &mut self,
+        gone: &[IpNet],
+        new: impl Iterator<Item = (IpNet, u32)>,
+    ) -> io::Result<()> {
+        let old = self
+            .failed
+            .keys()
+            .copied()
+            .take(RETRIES)
+            .collect::<Vec<_>>();
+        let gone = gone.iter().map(|cidr| (*cidr, None));
         let mut result = Ok(());
-        let gone = self.installed.keys().copied();
-        let gone: Vec<_> = gone.filter(|cidr| !wanted.contains_key(cidr)).collect();
-        for cidr in gone {
-            let (map, key) = self.entry(&cidr);
-            match bpf::delete(map, &key) {
-                Ok(()) => drop(self.installed.remove(&cidr)),
-                Err(error) => result = result.and(Err(error)),
+        for (cidr, worker) in gone.chain(new.map(|(cidr, worker)| (cidr, Some(worker)))) {
+            if let Err(error) = self.set(cidr, worker) {
+                self.failed.insert(cidr, worker);
+                result = Err(error);
+            } else {
+                self.failed.remove(&cidr);
             }
         }
-        for (cidr, worker) in wanted {
-            if self.installed.get(&cidr) != Some(&worker) {
-                let (map, key) = self.entry(&cidr);
-                match bpf::update(map, &key, worker) {
-                    Ok(()) => drop(self.installed.insert(cidr, worker)),
-                    Err(error) => result = result.and(Err(error)),
-                }
+        for cidr in old {
+            if let Some(worker) = self.failed.get(&cidr).copied() {
+                self.set(cidr, worker)?;
+                self.failed.remove(&cidr);
             }
         }
         result
+    }
+
+    fn set(&self, cidr: IpNet, worker: Option<u32>) -> io::Result<()> {
+        let (map, key) = self.entry(&cidr);
+        match worker {
+            Some(worker) => bpf::update(map, &key, worker),
+            None => match bpf::delete(map, &key) {
+                // It may never have got in.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+                result => result,
+            },
+        }
     }
 
     /// Map and key (`struct bpf_lpm_trie_key`) of a CIDR. IPv4 uses the first 8 bytes.
