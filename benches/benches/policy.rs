@@ -24,7 +24,7 @@ fn policy(rules: u32) -> Policy {
         Rule {
             sources: vec![format!("{}/32", peer(n)).parse().unwrap()],
             destinations: (0..4).map(destination).collect(),
-            protocols: Vec::new(),
+            ..Rule::default()
         }
     };
     Policy {

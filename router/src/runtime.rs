@@ -482,7 +482,7 @@ impl Daemon {
             |host, port| names.addresses(host, port).to_vec(),
         );
         plan.datapath.local_ports = self.local_ports.clone();
-        plan.datapath.peers = self.numbers.assign(&self.snapshot.peers);
+        plan.datapath.overlay = self.numbers.assign(&self.snapshot.peers);
         self.tell_absent(&plan);
         self.ipv6.tell(plan.without_ipv6());
         let before = self
@@ -619,7 +619,7 @@ impl Daemon {
 /// Where packets of this plan go is a matter of these routes alone.
 fn concern(plan: &crate::core::Plan) -> Concern {
     let routed = plan.datapath.routes.iter().map(|route| route.cidr);
-    let overlay = plan.datapath.overlay.iter().chain(&plan.tunnel_routes);
+    let overlay = plan.datapath.overlay.keys().chain(&plan.tunnel_routes);
     Concern::new(TABLE, routed.chain(overlay.copied()))
 }
 

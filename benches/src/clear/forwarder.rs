@@ -87,7 +87,7 @@ impl Kind {
             tun: link(tun, TUN),
             mtu: MTU as u16,
             subnet: vec![link(nic, NIC)],
-            overlay: vec![super::OVERLAY],
+            overlay: [(super::OVERLAY, 0)].into(),
             routes: vec![Route {
                 cidr: super::SUBNET,
                 snat: self.translates(),

@@ -287,7 +287,7 @@ fn spec(tables: Tables, tun: u32, nic: u32) -> anyhow::Result<Spec> {
     };
     for family in Family::ALL {
         for n in 0..tables.overlay {
-            spec.overlay.push(family.overlay(n).into());
+            spec.overlay.insert(family.overlay(n).into(), 0);
         }
         let translated = (0..tables.routes).map(|n| (true, n));
         for (snat, n) in translated.chain([(false, 0)]) {
@@ -299,11 +299,7 @@ fn spec(tables: Tables, tun: u32, nic: u32) -> anyhow::Result<Spec> {
         }
     }
     let rule = |n: u32| -> anyhow::Result<Rule> {
-        let mut rule = Rule {
-            sources: Vec::new(),
-            destinations: Vec::new(),
-            protocols: Vec::new(),
-        };
+        let mut rule = Rule::default();
         for family in Family::ALL {
             rule.sources.push(IpAddr::into(family.overlay(n)));
             for (nat, ports) in [

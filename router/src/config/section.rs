@@ -60,6 +60,7 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
             "external_addresses",
             "underlay_mark",
             "handed_over_mark",
+            "permitted_mark",
             "workers",
             "flows",
             "flows_per_source",

@@ -86,7 +86,8 @@ pub enum RouteMode {
     Stack,
 }
 
-/// What peers may reach. No rules: every advertised route. Any rule: nothing but what a rule allows.
+/// What peers may reach, and who may reach them. For each direction by itself: no rules, every advertised
+/// route; any rule, nothing but what a rule allows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
     /// Rules; a packet that any one of them matches is allowed.
@@ -105,10 +106,35 @@ pub enum Denied {
     Reject,
 }
 
+/// Whose flows a rule is about, by the side that opens them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Direction {
+    /// Those that peers open: to the subnet side, to other peers and to the router itself.
+    FromOverlay,
+    /// Those that the subnet side opens to peers.
+    ToOverlay,
+    /// Both.
+    #[default]
+    Both,
+}
+
+impl Direction {
+    /// Whether the rule is about flows that peers open (`true`), or about those opened to them.
+    pub fn covers(self, from_overlay: bool) -> bool {
+        match self {
+            Self::FromOverlay => from_overlay,
+            Self::ToOverlay => !from_overlay,
+            Self::Both => true,
+        }
+    }
+}
+
 /// One policy rule, in shape and meaning a Tailscale packet-filter rule.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rule {
-    /// Overlay sources; a packet matches when its source is in any of them.
+    /// Whose flows it is about. A direction without any rule is open.
+    pub direction: Direction,
+    /// Sources; a packet matches when its source is in any of them.
     pub sources: Vec<IpNet>,
     /// Destinations; a packet matches when any of them matches.
     pub destinations: Vec<Destination>,

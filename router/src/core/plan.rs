@@ -156,7 +156,7 @@ impl Plan {
             Part::Forwarding(family) => {
                 // What the overlay has no address of cannot be forwarded.
                 let overlay = &self.datapath.overlay;
-                let forwards = overlay.iter().any(|net| Family::of(net.addr()) == family);
+                let forwards = overlay.keys().any(|net| Family::of(net.addr()) == family);
                 let links = self.forwarding.iter().filter(|_| forwards);
                 Action::Forwarding(family, links.cloned().collect())
             }
@@ -179,7 +179,7 @@ impl Plan {
 
     /// Whether anything of this family is to be carried.
     pub fn asks(&self, family: Family) -> bool {
-        let nets = self.addresses.iter().chain(&self.datapath.overlay);
+        let nets = self.addresses.iter().chain(self.datapath.overlay.keys());
         nets.chain(&self.tunnel_routes)
             .any(|net| Family::of(net.addr()) == family)
     }
@@ -329,9 +329,8 @@ pub fn plan(
             mtu,
             subnet: served,
             route_mtus: facts.route_mtus.clone(),
-            overlay: overlay.into_iter().collect(),
-            // Numbers outlive plans: whoever keeps them fills this in.
-            peers: BTreeMap::new(),
+            // Numbers outlive plans: whoever keeps them fills them in.
+            overlay: overlay.into_iter().map(|net| (net, 0)).collect(),
             local_ports: None,
             own,
             routes: snapshot.routes.clone(),

@@ -8,6 +8,10 @@ pub struct Marks {
     pub underlay: u32,
     /// Of packets that the eBPF programs hand to the kernel in the middle of a flow of theirs.
     pub handed_over: u32,
+    /// Of packets that the eBPF programs hand to the kernel and that the policy would let begin a flow.
+    /// Together with `handed_over`: of those that it would not, but that may be of a flow which the other
+    /// end may open. Our ruleset takes both off where it asks about new flows.
+    pub permitted: u32,
 }
 
 /// Bits that none of these looks at: kube-proxy (0x4000, 0x8000), Cilium (0x0f00, upper half), Calico
@@ -19,6 +23,7 @@ impl Default for Marks {
         Self {
             underlay: 0x1000,
             handed_over: 0x2000,
+            permitted: 0x40,
         }
     }
 }

@@ -48,6 +48,10 @@ pub trait Datapath: Send {
     /// Makes the datapath serve `spec`. On error what was in force before stays in force.
     fn apply(&mut self, spec: &Spec) -> Result<(), Error>;
 
+    /// Changes the peers of what is in force, as [`Datapath::apply`] would, at the cost of the change. On
+    /// error what was in force before stays in force.
+    fn change_peers(&mut self, change: &OverlayChange) -> Result<(), Error>;
+
     /// Packet and byte counters by program and verdict, since the daemon's start.
     fn counters(&self) -> Result<Vec<Counter>, Error>;
 
@@ -79,7 +83,7 @@ pub struct Counter {
     pub bytes: u64,
 }
 
-/// Everything a datapath needs to know; whole, never a delta.
+/// Everything a datapath needs to know, whole.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Spec {
     /// The TUN device.
@@ -89,11 +93,9 @@ pub struct Spec {
     /// The subnet-side NICs (often the uplink too) that the eBPF programs serve: those with an Ethernet
     /// header.
     pub subnet: Vec<Link>,
-    /// The peers' allowed IPs: who may appear as a source from the TUN and as a destination into it.
-    pub overlay: Vec<IpNet>,
-    /// The number of the peer whose allowed IP it is, by allowed IP: limits count by it. Those that are
-    /// not named are all of peer zero.
-    pub peers: BTreeMap<IpNet, u32>,
+    /// The peers' allowed IPs, without host bits, each with the number of its peer: who may appear as a
+    /// source from the TUN and as a destination into it, and by whom limits count.
+    pub overlay: BTreeMap<IpNet, u32>,
     /// The router's own overlay addresses, of which none is a peer's, whatever allowed IPs contain.
     pub own: BTreeSet<IpAddr>,
     /// Advertised routes.
@@ -126,6 +128,25 @@ pub struct Spec {
     pub knocked_port: Option<u16>,
 }
 
+/// A change of [`Spec::overlay`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OverlayChange {
+    /// Allowed IPs that are new or another peer's now, each with the number of its peer.
+    pub set: Vec<(IpNet, u32)>,
+    /// Allowed IPs that are no peer's any more. One that is in `set` too stays.
+    pub remove: Vec<IpNet>,
+}
+
+impl OverlayChange {
+    /// Carries the change out on the allowed IPs of a [`Spec`].
+    pub fn apply(&self, overlay: &mut BTreeMap<IpNet, u32>) {
+        for net in &self.remove {
+            overlay.remove(net);
+        }
+        overlay.extend(self.set.iter().copied());
+    }
+}
+
 /// The external addresses of a NIC.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct External {
@@ -154,11 +175,6 @@ impl From<Vec<IpAddr>> for External {
 }
 
 impl Spec {
-    /// The number of the peer that has an allowed IP.
-    pub fn peer(&self, allowed: &IpNet) -> u32 {
-        self.peers.get(allowed).copied().unwrap_or_default()
-    }
-
     /// Ports (and ICMP ids) that flows keep when the eBPF programs translate them, unless another flow
     /// or a socket of the router has them toward the same destination, and that they get otherwise. And
     /// whether the kernel gives none of these to the router's own sockets, which come later: their

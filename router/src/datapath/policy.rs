@@ -94,6 +94,7 @@ mod tests {
                     ports,
                 }],
                 protocols: protocols.to_vec(),
+                ..Rule::default()
             }],
             ..Policy::default()
         }

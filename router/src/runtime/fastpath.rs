@@ -103,7 +103,7 @@ pub(super) fn choose_datapath(local: &Local) -> Result<(Option<Ebpf>, String), E
     } else {
         let options = Options {
             limits: local.limits,
-            handed_over: local.marks.handed_over,
+            marks: local.marks,
             pins: Pins::open(device).map_err(|error| error.to_string()),
             ..Options::default()
         };

@@ -113,7 +113,7 @@ fn spec() -> anyhow::Result<Spec> {
         tun: link("tun0")?,
         mtu: MTU,
         subnet: vec![link("eth0")?],
-        overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
+        overlay: [("100.64.0.0/24".parse()?, 0), ("fd64::/64".parse()?, 0)].into(),
         routes: vec![fast("10.20.0.0/24")?, fast("2001:db8:20::/64")?],
         ..Spec::default()
     })

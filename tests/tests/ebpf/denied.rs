@@ -49,6 +49,7 @@ fn deny(fixture: &mut Fixture, denied: Denied) -> anyhow::Result<()> {
                 sources: vec![],
                 destinations: vec![],
                 protocols: vec![],
+                ..Rule::default()
             }],
             denied,
         }

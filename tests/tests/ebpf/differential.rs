@@ -108,8 +108,8 @@ fn world(fixture: &Fixture, settings: Settings) -> World {
     let (tun, nic) = (spec.tun.index, spec.subnet[0].index);
     let mut world = World::new(settings);
     world.ingress = [tun, nic];
-    let numbered = |net| (prefix(net), spec.peer(net));
-    world.overlay = spec.overlay.iter().map(numbered).collect();
+    let overlay = spec.overlay.iter();
+    world.overlay = overlay.map(|(net, peer)| (prefix(net), *peer)).collect();
     world.own = spec.own.iter().map(|own| address(*own)).collect();
     let routes = spec.routes.iter().map(|route| {
         let snat = if route.snat { Route::SNAT } else { 0 };
@@ -325,6 +325,7 @@ fn rule() -> Rule {
             })
             .into(),
         protocols: vec![],
+        ..Rule::default()
     }
 }
 

@@ -230,7 +230,7 @@ impl Fixture {
             mtu: MTU,
             external: [(nic.index, external.to_vec().into())].into(),
             subnet: vec![nic],
-            overlay: vec!["100.64.0.0/24".parse()?, "fd64::/64".parse()?],
+            overlay: [("100.64.0.0/24".parse()?, 0), ("fd64::/64".parse()?, 0)].into(),
             own: FAMILIES.map(|family| family.overlay(1)).into(),
             routes,
             // So that the tests' ports are kept.

@@ -262,6 +262,7 @@ fn settings_change_under_the_programs() {
                 sources: vec![],
                 destinations: vec![],
                 protocols: vec![],
+                ..Rule::default()
             };
             fixture.change(|spec| spec.policy.rules = vec![rule])?;
             expect(fixture, DropPolicy, DropPolicy)?;

@@ -47,6 +47,7 @@ fn rule(from: &str, to: &str, ports: RangeInclusive<u16>, protocols: &[u8]) -> R
             ports,
         }],
         protocols: protocols.to_vec(),
+        ..Rule::default()
     }
 }
 
@@ -87,6 +88,7 @@ fn random_rule(random: &mut Random) -> Rule {
         protocols: random
             .pick(&[&[][..], &[6], &[17], &[1, 58], &[47, 6]])
             .to_vec(),
+        ..Rule::default()
     }
 }
 

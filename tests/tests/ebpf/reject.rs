@@ -20,6 +20,7 @@ fn inside(body: impl FnOnce(&mut Fixture) -> anyhow::Result<()> + Send) {
                         sources: vec![],
                         destinations: vec![],
                         protocols: vec![],
+                        ..Rule::default()
                     }],
                     denied: Denied::Reject,
                 }

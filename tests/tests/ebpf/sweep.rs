@@ -82,6 +82,7 @@ fn rule(from: &str) -> Rule {
             ports: 0..=u16::MAX,
         }],
         protocols: vec![],
+        ..Rule::default()
     }
 }
 
@@ -116,8 +117,7 @@ fn idle_and_forbidden_flows_end_and_all_others_stay() {
                 }
                 counts.insert(account(peer), 7, 0)?;
                 let own = IpNet::from(IpAddr::from([100, 64, 0, peer]));
-                spec.overlay.push(own);
-                spec.peers.insert(own, peer.into());
+                spec.overlay.insert(own, peer.into());
             }
             // One that has no flows any more.
             counts.insert(account(99), 7, 0)?;

@@ -23,20 +23,35 @@ pub(super) fn marks(raw: &Datapath<'_>, problems: &mut Problems<'_>) -> Marks {
         }
         found
     };
+    let keys = ["underlay_mark", "handed_over_mark", "permitted_mark"];
     let underlay = bit(raw.underlay_mark, "datapath.underlay_mark");
     let handed_over = bit(raw.handed_over_mark, "datapath.handed_over_mark");
+    let permitted = bit(raw.permitted_mark, "datapath.permitted_mark");
     let marks = Marks {
         underlay: underlay.unwrap_or(default.underlay),
         handed_over: handed_over.unwrap_or(default.handed_over),
+        permitted: permitted.unwrap_or(default.permitted),
     };
-    if marks.underlay == marks.handed_over
-        && let Some(number) = raw.handed_over_mark.or(raw.underlay_mark)
-    {
-        let message = format!(
-            "underlay_mark and handed_over_mark are both {:#x}; give each a bit of its own",
-            marks.underlay
-        );
-        problems.add(number.at, "datapath.handed_over_mark", message);
+    let Marks {
+        underlay,
+        handed_over,
+        permitted,
+    } = marks;
+    let written = [raw.underlay_mark, raw.handed_over_mark, raw.permitted_mark];
+    for (one, other, bits) in [
+        (0, 1, [underlay, handed_over]),
+        (0, 2, [underlay, permitted]),
+        (1, 2, [handed_over, permitted]),
+    ] {
+        if bits[0] == bits[1]
+            && let Some(number) = written[other].or(written[one])
+        {
+            let message = format!(
+                "{} and {} are both {:#x}; give each a bit of its own",
+                keys[one], keys[other], bits[0]
+            );
+            problems.add(number.at, "datapath.handed_over_mark", message);
+        }
     }
     marks
 }

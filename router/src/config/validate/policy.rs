@@ -94,6 +94,7 @@ fn rule(raw: &raw::Rule<'_>, sources: Vec<IpNet>, problems: &mut Problems<'_>) -
         sources,
         destinations,
         protocols,
+        ..Rule::default()
     }
 }
 

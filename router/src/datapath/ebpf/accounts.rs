@@ -15,7 +15,7 @@ use crate::datapath::limits::Limits;
 /// Who has opened flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Opener {
-    /// The peer with a number of [`crate::datapath::Spec::peers`].
+    /// The peer with a number of [`crate::datapath::Spec::overlay`].
     Peer(u32),
     /// A host of the subnet side.
     Host(IpAddr),

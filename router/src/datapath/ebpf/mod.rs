@@ -45,7 +45,7 @@ pub use sweeper::{Ended, FamilyReport, FlowReport};
 
 use super::limits::Limits;
 use super::marks::Marks;
-use super::{Counter, Datapath, Error, External, Link, Spec};
+use super::{Counter, Datapath, Error, External, Link, OverlayChange, Spec};
 use accounts::Owners;
 use attach::{Attachment, Owner};
 use flows::Table;
@@ -65,8 +65,8 @@ pub struct Options {
     pub limits: Limits,
     /// Whether flows end when they are due. Without, whoever fills the table empties it.
     pub sweep: bool,
-    /// The bit of handed-over packets' mark.
-    pub handed_over: u32,
+    /// Our bits of the mark.
+    pub marks: Marks,
     /// Where flows are kept for the next daemon, or why they are not.
     pub pins: Result<Pins, String>,
 }
@@ -77,7 +77,7 @@ impl Default for Options {
             attach: None,
             limits: Limits::default(),
             sweep: true,
-            handed_over: Marks::default().handed_over,
+            marks: Marks::default(),
             pins: Err("nobody asked for it".to_owned()),
         }
     }
@@ -151,7 +151,7 @@ impl Ebpf {
             .map_max_entries(abi::SETTLED6, blocks6)
             .override_global(abi::BLOCKS4, &blocks4, true)
             .override_global(abi::BLOCKS6, &blocks6, true)
-            .override_global(abi::HANDED_OVER, &options.handed_over, true)
+            .override_global(abi::HANDED_OVER, &options.marks.handed_over, true)
             .override_global(log::LEVEL, &log_level, true);
         if log_level == 0 {
             loader.map_max_entries(log::RECORDS, log::LEAST_ROOM);
@@ -324,10 +324,8 @@ impl Ebpf {
                 sweeper.judge(Law::Policy(policy));
             }
             let known = self.spec.as_ref();
-            if known
-                .is_none_or(|known| (&known.overlay, &known.peers) != (&spec.overlay, &spec.peers))
-            {
-                let nets = spec.overlay.iter().map(|net| (*net, spec.peer(net)));
+            if known.is_none_or(|known| known.overlay != spec.overlay) {
+                let nets = spec.overlay.iter().map(|(net, peer)| (*net, *peer));
                 sweeper.judge(Law::Owners(Owners::new(nets)));
             }
             if self.spec.as_ref().map(external_addresses) != Some(external_addresses(spec)) {
@@ -413,6 +411,14 @@ impl Datapath for Ebpf {
             tracing::warn!(%error, "the eBPF datapath could not go back to what was in force");
         }
         Err(error)
+    }
+
+    fn change_peers(&mut self, change: &OverlayChange) -> Result<(), Error> {
+        let Some(mut spec) = self.spec.clone() else {
+            return Ok(());
+        };
+        change.apply(&mut spec.overlay);
+        self.apply(&spec)
     }
 
     fn counters(&self) -> Result<Vec<Counter>, Error> {

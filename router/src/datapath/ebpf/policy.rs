@@ -299,6 +299,7 @@ mod tests {
                 sources,
                 destinations,
                 protocols,
+                ..Rule::default()
             })
     }
 
@@ -409,7 +410,7 @@ mod tests {
                 to("10.0.0.2/32", 80..=80),
                 to("10.0.0.3/32", 22..=22),
             ],
-            protocols: vec![],
+            ..Rule::default()
         };
         assert_eq!(clauses(&rule).len(), 2);
     }
@@ -420,6 +421,7 @@ mod tests {
             sources: vec!["100.64.0.0/10".parse().unwrap()],
             destinations: vec![to("10.0.0.0/8", port as u16..=port as u16)],
             protocols: vec![TCP],
+            ..Rule::default()
         };
         let rules = |count: usize| Policy {
             rules: (0..count).map(one).collect(),
@@ -436,6 +438,7 @@ mod tests {
             sources: vec!["100.64.0.0/10".parse().unwrap()],
             destinations: vec![to("10.0.0.0/8", port..=port)],
             protocols: vec![TCP],
+            ..Rule::default()
         });
         let policy = Policy {
             rules: rules.collect(),

@@ -70,8 +70,8 @@ impl Tables {
         let overlay = spec
             .overlay
             .iter()
-            .map(|cidr| {
-                let peer = spec.peer(cidr);
+            .map(|(cidr, peer)| {
+                let peer = *peer;
                 (prefix(cidr), abi::Overlay { flags: 0, peer })
             })
             // Later ones replace those before.

@@ -23,13 +23,13 @@ fn set(spec: &Spec, sets: &Sets) -> (String, Option<Vec<IpNet>>) {
     let is_ours = |net: &&IpNet| net.addr().is_ipv4() == (sets.family == Family::V4);
     if !spec
         .overlay
-        .iter()
+        .keys()
         .filter(is_ours)
         .any(|net| is_default(&net))
     {
         return (sets.overlay.clone(), None);
     }
-    let specific = spec.overlay.iter().filter(|net| !is_default(net));
+    let specific = spec.overlay.keys().filter(|net| !is_default(net));
     (
         format!("only_{}", sets.overlay),
         Some(specific.copied().collect()),

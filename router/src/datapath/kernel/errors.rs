@@ -33,7 +33,7 @@ pub(super) struct Together {
 
 impl Together {
     pub(super) fn new(spec: &Spec, family: Family) -> Self {
-        let nets: Vec<&IpNet> = spec.overlay.iter().collect();
+        let nets: Vec<&IpNet> = spec.overlay.keys().collect();
         let labelled: Vec<(Span, u32)> = nets
             .iter()
             .zip(0..)
@@ -43,7 +43,8 @@ impl Together {
         for (span, around) in partition(&labelled) {
             let around = around.iter().filter_map(|index| nets.get(*index as usize));
             if let Some(net) = around.max_by_key(|net| net.prefix_len()) {
-                peers.entry(spec.peer(net)).or_default().push(span);
+                let number = spec.overlay.get(net).copied().unwrap_or_default();
+                peers.entry(number).or_default().push(span);
             }
         }
         let mut together = Self::default();
@@ -144,8 +145,7 @@ mod tests {
         ];
         let nets = nets.map(|(net, number)| (net.parse::<IpNet>().unwrap(), number));
         let spec = Spec {
-            overlay: nets.iter().map(|(net, _)| *net).collect(),
-            peers: nets.into(),
+            overlay: nets.into(),
             ..Spec::default()
         };
         let at = |address: &str| number(address.parse().unwrap());

@@ -25,7 +25,7 @@ use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::{Counter, Datapath, Error, Spec};
+use super::{Counter, Datapath, Error, OverlayChange, Spec};
 use crate::netlink;
 use crate::netlink::nft::{Count, Nft, TABLE_PREFIX};
 use away::Away;
@@ -45,6 +45,8 @@ pub struct Kernel {
     /// The way to nf_tables, once something is installed. The first table may belong to this socket,
     /// so it stays open as long as that is to stay.
     nft: Option<Mutex<Nft>>,
+    /// What is in force.
+    spec: Option<Spec>,
     /// What is installed.
     installed: Option<Tables>,
     /// What the kept table tells of flows.
@@ -67,6 +69,7 @@ impl Kernel {
             kept: kept::name(&table),
             table,
             nft: None,
+            spec: None,
             installed: None,
             carried: Carried::default(),
             kept_stands: false,
@@ -235,9 +238,18 @@ impl Datapath for Kernel {
         if outcome.is_ok() {
             self.settle(&mut nft, tables, &spec.addresses);
             self.firewalls.stand_beside(spec, Instant::now());
+            self.spec = Some(spec.clone());
         }
         self.nft = Some(Mutex::new(nft));
         outcome.map_err(error)
+    }
+
+    fn change_peers(&mut self, change: &OverlayChange) -> Result<(), Error> {
+        let Some(mut spec) = self.spec.clone() else {
+            return Ok(());
+        };
+        change.apply(&mut spec.overlay);
+        self.apply(&spec)
     }
 
     fn counters(&self) -> Result<Vec<Counter>, Error> {
@@ -263,6 +275,7 @@ impl Datapath for Kernel {
     }
 
     fn remove(&mut self) -> Result<(), Error> {
+        self.spec = None;
         self.installed = None;
         self.carried = Carried::default();
         self.away = Away::default();

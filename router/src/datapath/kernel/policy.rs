@@ -178,6 +178,7 @@ mod tests {
                 sources,
                 destinations,
                 protocols,
+                ..Rule::default()
             })
     }
 
@@ -227,12 +228,14 @@ mod tests {
             sources: vec![IpNet::from(IpAddr::from(Ipv4Addr::from(0x6440_0000 + n)))],
             destinations: vec![to(n as u16 + 1)],
             protocols: vec![TCP],
+            ..Rule::default()
         };
         let mut rules: Vec<Rule> = (0..500).map(one).collect();
         rules.extend((0..500).map(|n| Rule {
             sources: vec!["100.64.0.0/10".parse().unwrap()],
             destinations: vec![to(10_000 + 2 * n)],
             protocols: vec![TCP],
+            ..Rule::default()
         }));
         let side = union(&["100.64.0.0/10".parse().unwrap()], Family::V4);
         let compiled = compile(
@@ -260,7 +263,7 @@ mod tests {
                 cidr: "10.0.0.0/8".parse().unwrap(),
                 ports: 0..=65535,
             }],
-            protocols: vec![],
+            ..Rule::default()
         }];
         let policy = Policy {
             rules,

@@ -92,7 +92,7 @@ impl Tables {
 
 impl FamilyTables {
     fn new(spec: &Spec, family: Family) -> Self {
-        let overlay = union(&spec.overlay, family);
+        let overlay = union(spec.overlay.keys(), family);
         let cidrs: Vec<IpNet> = spec.routes.iter().map(|route| route.cidr).collect();
         let routes = union(&cidrs, family);
         Self {
@@ -144,10 +144,13 @@ mod tests {
                 cidr: to.parse().unwrap(),
                 ports: 0..=65535,
             }],
-            protocols: vec![],
+            ..Rule::default()
         };
         Spec {
-            overlay: overlay.iter().map(|net| net.parse().unwrap()).collect(),
+            overlay: overlay
+                .iter()
+                .map(|net| (net.parse().unwrap(), 0))
+                .collect(),
             routes: routes.iter().map(route).collect(),
             policy: Policy {
                 rules: rules.iter().map(rule).collect(),

@@ -7,7 +7,7 @@ use anyhow::ensure;
 use lab::{Host, wait_until};
 use router::datapath::kernel::Kernel;
 
-use super::{ECHO, Net, SOON, nets, route, udp_send};
+use super::{ECHO, Net, SOON, nets, one_peer, route, udp_send};
 
 /// Whether the router knows a UDP flow.
 fn known(net: &Net, source: &str, to: &str) -> anyhow::Result<bool> {
@@ -57,7 +57,7 @@ fn flows_end_that_only_the_daemon_before_has_carried() {
         for address in ["10.0.0.4/24", "fd00::4/64 nodad"] {
             net.server.ip(&format!("address add {address} dev eth0"))?;
         }
-        net.spec.overlay = nets(&["100.64.0.2/32", "100.64.0.3/32", "fd7a::/64"]);
+        net.spec.overlay = one_peer(&["100.64.0.2/32", "100.64.0.3/32", "fd7a::/64"]);
         net.spec.routes = vec![
             route("10.0.0.2/32", true),
             route("10.0.0.4/32", false),
@@ -76,7 +76,7 @@ fn flows_end_that_only_the_daemon_before_has_carried() {
         }
         net.spec
             .overlay
-            .retain(|peer| *peer != nets(&["100.64.0.3/32"])[0]);
+            .retain(|peer, _| *peer != nets(&["100.64.0.3/32"])[0]);
         net.spec
             .routes
             .retain(|route| !route.cidr.to_string().contains('4'));

@@ -5,6 +5,7 @@ mod policy;
 mod ruleset;
 mod traffic;
 
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
@@ -96,7 +97,7 @@ impl Net {
             tun: link(&router, "tun0")?,
             mtu: 1420,
             subnet: vec![link(&router, "eth0")?],
-            overlay: nets(&["100.64.0.0/24", "fd7a::/64"]),
+            overlay: one_peer(&["100.64.0.0/24", "fd7a::/64"]),
             routes: vec![route("10.0.0.0/24", true), route("fd00::/64", true)],
             ..Spec::default()
         };
@@ -148,6 +149,11 @@ fn mac(host: &Host, device: &str) -> anyhow::Result<String> {
     Ok(rest.split(' ').next().unwrap_or_default().to_owned())
 }
 
+/// Allowed IPs, all of the same peer.
+fn one_peer(texts: &[&str]) -> BTreeMap<IpNet, u32> {
+    nets(texts).into_iter().map(|net| (net, 0)).collect()
+}
+
 fn nets(texts: &[&str]) -> Vec<IpNet> {
     texts.iter().map(|text| text.parse().unwrap()).collect()
 }
@@ -173,6 +179,7 @@ fn rule(
             ports,
         }],
         protocols: protocols.to_vec(),
+        ..Rule::default()
     }
 }
 

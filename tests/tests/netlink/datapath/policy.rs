@@ -10,7 +10,7 @@ use router::control::{Denied, Destination, Rule};
 
 use super::{
     BRIEFLY, ECHO, Net, SOON, WEB, address, echo_server, echoed, exchange, exchange_within, link,
-    nets, route, rule, udp_send,
+    one_peer, route, rule, udp_send,
 };
 use crate::netlink::raw_icmp;
 
@@ -245,7 +245,7 @@ impl Numbers {
 fn the_kernel_decides_as_the_policy_says() {
     lab::test(|lab| {
         let mut net = Net::new(lab)?;
-        net.spec.overlay = nets(&["100.64.0.16/28"]);
+        net.spec.overlay = one_peer(&["100.64.0.16/28"]);
         net.spec.routes = vec![route("10.0.0.16/28", false)];
         net.peer.ip("route add local 100.64.0.16/28 dev lo")?;
         net.server.ip("route add local 10.0.0.16/28 dev lo")?;
@@ -326,7 +326,7 @@ fn a_thousand_rules_and_ten_thousand_peers() {
         let peer = |n: u32| IpAddr::from((0x6440_0000 + 2 * n).to_be_bytes());
         net.spec
             .overlay
-            .extend((0..10_000).map(|n| IpNet::from(peer(n))));
+            .extend((0..10_000).map(|n| (IpNet::from(peer(n)), n)));
         net.spec.policy.rules = (0..1000u32)
             .map(|n| Rule {
                 sources: (0..10).map(|i| IpNet::from(peer(10 * n + i))).collect(),
@@ -334,7 +334,7 @@ fn a_thousand_rules_and_ten_thousand_peers() {
                     cidr: "10.0.0.0/24".parse().unwrap(),
                     ports: 7..=7 + n as u16,
                 }],
-                protocols: vec![],
+                ..Rule::default()
             })
             .collect();
         let begun = std::time::Instant::now();

@@ -124,7 +124,7 @@ fn what_a_new_policy_does_not_allow_ends() {
                 cidr: "10.0.0.0/8".parse().unwrap(),
                 ports: 53..=53,
             }],
-            protocols: vec![],
+            ..Rule::default()
         }],
         ..Policy::default()
     };
