@@ -12,7 +12,8 @@ use benches::scale::crowd::Crowd;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use ipnet::IpNet;
 use router::config::{self, Config};
-use router::core::{Core, Facts, Plan, plan};
+use router::control::{Combined, Delta, Peer, Update};
+use router::core::{Action, Core, Facts, Names, overlay_change, peer_change, plan, route_change};
 use router::datapath::Link;
 use router::engine::internals::pieces::PeerTable;
 use router::engine::{PeerChange, PeerSpec};
@@ -42,20 +43,6 @@ fn parsed(peers: u32) -> Config {
     config::parse(&text, &folder.path().join("sluice.toml")).unwrap()
 }
 
-fn planned(config: &Config) -> Plan {
-    let tun = Link {
-        index: 7,
-        name: "sluice0".to_owned(),
-    };
-    plan(
-        &config.local,
-        &config.snapshot,
-        &tun,
-        &Facts::default(),
-        |_, _| Vec::new(),
-    )
-}
-
 fn parse(c: &mut Criterion) {
     let mut group = c.benchmark_group("config/parse");
     for peers in PEERS {
@@ -68,39 +55,107 @@ fn parse(c: &mut Criterion) {
     }
 }
 
-fn derive(c: &mut Criterion) {
-    let mut group = c.benchmark_group("core/plan");
+/// The control interface with everything in force, on a machine that does nothing.
+struct Router {
+    combined: Combined,
+    core: Core,
+    names: Names,
+}
+
+impl Router {
+    fn new(config: &Config) -> Self {
+        let mut router = Self {
+            combined: Combined::new(&["file", "server"]),
+            core: Core::default(),
+            names: Names::default(),
+        };
+        router.take(0, config.update());
+        let tun = Link {
+            index: 7,
+            name: "sluice0".to_owned(),
+        };
+        let state = router.combined.state();
+        let plan = plan(&config.local, state, &tun, &Facts::default());
+        router.core.want(plan, None);
+        router.carry_out();
+        router
+    }
+
+    fn take(&mut self, rank: usize, update: Update) {
+        let changed = self.combined.apply(rank, update);
+        let now = Instant::now();
+        self.names
+            .follow(self.combined.state(), &changed.peers, now);
+        self.core.changed(&changed);
+    }
+
+    /// Down to what engine, datapath and kernel are told; counts it.
+    fn carry_out(&mut self) -> usize {
+        let (state, now) = (self.combined.state(), Instant::now());
+        let mut told = 0;
+        while let Some(action) = self.core.poll_action(now) {
+            match &action {
+                Action::OverlayChanged { nets, .. } => {
+                    told += black_box(overlay_change(state, nets)).set.len();
+                }
+                Action::RoutesChanged { nets, .. } => {
+                    told += black_box(route_change(state, nets)).0.len();
+                }
+                Action::PeersChanged { keys, .. } => {
+                    told += black_box(peer_change(state, &self.names, keys)).set.len();
+                }
+                _ => {}
+            }
+            self.core.handle_done(action, Ok(Vec::new()), now);
+        }
+        told
+    }
+}
+
+/// A peer comes or goes beside many: from what a source says to what engine, datapath and kernel are
+/// told.
+fn delta(c: &mut Criterion) {
+    let mut group = c.benchmark_group("control/delta");
     for peers in PEERS {
-        let config = parsed(peers);
+        let config = parsed(peers + 1);
+        let peer: &Peer = config.snapshot.peers.last().unwrap();
+        let mut router = Router::new(&config);
+        let deltas = [
+            Delta {
+                remove: vec![peer.public_key],
+                ..Delta::default()
+            },
+            Delta {
+                set: vec![peer.clone()],
+                ..Delta::default()
+            },
+        ];
+        let mut deltas = deltas.into_iter().cycle();
         group.bench_function(BenchmarkId::from_parameter(peers), |b| {
-            b.iter(|| planned(black_box(&config)));
+            b.iter_batched(
+                || deltas.next().unwrap(),
+                |delta| {
+                    router.take(0, Update::Delta(delta));
+                    router.carry_out()
+                },
+                criterion::BatchSize::SmallInput,
+            );
         });
     }
 }
 
-/// One peer goes: from the new plan to the first action, and to the state in which nothing is left
-/// to be done.
-fn diff(c: &mut Criterion) {
-    let mut group = c.benchmark_group("core/diff");
+/// The same peers as before, whole: what a reload of an unchanged file costs.
+fn whole(c: &mut Criterion) {
+    let mut group = c.benchmark_group("control/whole");
     for peers in PEERS {
-        let mut config = parsed(peers);
-        let before = planned(&config);
-        config.snapshot.peers.pop();
-        let after = planned(&config);
-        let mut core = Core::default();
-        let mut plans = [before, after].into_iter().cycle();
-        let now = Instant::now();
+        let config = parsed(peers);
+        let mut router = Router::new(&config);
         group.bench_function(BenchmarkId::from_parameter(peers), |b| {
             b.iter_batched(
-                || plans.next().unwrap(),
-                |plan| {
-                    core.want(plan);
-                    let mut actions = 0;
-                    while let Some(action) = core.poll_action(now) {
-                        core.handle_done(action, Ok(Vec::new()), now);
-                        actions += 1;
-                    }
-                    actions
+                || config.update(),
+                |update| {
+                    router.take(0, update);
+                    router.carry_out()
                 },
                 criterion::BatchSize::LargeInput,
             );
@@ -144,5 +199,5 @@ fn change_peers(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, parse, derive, diff, change_peers);
+criterion_group!(benches, parse, delta, whole, change_peers);
 criterion_main!(benches);

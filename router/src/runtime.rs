@@ -4,106 +4,56 @@
 //! from the API and the core's own deadlines. Packets never pass here.
 
 mod denied;
+mod doors;
 mod ending;
+mod error;
 mod facts;
 mod families;
 mod fastpath;
 mod foreign;
 mod guard;
 mod lock;
+mod machine;
+mod network;
 mod notify;
 mod nowhere;
-mod reload;
+mod resolver;
+mod sources;
 mod status;
+mod told;
 mod uapi;
 mod underlay;
-mod unserved;
 mod whereabouts;
 
 use std::future::pending;
-use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::ops::RangeInclusive;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
-use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
 use self::denied::DeniedLog;
+use self::doors::Doors;
 use self::ending::Ending;
-use self::fastpath::{choose_datapath, discard_pins};
+pub use self::error::Error;
+use self::fastpath::choose_datapath;
 use self::guard::UplinkGuard;
 pub use self::lock::LockError;
 use self::lock::RouterLock;
-use self::reload::check;
-use self::underlay::Underlay;
+use self::machine::{Machine, Wanted};
+use self::network::Network;
+use self::resolver::Resolver;
+use self::sources::{Sources, check};
+use self::told::Told;
 pub use self::underlay::try_mtu;
-use crate::api;
-use crate::config::{self, Config, DatapathMode, Local};
-use crate::control::Snapshot;
+use crate::config;
 use crate::control::file::FileSource;
-use crate::core::{Action, Core, Facts, Names, Part, PeerNumbers, tunnel_mtu};
-use crate::datapath::ebpf::{AtLimit, Ebpf};
+use crate::core::{Core, Part, tunnel_mtu};
+use crate::datapath::Link;
 use crate::datapath::kernel::Kernel;
-use crate::datapath::{self, Datapath, Link};
 use crate::engine::{self, Engine};
-use crate::netlink::sysctl::{self, Sysctls};
-use crate::netlink::{self, Change, Changes, Concern, Family, Netlink, RuleSpec};
-use crate::telemetry::Metrics;
-use crate::uapi::{Question, Server};
-use crate::wireguard::keys::PublicKey;
-
-/// Our routing table.
-const TABLE: u32 = 51_820;
-/// Changes of the network come in swarms; this long after the first one they are looked at.
-const SETTLE: Duration = Duration::from_millis(200);
-/// Between two looks at the neighbours that flows go to. The kernel doubts one after half a minute
-/// (`base_reachable_time_ms`), and takes some seconds to find out.
-const NEIGHBOURS: Duration = Duration::from_secs(10);
-
-/// Why the daemon could not start, or stopped.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The configuration is refused; every problem on a line of its own.
-    #[error("{0}")]
-    Config(#[from] config::ConfigErrors),
-    /// The configuration does not fit this machine; every problem on a line of its own.
-    #[error("{0}")]
-    System(String),
-    /// The rights are missing.
-    #[error("CAP_NET_ADMIN is missing; run the daemon as root or grant it that capability")]
-    Rights,
-    /// The network namespace is taken.
-    #[error(transparent)]
-    Lock(#[from] LockError),
-    /// netlink failed at start.
-    #[error(transparent)]
-    Netlink(#[from] netlink::Error),
-    /// The engine could not start.
-    #[error(transparent)]
-    Engine(#[from] engine::Error),
-    /// The engine stopped by itself.
-    #[error("{0}")]
-    EngineFailed(Arc<engine::Failure>),
-    /// The datapath that the configuration insists on does not work here.
-    #[error("{0}; set `datapath.mode = \"auto\"` to run on the kernel datapath")]
-    Datapath(datapath::Error),
-    /// The API could not start.
-    #[error(transparent)]
-    Api(#[from] api::Error),
-    /// The process could not set itself up.
-    #[error("{what}: {source}")]
-    Io {
-        /// What was being done.
-        what: &'static str,
-        /// The cause.
-        source: io::Error,
-    },
-}
+use crate::netlink::Netlink;
+use crate::netlink::sysctl::Sysctls;
 
 /// Runs the daemon with the configuration at `config` until it is told to stop.
 pub fn run(config: &Path) -> Result<(), Error> {
@@ -138,55 +88,19 @@ fn has_net_admin() -> bool {
         .is_some_and(|set| set & (1 << 12) != 0)
 }
 
+/// The parts, each with one job; this is the loop over them.
 struct Daemon {
-    /// In force, as `snapshot` is: what the file says, or what `wg` has made of it.
-    local: Local,
-    snapshot: Snapshot,
-    source: FileSource,
-    /// What the file said when it was last read.
-    file: Config,
-    /// What the last reload could not do, for `status`.
-    reload_problems: Vec<String>,
-
+    /// What is wanted.
+    sources: Sources,
+    /// What the kernel says of the network.
+    network: Network,
+    /// What is to be done.
     core: Core,
-    names: Names,
-    numbers: PeerNumbers,
-    /// `net.ipv4.ip_local_port_range`, as last read.
-    local_ports: Option<RangeInclusive<u16>>,
-    /// Who had as many flows as it may, as last told.
-    at_limit: Vec<AtLimit>,
-    lookups: JoinSet<(String, u16, Result<Vec<SocketAddr>, String>)>,
-    facts_due: Option<Instant>,
-    neighbours_due: Instant,
-    facts: Facts,
-    underlay: Underlay,
-    /// External addresses that no subnet-side interface has, as last told.
-    absent: Vec<IpAddr>,
-    ipv6: families::Watch,
-    /// Names of peers that packets are for and that are nowhere, as last told.
-    missed: Vec<String>,
-    /// Where packets go that no flow is carried of, as last told.
-    unserved: Vec<String>,
-
-    netlink: Netlink,
-    changes: Changes,
-    sysctls: Sysctls,
-    engine: Engine,
-    /// Where peers were when the daemon before ended, until the engine has been told.
-    whereabouts: Vec<(PublicKey, SocketAddr)>,
-    tun: Link,
-    kernel: Kernel,
-    ebpf: Option<Ebpf>,
-    denied: Option<DeniedLog>,
-    /// Why the datapath is the one it is.
-    datapath_reason: String,
-    guard: UplinkGuard,
-
-    requests: mpsc::Receiver<api::Request>,
-    _server: api::Server,
-    /// From wg(8). Its socket is a courtesy: without it the router routes as well.
-    questions: mpsc::Receiver<Question>,
-    _wireguard_socket: Option<Server>,
+    /// Who does it.
+    machine: Machine,
+    resolver: Resolver,
+    doors: Doors,
+    told: Told,
     started: Instant,
     ready: bool,
     /// Dropped last: nobody may take its place before everything else is gone.
@@ -196,29 +110,23 @@ struct Daemon {
 impl Daemon {
     async fn start(path: &Path) -> Result<Self, Error> {
         let started = Instant::now();
-        let source = FileSource::new(path);
+        let file = FileSource::new(path);
         let config = config::load(path)?;
         if !has_net_admin() {
             return Err(Error::Rights);
         }
-        let local = &config.local;
+        let sources = Sources::new(file, config);
+        let local = &sources.local;
         let lock = RouterLock::take(&local.device)?;
         let (netlink, mut changes) = Netlink::connect()?;
         let netlink = netlink.with_mark(local.marks.underlay);
         changes.know_neighbours(&netlink).await?;
         let sysctls = Sysctls::open(&lock.journal());
-        let facts = facts::gather(&netlink, &config.snapshot, None).await?;
-        check(&config, &facts)?;
+        let facts = facts::gather(&netlink, sources.state(), None).await?;
+        check(&sources.config, &facts)?;
 
         let (mut ebpf, datapath_reason) = choose_datapath(local)?;
-        let (sender, requests) = mpsc::channel(16);
-        let server = api::Server::start(
-            &local.socket,
-            local.http,
-            local.http_hosts.clone(),
-            Metrics::default(),
-            sender,
-        )?;
+        let mut doors = Doors::open(local)?;
         let engine = Engine::start(
             engine::Options {
                 device: local.device.clone(),
@@ -228,7 +136,7 @@ impl Daemon {
                 workers: local.workers,
                 offloads: local.offloads,
             },
-            &local.private_key,
+            &sources.config.identity.private_key,
         )?;
         // Not earlier: after a failed start the next one still finds them.
         let whereabouts = whereabouts::take(&lock.whereabouts());
@@ -239,70 +147,55 @@ impl Daemon {
             index,
             name: name.to_owned(),
         };
-        let (sender, questions) = mpsc::channel(16);
-        let wireguard_socket = Server::start(&tun.name, sender)
-            .inspect_err(|error| tracing::warn!("`wg` will not see this router: {error}"));
-        let mut daemon = Self {
+        doors.open_wireguard(&tun.name);
+        let machine = Machine {
             kernel: Kernel::new(&local.device),
-            sysctls,
-            local: config.local.clone(),
-            snapshot: config.snapshot.clone(),
-            source,
-            file: config,
-            reload_problems: Vec::new(),
-            core: Core::default(),
-            names: Names::default(),
-            numbers: PeerNumbers::default(),
-            local_ports: sysctl::local_ports(),
-            at_limit: Vec::new(),
-            lookups: JoinSet::new(),
-            facts_due: None,
-            neighbours_due: started + NEIGHBOURS,
-            facts,
-            underlay: Underlay::new(started),
-            absent: Vec::new(),
-            ipv6: families::Watch::default(),
-            missed: Vec::new(),
-            unserved: Vec::new(),
             netlink,
-            changes,
+            sysctls,
             engine,
-            whereabouts,
             tun,
             denied: DeniedLog::of(ebpf.as_mut()),
             ebpf,
+            mode: local.datapath,
             datapath_reason,
+            marks: local.marks,
             guard,
-            requests,
-            _server: server,
-            questions,
-            _wireguard_socket: wireguard_socket.ok(),
+            whereabouts,
+            skipped: Default::default(),
+        };
+        let mut daemon = Self {
+            sources,
+            network: Network::new(changes, facts, started),
+            core: Core::default(),
+            machine,
+            resolver: Resolver::default(),
+            doors,
+            told: Told::default(),
             started,
             ready: false,
             lock,
         };
-        tracing::info!(
-            datapath = daemon.active_datapath(),
-            device = daemon.tun.name,
-            port = daemon.local.listen_port,
-            peers = daemon.snapshot.peers.len(),
-            routes = daemon.snapshot.routes.len(),
-            "sluice {} carries packets on the {} datapath: {}",
-            env!("CARGO_PKG_VERSION"),
-            daemon.active_datapath(),
-            daemon.datapath_reason,
-        );
-        daemon.names.track(&daemon.snapshot, Instant::now());
+        daemon.announce();
+        let state = daemon.sources.state();
+        let all = state.peers.iter().map(|peer| &peer.public_key);
+        daemon.resolver.names.follow(state, all, Instant::now());
         daemon.replan();
         Ok(daemon)
     }
 
-    fn active_datapath(&self) -> &'static str {
-        if self.ebpf.is_some() {
-            "ebpf"
-        } else {
-            "kernel"
-        }
+    fn announce(&self) {
+        let state = self.sources.state();
+        tracing::info!(
+            datapath = self.machine.active_datapath(),
+            device = self.machine.tun.name,
+            port = self.sources.local.listen_port,
+            peers = state.peers.len(),
+            routes = state.routes.len(),
+            "sluice {} carries packets on the {} datapath: {}",
+            env!("CARGO_PKG_VERSION"),
+            self.machine.active_datapath(),
+            self.machine.datapath_reason,
+        );
     }
 
     async fn serve(&mut self) -> Result<Ending, Error> {
@@ -323,59 +216,18 @@ impl Daemon {
                     tracing::info!("leaving on SIGUSR1 what the next daemon takes over");
                     return Ok(Ending::HandOver);
                 }
-                _ = hangup.recv() => {
-                    // What ends a reload would also say that the router is ready for the first time.
-                    let ready = self.ready;
-                    let tell = |state| {
-                        if ready {
-                            notify::notify(state);
-                        }
-                    };
-                    tell("RELOADING=1");
-                    self.reload().await;
-                    tell("READY=1");
-                }
-                () = self.source.changed() => self.reload().await,
-                change = self.changes.next() => {
-                    match change {
-                        Some(Change::Rule) => {
-                            for family in Family::ALL {
-                                self.core.invalidate(Part::Rules(family));
-                            }
-                        }
-                        Some(Change::Neighbour) => {}
-                        Some(Change::Link | Change::Address | Change::Route) => {
-                            self.facts_due.get_or_insert(Instant::now() + SETTLE);
-                        }
-                        // The subscription ends only with the runtime.
-                        None => return Ok(Ending::Stop),
-                    }
-                    self.renew_next_hops();
-                }
-                Some(Ok((host, port, answer))) = self.lookups.join_next() => {
-                    if let Err(error) = &answer {
-                        tracing::warn!(host, error, "the name of a peer's endpoint does not resolve");
-                    }
-                    if self.names.handle_answer(&host, port, answer, Instant::now()) {
-                        self.replan();
-                    }
-                }
-                // The client may have gone meanwhile.
-                Some(request) = self.requests.recv() => match request {
-                    api::Request::Status(answer) => drop(answer.send(self.status())),
-                    api::Request::Flows(answer) => {
-                        drop(answer.send(self.ebpf.as_ref().map(Ebpf::flows)));
-                    }
-                    api::Request::Denied(question, answer) => {
-                        let denied = self.denied.as_ref();
-                        let list = denied.map(|log| log.answer(&question, &self.snapshot));
-                        drop(answer.send(list));
-                    }
+                _ = hangup.recv() => self.reload().await,
+                said = self.sources.next() => self.hear(said).await,
+                change = self.network.changes.next() => match change {
+                    Some(change) => self.note_change(change),
+                    // The subscription ends only with the runtime.
+                    None => return Ok(Ending::Stop),
                 },
-                Some(question) = self.questions.recv() => self.answer(question).await,
-                failure = self.engine.failed() => return Err(Error::EngineFailed(failure)),
-                () = denied::follow(&mut self.denied) => {}
-                robbed = self.kernel.disturbed() => if robbed {
+                moved = self.resolver.moved() => self.core.touch_peers(moved),
+                asked = self.doors.asked() => self.answer(asked).await,
+                failure = self.machine.engine.failed() => return Err(Error::EngineFailed(failure)),
+                () = denied::follow(&mut self.machine.denied) => {}
+                robbed = self.machine.kernel.disturbed() => if robbed {
                     self.core.invalidate(Part::Datapath);
                 },
                 () = deadline_or_never(deadline) => {}
@@ -383,73 +235,61 @@ impl Daemon {
         }
     }
 
+    /// Reads the file on somebody's demand, who is told when all is in force that can be.
+    async fn reload(&mut self) {
+        // What ends a reload would also say that the router is ready for the first time.
+        let ready = self.ready;
+        let tell = |state| {
+            if ready {
+                notify::notify(state);
+            }
+        };
+        tell("RELOADING=1");
+        let said = self.sources.read_file();
+        self.hear(said).await;
+        self.act().await;
+        tell("READY=1");
+    }
+
     /// Does everything that is due now.
     async fn act(&mut self) {
         let now = Instant::now();
-        if self.facts_due.is_some_and(|due| due <= now) {
-            self.facts_due = None;
-            // Network managers change what they do not know.
-            self.core.invalidate(Part::Device);
-            for family in Family::ALL {
-                self.core.invalidate(Part::Addresses(family));
-                self.core.invalidate(Part::Forwarding(family));
-                self.core.invalidate(Part::Routes(family));
-            }
-            let gathered = self.gather(&self.snapshot).await;
-            match gathered.map(|facts| self.remember_subnet(facts, &self.snapshot)) {
-                Ok(facts) if facts != self.facts => {
-                    tracing::debug!("the network changed");
-                    self.facts = facts;
-                    self.replan();
-                }
-                Ok(_) => {}
-                Err(error) => {
-                    tracing::warn!(%error, "the network could not be looked at; trying again");
-                    self.facts_due = Some(now + Duration::from_secs(1));
-                }
-            }
+        self.look_at_network(now).await;
+        if self.machine.kernel.due().is_some_and(|due| due <= now) {
+            self.machine.kernel.tend(now);
         }
-        if self.ipv6.changed(self.facts.ipv6, &self.tun.name, now) {
-            self.facts_due.get_or_insert(now);
-        }
-        if self.underlay.due <= now {
-            self.look_at_underlay().await;
-        }
-        if self.kernel.due().is_some_and(|due| due <= now) {
-            self.kernel.tend(now);
-        }
-        if self.neighbours_due <= now {
-            self.neighbours_due = now + NEIGHBOURS;
-            self.look_after_neighbours().await;
-            self.tell_at_limit();
-            self.look_at_local_ports();
-            self.tell_nowhere();
-        }
-        while let Some((host, port)) = self.names.poll_due(now) {
-            self.lookups.spawn(async move {
-                let answer = tokio::net::lookup_host((host.as_str(), port)).await;
-                let answer = answer
-                    .map(Iterator::collect)
-                    .map_err(|error| error.to_string());
-                (host, port, answer)
-            });
-        }
+        self.resolver.ask(now);
         let mut foreign = Vec::new();
         while let Some(action) = self.core.poll_action(Instant::now()) {
+            let Some(plan) = self.core.wanted() else {
+                break;
+            };
             let part = action.part();
-            let outcome = self.carry_out(&action).await;
+            let had_programs = self.machine.ebpf.is_some();
+            let wanted = Wanted {
+                plan,
+                state: self.sources.state(),
+                names: &self.resolver.names,
+            };
+            let outcome = self.machine.carry_out(&action, wanted).await;
             if let Err(error) = &outcome {
                 tracing::warn!(part = part.label(), "{error}");
             }
             // Changes of our own are not told.
-            if !matches!(part, Part::Datapath | Part::Peers)
+            if !matches!(part, Part::Datapath | Part::Key | Part::Peers)
                 && outcome.as_ref().map_or(true, |changed| !changed.is_empty())
             {
-                self.renew_next_hops();
+                self.machine.renew_next_hops();
+            }
+            if part == Part::Peers {
+                self.network.underlay.due = Instant::now();
             }
             foreign.extend(self.core.handle_done(action, outcome, Instant::now()));
+            if had_programs && self.machine.ebpf.is_none() {
+                self.replan();
+            }
         }
-        foreign::tell(&self.tun.name, &foreign);
+        foreign::tell(&self.machine.tun.name, &foreign);
         if !self.ready && self.core.ready() {
             self.ready = true;
             tracing::info!(after_ms = self.started.elapsed().as_millis(), "ready");
@@ -460,167 +300,33 @@ impl Daemon {
     fn next_deadline(&self) -> Option<Instant> {
         [
             self.core.poll_timeout(),
-            self.names.poll_timeout(),
-            self.facts_due,
-            self.ipv6.due(),
-            Some(self.underlay.due),
-            self.ebpf.as_ref().map(|_| self.neighbours_due),
-            self.kernel.due(),
+            self.resolver.names.poll_timeout(),
+            self.network.due(self.machine.ebpf.is_some()),
+            self.machine.kernel.due(),
         ]
         .into_iter()
         .flatten()
         .min()
     }
 
+    /// Works out anew what is wanted of the machine.
     fn replan(&mut self) {
-        let names = &self.names;
-        let mut plan = crate::core::plan(
-            &self.local,
-            &self.snapshot,
-            &self.tun,
-            &self.facts,
-            |host, port| names.addresses(host, port).to_vec(),
-        );
-        plan.datapath.local_ports = self.local_ports.clone();
-        plan.datapath.overlay = self.numbers.assign(&self.snapshot.peers);
-        self.tell_absent(&plan);
-        self.ipv6.tell(plan.without_ipv6());
-        let before = self
-            .core
-            .wanted()
-            .map_or(&[][..], |plan| &plan.vrf_problems);
-        for problem in plan.vrf_problems.iter().filter(|p| !before.contains(p)) {
-            tracing::warn!("{problem}");
-        }
-        self.tell_unserved(&plan);
-        self.tell_mtu();
-        if self.ebpf.is_none() {
+        let state = self.sources.state();
+        let (local, facts) = (&self.sources.local, &self.network.facts);
+        let mut plan = crate::core::plan(local, state, &self.machine.tun, facts);
+        plan.datapath
+            .local_ports
+            .clone_from(&self.network.local_ports);
+        if self.machine.ebpf.is_none() {
             plan.datapath.external.clear();
             plan.datapath.handed_over = None;
-        } else {
-            self.tell_left_to_the_kernel(&plan);
         }
-        self.changes.concern(concern(&plan));
-        self.core.want(plan);
+        self.network.concern(&plan, state);
+        let key = state.identity.as_ref().map(|own| own.private_key.clone());
+        self.tell(&plan);
+        self.core.want(plan, key);
         self.guard_uplink();
     }
-
-    fn tell_absent(&mut self, plan: &crate::core::Plan) {
-        let mut absent = self.local.external_addresses.clone();
-        let chosen = &plan.datapath.chosen;
-        absent.retain(|address| !chosen.values().flatten().any(|found| found == address));
-        if absent != self.absent {
-            for address in absent.iter().filter(|a| !self.absent.contains(a)) {
-                tracing::warn!(
-                    %address,
-                    "no subnet-side interface has this address of datapath.external_addresses: it \
-                     is not used; add it to an interface, or take it out of the list"
-                );
-            }
-            self.absent = absent;
-        }
-    }
-
-    fn tell_left_to_the_kernel(&self, plan: &crate::core::Plan) {
-        let known = self.core.wanted().map(|before| &before.stack_links);
-        for link in &plan.stack_links {
-            if !known.is_some_and(|known| known.contains(link)) {
-                tracing::info!(
-                    "{} has no Ethernet header, which the programs need: the kernel carries what \
-                     goes by it",
-                    link.name
-                );
-            }
-        }
-    }
-
-    /// Puts a part of the plan in force; what of it had to be changed, in words, as far as others may
-    /// change it.
-    async fn carry_out(&mut self, action: &Action) -> Result<Vec<String>, String> {
-        let text = |error: &dyn std::error::Error| error.to_string();
-        let index = self.tun.index;
-        match action {
-            Action::Device { mtu } => {
-                let changed = self.netlink.set_link(index, u32::from(*mtu), true).await;
-                // Packets are padded no further.
-                self.engine.set_mtu(*mtu).map_err(|e| text(&e))?;
-                if self.ebpf.is_some()
-                    && let Err(error) = sysctl::accept_local(&self.tun.name)
-                {
-                    tracing::warn!(
-                        %error,
-                        "cannot set accept_local of {}: packets of translated flows that must be \
-                         cut for a narrow link are lost; make /proc/sys/net writable",
-                        self.tun.name
-                    );
-                }
-                changed.map_err(|e| text(&e))
-            }
-            Action::Addresses(family, addresses) => self
-                .netlink
-                .sync_addresses(index, *family, addresses)
-                .await
-                .map_err(|e| text(&e)),
-            Action::Datapath(spec) => {
-                self.kernel.apply(spec).map_err(|e| text(&e))?;
-                let Some(ebpf) = &mut self.ebpf else {
-                    return Ok(Vec::new());
-                };
-                let outcome = match ebpf.apply(spec) {
-                    Err(error) if self.local.datapath == DatapathMode::Auto => {
-                        tracing::warn!(%error, "falling back to the kernel datapath");
-                        self.datapath_reason = format!("eBPF failed: {error}");
-                        if let Err(error) = ebpf.remove() {
-                            tracing::warn!(%error, "the eBPF datapath was not removed whole");
-                        }
-                        self.ebpf = None;
-                        self.denied = None;
-                        discard_pins(&self.local.device);
-                        self.replan();
-                        Ok(())
-                    }
-                    outcome => outcome.map_err(|e| text(&e)),
-                };
-                outcome.map(|()| Vec::new())
-            }
-            Action::Forwarding(family, links) => {
-                self.sysctls.apply(*family, links).map_err(|e| text(&e))
-            }
-            Action::Routes {
-                family,
-                device,
-                nets,
-            } => self
-                .netlink
-                .sync_routes(TABLE, *family, device.then_some(index), nets)
-                .await
-                .map_err(|e| text(&e)),
-            Action::Rules(family) => self
-                .netlink
-                .sync_rules(&RuleSpec::new(TABLE, self.local.marks.underlay), *family)
-                .await
-                .map_err(|e| text(&e)),
-            Action::Peers(peers) => {
-                let skipped = self.engine.set_peers(peers).map_err(|e| text(&e))?;
-                self.underlay.due = Instant::now();
-                let whereabouts = std::mem::take(&mut self.whereabouts);
-                let resumed = self.engine.resume(&whereabouts);
-                resumed.map_err(|e| text(&e))?;
-                // The others are in force; this one is what `status` names.
-                match skipped.first() {
-                    Some(skipped) => Err(text(&skipped.error)),
-                    None => Ok(Vec::new()),
-                }
-            }
-        }
-    }
-}
-
-/// Where packets of this plan go is a matter of these routes alone.
-fn concern(plan: &crate::core::Plan) -> Concern {
-    let routed = plan.datapath.routes.iter().map(|route| route.cidr);
-    let overlay = plan.datapath.overlay.keys().chain(&plan.tunnel_routes);
-    Concern::new(TABLE, routed.chain(overlay.copied()))
 }
 
 async fn either(terminate: &mut Signal, interrupt: &mut Signal) -> &'static str {

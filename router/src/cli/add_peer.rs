@@ -137,7 +137,7 @@ fn free_addresses(config: &Config) -> anyhow::Result<Vec<IpNet>> {
         .peers
         .iter()
         .flat_map(|peer| &peer.allowed_ips);
-    let mut used: HashSet<IpAddr> = config.local.addresses.iter().map(IpNet::addr).collect();
+    let mut used: HashSet<IpAddr> = config.identity.addresses.iter().map(IpNet::addr).collect();
     let mut wide: Vec<&IpNet> = Vec::new();
     for net in nets {
         if net.prefix_len() == net.max_prefix_len() {
@@ -155,7 +155,7 @@ fn free_addresses(config: &Config) -> anyhow::Result<Vec<IpNet>> {
             format!("{network} has no free address; give the router a wider network in `wireguard.addresses`")
         })
     };
-    config.local.addresses.iter().map(free).collect()
+    config.identity.addresses.iter().map(free).collect()
 }
 
 fn network_of(own: &IpNet) -> IpNet {
@@ -204,7 +204,11 @@ fn client(
     if mtu != config::DEFAULT_MTU {
         let _ = writeln!(out, "MTU = {mtu}");
     }
-    let router = local.addresses.iter().map(|net| IpNet::from(net.addr()));
+    let router = config
+        .identity
+        .addresses
+        .iter()
+        .map(|net| IpNet::from(net.addr()));
     let routes = config.snapshot.routes.iter().map(|route| route.cidr);
     let endpoint = match endpoint {
         Some(endpoint) => format!("Endpoint = {endpoint}"),
@@ -217,7 +221,7 @@ fn client(
         out,
         "\n[Peer]\n# {}\nPublicKey = {}\nAllowedIPs = {}\n{endpoint}\nPersistentKeepalive = 25\n",
         local.name,
-        local.private_key.public(),
+        config.identity.private_key.public(),
         list(&mut router.chain(routes)),
     );
     out
@@ -320,7 +324,7 @@ mod tests {
              10.128.0.0/16, 10.96.0.0/12\nEndpoint = vpn.example.com:51820\n\
              PersistentKeepalive = 25\n",
             key.expose_base64(),
-            config.local.private_key.public()
+            config.identity.private_key.public()
         );
         assert_eq!(*text, expected);
         let text = client(&config, 1360, None, &addresses, None);

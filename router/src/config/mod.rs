@@ -29,13 +29,13 @@ use ipnet::IpNet;
 
 pub(crate) use net::{endpoint as parse_endpoint, host_name};
 pub use problem::{ConfigErrors, Position, Problem};
-pub use system::check_against_system;
+pub use system::{check_against_system, check_peers_against_system};
 
-use crate::control::{Peer, Snapshot};
+use crate::control::{Identity, Peer, Policy, Snapshot, Update};
 use crate::datapath::limits::Limits;
 use crate::datapath::marks::Marks;
 use crate::engine::Offloads;
-use crate::wireguard::keys::PrivateKey;
+use crate::wireguard::keys::PublicKey;
 
 /// UDP port of the underlay if the file names none.
 pub const DEFAULT_LISTEN_PORT: u16 = 51820;
@@ -106,13 +106,11 @@ pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigErrors> {
 }
 
 /// What differs between two settings and takes effect only when the daemon starts, as sentences.
-/// Private key and port are not among it: the engine takes new ones while it runs.
+/// Private key, addresses, port and MTU are not among it: a running router takes new ones.
 pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
     [
         ("name", old.name != new.name),
         ("wireguard.device", old.device != new.device),
-        ("wireguard.addresses", old.addresses != new.addresses),
-        ("wireguard.mtu", old.mtu != new.mtu),
         ("datapath.mode", old.datapath != new.datapath),
         ("datapath.uplink", old.uplink != new.uplink),
         (
@@ -146,6 +144,8 @@ pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
 pub struct Config {
     /// What this machine itself decides.
     pub local: Local,
+    /// Who the router is.
+    pub identity: Identity,
     /// Peers, routes and policy of the file.
     pub snapshot: Snapshot,
     /// The sources of each rule, as the file has them.
@@ -155,12 +155,31 @@ pub struct Config {
 }
 
 impl Config {
-    /// This configuration of a file with `local` and other peers, which are judged as if the file
-    /// named them, but for keys, which must be checked already; a peer may be without allowed IPs,
-    /// and be anywhere for now: only an endpoint of the file is judged beside CIDRs. Rules follow
-    /// the peers that they name: one that is gone is no source any more.
-    pub fn with_peers(&self, local: &Local, peers: Vec<Peer>) -> Result<Self, ConfigErrors> {
-        validate::with_peers(self, local, peers)
+    /// The file as what a control source says.
+    pub fn update(&self) -> Update {
+        Update::Whole {
+            identity: Some(self.identity.clone()),
+            snapshot: self.snapshot.clone(),
+        }
+    }
+
+    /// Judges peers of a router with these overlay addresses as if the file named them, but for keys,
+    /// which must be checked already. They stand beside each other and the file's routes; a peer may
+    /// be without allowed IPs, and be anywhere for now: only an endpoint of the file is judged beside
+    /// CIDRs.
+    pub fn judge_peers(&self, addresses: &[IpNet], peers: &[&Peer]) -> Result<(), ConfigErrors> {
+        validate::judge_peers(self, addresses, peers)
+    }
+
+    /// Whether a rule names this peer.
+    pub fn is_named(&self, key: &PublicKey) -> bool {
+        validate::is_named(self, key)
+    }
+
+    /// The policy when peers have these allowed IPs: rules follow the peers that they name, and one
+    /// that is gone is no source any more.
+    pub fn policy<'p>(&self, allowed: impl Fn(&PublicKey) -> Option<&'p [IpNet]>) -> Policy {
+        validate::policy_of(self, allowed)
     }
 }
 
@@ -194,12 +213,8 @@ pub struct Local {
     pub name: String,
     /// Name of the TUN device, e.g. `sluice0`.
     pub device: String,
-    /// The WireGuard private key.
-    pub private_key: PrivateKey,
     /// UDP port of the underlay, host byte order.
     pub listen_port: u16,
-    /// Tunnel addresses with their prefix length; at most one of each family.
-    pub addresses: Vec<IpNet>,
     /// The tunnel MTU.
     pub mtu: Mtu,
     /// Which datapath to use.

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::section::quoted;
-use super::{Config, Interface, Places, Position, Problem};
+use super::{Config, Interface, Local, Places, Position, Problem};
+use crate::control::Peer;
 use crate::core::{Facts, LinkFacts};
 
 /// Problems that only show beside the machine's interfaces; none means that the configuration can
@@ -39,8 +40,8 @@ pub fn check_against_system(config: &Config, facts: &Facts) -> Vec<Problem> {
             at(places.map(|p| &p.subnet), index),
         );
     }
-    let connected = Connected::new(config, facts);
-    for (index, address) in config.local.addresses.iter().enumerate() {
+    let connected = Connected::new(&config.local, facts);
+    for (index, address) in config.identity.addresses.iter().enumerate() {
         let position = at(places.map(|p| &p.addresses), index);
         if let Some(taken) = connected.captured(&address.trunc()) {
             let message = format!(
@@ -51,16 +52,29 @@ pub fn check_against_system(config: &Config, facts: &Facts) -> Vec<Problem> {
         }
     }
     for (index, peer) in config.snapshot.peers.iter().enumerate() {
-        let list = places.and_then(|p| p.allowed_ips.get(index));
-        for (entry, net) in peer.allowed_ips.iter().enumerate() {
-            if let Some(taken) = connected.captured(net) {
-                let message = format!(
-                    "\"{net}\" would take {taken} into the tunnel, and cut the router off from its \
-                     neighbours; narrow it"
-                );
-                check.add(at(list, entry), "peer.allowed_ips", message);
-            }
-        }
+        check.peer(
+            peer,
+            &connected,
+            places.and_then(|p| p.allowed_ips.get(index)),
+        );
+    }
+    check.problems
+}
+
+/// The same for peers that stand in no file.
+pub fn check_peers_against_system<'p>(
+    local: &Local,
+    peers: impl IntoIterator<Item = &'p Peer>,
+    facts: &Facts,
+) -> Vec<Problem> {
+    let mut check = Check {
+        facts,
+        places: None,
+        problems: Vec::new(),
+    };
+    let connected = Connected::new(local, facts);
+    for peer in peers {
+        check.peer(peer, &connected, None);
     }
     check.problems
 }
@@ -80,6 +94,19 @@ impl Check<'_> {
             key: key.into(),
             message,
         });
+    }
+
+    fn peer(&mut self, peer: &Peer, connected: &Connected<'_>, places: Option<&Vec<Position>>) {
+        for (entry, net) in peer.allowed_ips.iter().enumerate() {
+            if let Some(taken) = connected.captured(net) {
+                let message = format!(
+                    "\"{net}\" would take {taken} into the tunnel, and cut the router off from its \
+                     neighbours; narrow it"
+                );
+                let position = places.and_then(|list| list.get(entry)).copied();
+                self.add(position, "peer.allowed_ips", message);
+            }
+        }
     }
 
     fn exists(&mut self, name: &str, key: &'static str, position: Option<Position>) {
@@ -110,8 +137,8 @@ struct Connected<'f> {
 }
 
 impl<'f> Connected<'f> {
-    fn new(config: &Config, facts: &'f Facts) -> Self {
-        let uplink = |index: &u32, link: &LinkFacts| match &config.local.uplink {
+    fn new(local: &Local, facts: &'f Facts) -> Self {
+        let uplink = |index: &u32, link: &LinkFacts| match &local.uplink {
             Interface::Auto => facts.default_link == Some(*index),
             Interface::Named(name) => link.name == *name,
         };
@@ -243,7 +270,8 @@ mod tests {
 
     #[test]
     fn tunnel_addresses_must_not_capture_the_machines_networks() {
-        let found = problems(|config| config.local.addresses[0] = "10.0.1.77/24".parse().unwrap());
+        let found =
+            problems(|config| config.identity.addresses[0] = "10.0.1.77/24".parse().unwrap());
         assert!(
             found[0].contains("wireguard.addresses: \"10.0.1.77/24\""),
             "{found:?}"

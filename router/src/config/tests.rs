@@ -221,12 +221,12 @@ fn only_changed_settings_need_a_restart() {
     let new = Local {
         mtu: Mtu::Fixed(1300),
         listen_port: 5,
-        private_key: crate::wireguard::keys::PrivateKey::from_bytes([1; 32]),
+        workers: Some(3),
         ..old.clone()
     };
     let told = restart_needed(&old, &new);
     assert_eq!(told.len(), 1);
-    assert!(told[0].starts_with("wireguard.mtu "), "{told:?}");
+    assert!(told[0].starts_with("datapath.workers "), "{told:?}");
 }
 
 #[test]

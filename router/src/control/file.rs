@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use super::{Snapshot, Source};
+use super::{Source, Update};
 use crate::config::{self, Config, ConfigErrors};
 
 /// How often the file is looked at. Looking serves where inotify does not see a change: a
@@ -19,6 +19,7 @@ const LOOK: Duration = Duration::from_secs(1);
 pub struct FileSource {
     watch: Watch,
     ticks: Option<Interval>,
+    loaded: Option<Config>,
 }
 
 impl FileSource {
@@ -27,13 +28,14 @@ impl FileSource {
         Self {
             watch: Watch::new(path),
             ticks: None,
+            loaded: None,
         }
     }
 
     /// Waits until the file has changed since it was last read, and has then stayed as it is for a
     /// second, so that no half-written file is read. Cancel safe. Changes of key files are not
     /// seen; SIGHUP is there for them.
-    pub async fn changed(&mut self) {
+    async fn changed(&mut self) {
         let ticks = self.ticks.get_or_insert_with(|| {
             let mut ticks = interval(LOOK);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -48,18 +50,28 @@ impl FileSource {
     }
 
     /// Reads and validates the file, changed or not.
-    pub fn load(&mut self) -> Result<Config, ConfigErrors> {
+    pub fn load(&mut self) -> Result<Update, ConfigErrors> {
         self.watch.reading();
-        config::load(&self.watch.path)
+        self.loaded = None;
+        let config = config::load(&self.watch.path)?;
+        let update = config.update();
+        self.loaded = Some(config);
+        Ok(update)
+    }
+
+    /// All that the file said when it was last read, with the settings of the machine; once, and only
+    /// if it could be read.
+    pub fn take_loaded(&mut self) -> Option<Config> {
+        self.loaded.take()
     }
 }
 
 impl Source for FileSource {
     type Error = ConfigErrors;
 
-    async fn next(&mut self) -> Result<Snapshot, ConfigErrors> {
+    async fn next(&mut self) -> Result<Update, ConfigErrors> {
         self.changed().await;
-        Ok(self.load()?.snapshot)
+        self.load()
     }
 }
 
@@ -162,9 +174,14 @@ mod tests {
             .unwrap();
         runtime.block_on(async {
             let mut source = FileSource::new(&path);
-            assert!(source.load().unwrap().snapshot.routes.is_empty());
+            let routes = |update: Update| match update {
+                Update::Whole { snapshot, .. } => snapshot.routes.len(),
+                Update::Delta(_) => panic!("a file is said whole"),
+            };
+            assert_eq!(routes(source.load().unwrap()), 0);
             fs::write(&path, format!("{base}[[route]]\ncidr = \"10.0.0.0/16\"\n")).unwrap();
-            assert_eq!(source.next().await.unwrap().routes.len(), 1);
+            assert_eq!(routes(source.next().await.unwrap()), 1);
+            assert!(source.take_loaded().is_some() && source.take_loaded().is_none());
             fs::write(&path, format!("{base}[[route]]\ncidr = \"10.0.0.1/16\"\n")).unwrap();
             assert!(
                 source
@@ -174,6 +191,7 @@ mod tests {
                     .to_string()
                     .contains("host bits")
             );
+            assert!(source.take_loaded().is_none());
         });
     }
 }

@@ -1,10 +1,14 @@
-//! Where peers, routes and policy come from.
+//! Where identity, peers, routes and policy come from.
 //!
-//! A control source yields whole [`Snapshot`]s; the core compares each with what is there and
-//! changes only what differs. The configuration file is the first source, a coordination server
-//! the next.
+//! A control source yields [`Update`]s: whole snapshots, or what has changed since. [`Combined`]
+//! holds what each source wants, settles where two of them contradict each other, and yields the one
+//! [`State`] that is wanted, with what each update has changed of it. The configuration file is the
+//! first source; what `wg` sets are updates of the file's part, which hold until it is read again.
 
+mod combined;
+mod feeds;
 pub mod file;
+mod state;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -12,19 +16,61 @@ use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
 
-use crate::wireguard::keys::{PresharedKey, PublicKey};
+pub use combined::{Combined, Conflict};
+pub use feeds::Feeds;
+pub use state::{Changed, Peers, State};
 
-/// A source of snapshots.
+use crate::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};
+
+/// Something that decides what the router is to do.
 pub trait Source: Send {
-    /// Why there is no new snapshot.
+    /// Why there is no update.
     type Error: std::error::Error;
 
-    /// Waits for the next state that is wanted, whole. After an error what was in force stays in
-    /// force, and the source may be asked again. Cancel safe.
-    fn next(&mut self) -> impl Future<Output = Result<Snapshot, Self::Error>> + Send;
+    /// Waits for the next update. After an error what the source said before stays in force, and it
+    /// may be asked again; it is the source that waits before it fails once more. Cancel safe.
+    fn next(&mut self) -> impl Future<Output = Result<Update, Self::Error>> + Send;
 }
 
-/// Everything a control source decides, at one moment.
+/// What a source has to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Update {
+    /// Everything that it wants; nothing of what it said before.
+    Whole {
+        /// Who the router is, if the source decides it.
+        identity: Option<Identity>,
+        /// The rest.
+        snapshot: Snapshot,
+    },
+    /// What has changed.
+    Delta(Delta),
+}
+
+/// What has changed of what a source wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Delta {
+    /// Who the router is from now on; `None`: as before.
+    pub identity: Option<Identity>,
+    /// Peers that are new or have changed, each public key once.
+    pub set: Vec<Peer>,
+    /// Peers that go.
+    pub remove: Vec<PublicKey>,
+    /// All routes from now on; `None`: as before.
+    pub routes: Option<Vec<Route>>,
+    /// The policy from now on; `None`: as before.
+    pub policy: Option<Policy>,
+}
+
+/// Who the router is in the overlay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Its WireGuard private key.
+    pub private_key: PrivateKey,
+    /// Its overlay addresses with their prefix length.
+    pub addresses: Vec<IpNet>,
+}
+
+/// Everything a control source decides beside the identity, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// Peers, each public key once; no CIDR belongs to two peers.
@@ -87,7 +133,8 @@ pub enum RouteMode {
 }
 
 /// What peers may reach, and who may reach them. For each direction by itself: no rules, every advertised
-/// route; any rule, nothing but what a rule allows.
+/// route; any rule, nothing but what a rule allows. So a source that allows nothing says it by one rule
+/// without sources.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
     /// Rules; a packet that any one of them matches is allowed.

@@ -77,10 +77,11 @@ mod tests {
     /// A core that has put everything in force.
     fn core(now: Instant) -> Core {
         let mut core = Core::default();
-        core.want(Plan {
+        let plan = Plan {
             mtu: 1420,
             ..Plan::default()
-        });
+        };
+        core.want(plan, None);
         while let Some(action) = core.poll_action(now) {
             // The first time it is we who change.
             assert_eq!(
@@ -107,10 +108,11 @@ mod tests {
         let foreign = device(&mut core, now, &[WHAT]).expect("somebody else's");
         assert_eq!((foreign.what.as_str(), foreign.times), (WHAT, 1));
         core.invalidate(Part::Device);
-        core.want(Plan {
+        let plan = Plan {
             mtu: 1300,
             ..Plan::default()
-        });
+        };
+        core.want(plan, None);
         let action = core.poll_action(now).expect("a new MTU");
         assert_eq!(action, Action::Device { mtu: 1300 });
         assert_eq!(

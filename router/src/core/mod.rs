@@ -1,15 +1,19 @@
 //! Decisions without I/O: what should be in force, what is, and the next step between the two.
 //!
-//! [`plan()`] turns settings, a control [`Snapshot`](crate::control::Snapshot) and what the kernel says of the network
-//! ([`Facts`]) into the one desired state ([`Plan`]). [`Core`] compares it with what has been
-//! applied, part by part, and hands out one [`Action`] at a time; a part that fails is tried again
-//! with a growing pause, while the others go on. No clock is read here: the caller passes `now`.
+//! [`plan()`] turns settings, what control sources want ([`State`](crate::control::State)) and what the
+//! kernel says of the network ([`Facts`]) into one small [`Plan`]; what there is of each peer stays in
+//! the state. [`Core`] compares the plan with what has been applied, part by part, is told what of the
+//! state has changed, and hands out one [`Action`] at a time: of what there is much of, only what has
+//! changed since. A part that fails is tried again with a growing pause, while the others go on. No
+//! clock is read here: the caller passes `now`.
 
+mod facts;
 mod foreign;
 mod mtu;
 mod names;
-mod numbers;
+mod peers;
 mod plan;
+mod revisions;
 mod vrf;
 
 use std::collections::BTreeMap;
@@ -17,16 +21,20 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
+pub use facts::{Facts, LinkFacts, Path};
 pub use foreign::{Foreign, PATIENCE};
 pub use mtu::{Narrow, misfit, tunnel_mtu};
 pub use names::{Names, REFRESH, RETRY};
-pub use numbers::PeerNumbers;
-pub use plan::{Facts, LinkFacts, Path, Plan, peer_spec, plan};
+pub use peers::{overlay_change, peer_change, peer_spec, peer_specs, route_change, tunnel_routes};
+pub use plan::{Overlay, Plan, plan};
 pub use vrf::Vrf;
 
-use crate::datapath::{Link, Spec};
-use crate::engine::PeerSpec;
+use self::revisions::Revisions;
+use crate::control::Changed;
+use crate::datapath::Link;
 use crate::netlink::Family;
+use crate::netlink::sysctl::Ipv6;
+use crate::wireguard::keys::{PrivateKey, PublicKey};
 
 /// The first pause before a failed part is tried again; it doubles up to [`LONGEST_PAUSE`].
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -50,12 +58,14 @@ pub enum Part {
     Routes(Family),
     /// The rules that lead to our table.
     Rules(Family),
+    /// The private key.
+    Key,
     /// The engine's peers.
     Peers,
 }
 
 impl Part {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Device,
         Self::Addresses(Family::V4),
         Self::Addresses(Family::V6),
@@ -66,6 +76,7 @@ impl Part {
         Self::Routes(Family::V6),
         Self::Rules(Family::V4),
         Self::Rules(Family::V6),
+        Self::Key,
         Self::Peers,
     ];
 
@@ -76,7 +87,7 @@ impl Part {
             | Self::Forwarding(family)
             | Self::Routes(family)
             | Self::Rules(family) => Some(family),
-            Self::Device | Self::Datapath | Self::Peers => None,
+            Self::Device | Self::Datapath | Self::Key | Self::Peers => None,
         }
     }
 
@@ -89,12 +100,14 @@ impl Part {
             Self::Forwarding(_) => "forwarding",
             Self::Routes(_) => "routes",
             Self::Rules(_) => "rules",
+            Self::Key => "key",
             Self::Peers => "peers",
         }
     }
 }
 
-/// One step for the runtime; each carries the whole desired state of its part.
+/// One step for the runtime. What there is much of is not in it: it stands in the state, and its
+/// revision here tells one from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Give the TUN device its MTU (bytes), and set it up.
@@ -104,23 +117,57 @@ pub enum Action {
     },
     /// Give the TUN device exactly these addresses of the family.
     Addresses(Family, Vec<IpNet>),
-    /// Make the datapath serve this.
-    Datapath(Box<Spec>),
+    /// Make the datapath serve the plan, and the allowed IPs of the state.
+    Datapath {
+        /// Of both.
+        revision: u64,
+    },
+    /// Make it serve these allowed IPs as they are now in the state; all else is as before.
+    OverlayChanged {
+        /// What is in force then.
+        revision: u64,
+        /// Those that came, went or changed hands.
+        nets: Vec<IpNet>,
+    },
     /// Let the kernel forward packets of the family from and to these interfaces.
     Forwarding(Family, Vec<Link>),
-    /// Have exactly these routes of the family.
+    /// Have exactly the family's routes to what is in the tunnel.
     Routes {
         /// The family.
         family: Family,
-        /// Whether they lead into the TUN device, and not only nowhere.
-        device: bool,
-        /// Where to.
+        /// Where they can lead.
+        way: Ipv6,
+        /// Of the networks.
+        revision: u64,
+    },
+    /// Have routes to those of these networks that are in the tunnel now, and none to the others; all
+    /// else is as before.
+    RoutesChanged {
+        /// The family.
+        family: Family,
+        /// Where they can lead.
+        way: Ipv6,
+        /// What is in force then.
+        revision: u64,
+        /// Those that may have come or gone.
         nets: Vec<IpNet>,
     },
     /// Have the rules of the family that lead to our table.
     Rules(Family),
-    /// Have exactly these peers.
-    Peers(Vec<PeerSpec>),
+    /// Be the one with this private key.
+    Key(Option<PrivateKey>),
+    /// Have exactly the peers of the state.
+    Peers {
+        /// Of the peers.
+        revision: u64,
+    },
+    /// Have these peers as they are now in the state; all else is as before.
+    PeersChanged {
+        /// What is in force then.
+        revision: u64,
+        /// Those that came, went or changed.
+        keys: Vec<PublicKey>,
+    },
 }
 
 impl Action {
@@ -129,11 +176,33 @@ impl Action {
         match self {
             Self::Device { .. } => Part::Device,
             Self::Addresses(family, _) => Part::Addresses(*family),
-            Self::Datapath(_) => Part::Datapath,
+            Self::Datapath { .. } | Self::OverlayChanged { .. } => Part::Datapath,
             Self::Forwarding(family, _) => Part::Forwarding(*family),
-            Self::Routes { family, .. } => Part::Routes(*family),
+            Self::Routes { family, .. } | Self::RoutesChanged { family, .. } => {
+                Part::Routes(*family)
+            }
             Self::Rules(family) => Part::Rules(*family),
-            Self::Peers(_) => Part::Peers,
+            Self::Key(_) => Part::Key,
+            Self::Peers { .. } | Self::PeersChanged { .. } => Part::Peers,
+        }
+    }
+
+    /// The action after which the same is in force, whatever was before.
+    fn whole(&self) -> Self {
+        match *self {
+            Self::OverlayChanged { revision, .. } => Self::Datapath { revision },
+            Self::RoutesChanged {
+                family,
+                way,
+                revision,
+                ..
+            } => Self::Routes {
+                family,
+                way,
+                revision,
+            },
+            Self::PeersChanged { revision, .. } => Self::Peers { revision },
+            ref other => other.clone(),
         }
     }
 }
@@ -153,6 +222,12 @@ pub struct Failure {
 #[derive(Debug, Default)]
 pub struct Core {
     wanted: Option<Plan>,
+    key: Option<PrivateKey>,
+    /// What the datapath serves.
+    overlay: Revisions<IpNet>,
+    /// Routes into the tunnel, by family.
+    routes: [Revisions<IpNet>; 2],
+    peers: Revisions<PublicKey>,
     applied: BTreeMap<Part, Action>,
     /// What was applied, and somebody else may have changed.
     doubted: BTreeMap<Part, Action>,
@@ -161,12 +236,95 @@ pub struct Core {
 }
 
 impl Core {
-    /// Sets the desired state.
-    pub fn want(&mut self, plan: Plan) {
-        if self.wanted.as_ref() != Some(&plan) {
-            // A new plan may mend what failed: do not wait out the old plan's pause.
-            self.failures.clear();
-            self.wanted = Some(plan);
+    /// Sets the plan and the private key.
+    pub fn want(&mut self, plan: Plan, key: Option<PrivateKey>) {
+        let before = self.wanted.as_ref();
+        if before == Some(&plan) && self.key == key {
+            return;
+        }
+        if before.is_none_or(|before| before.datapath != plan.datapath) {
+            self.overlay.renew();
+        }
+        if before.is_none_or(|before| before.addresses != plan.addresses) {
+            self.routes.iter_mut().for_each(Revisions::renew);
+        }
+        // A new plan may mend what failed: do not wait out the old plan's pause.
+        self.failures.clear();
+        self.wanted = Some(plan);
+        self.key = key;
+    }
+
+    /// These peers and allowed IPs of the state have changed.
+    pub fn changed(&mut self, changed: &Changed) {
+        self.overlay.touch(changed.nets.iter().copied());
+        for family in Family::ALL {
+            let nets = changed.nets.iter().copied();
+            let nets = nets.filter(|net| Family::of(net.addr()) == family);
+            self.routes[family as usize].touch(nets);
+        }
+        self.touch_peers(changed.peers.iter().copied());
+    }
+
+    /// The engine has to be told of these peers anew.
+    pub fn touch_peers(&mut self, keys: impl IntoIterator<Item = PublicKey>) {
+        self.peers.touch(keys);
+    }
+
+    /// What puts a part of `plan` in force, whatever was before.
+    fn whole(&self, plan: &Plan, part: Part) -> Action {
+        match part {
+            Part::Device => Action::Device { mtu: plan.mtu },
+            Part::Addresses(family) => Action::Addresses(family, plan.addresses(family)),
+            Part::Datapath => Action::Datapath {
+                revision: self.overlay.now(),
+            },
+            Part::Forwarding(family) => Action::Forwarding(family, plan.forwarding(family)),
+            Part::Routes(family) => Action::Routes {
+                family,
+                way: plan.way(family),
+                revision: self.routes[family as usize].now(),
+            },
+            Part::Rules(family) => Action::Rules(family),
+            Part::Key => Action::Key(self.key.clone()),
+            Part::Peers => Action::Peers {
+                revision: self.peers.now(),
+            },
+        }
+    }
+
+    /// The same as `wanted` where only a part of it has changed since it was applied.
+    fn delta(&self, wanted: &Action) -> Option<Action> {
+        match (self.applied.get(&wanted.part())?, wanted) {
+            (Action::Datapath { revision: before }, Action::Datapath { revision }) => {
+                Some(Action::OverlayChanged {
+                    revision: *revision,
+                    nets: self.overlay.since(*before)?,
+                })
+            }
+            (
+                Action::Routes {
+                    way: way_before,
+                    revision: before,
+                    ..
+                },
+                Action::Routes {
+                    family,
+                    way,
+                    revision,
+                },
+            ) if way == way_before => Some(Action::RoutesChanged {
+                family: *family,
+                way: *way,
+                revision: *revision,
+                nets: self.routes[*family as usize].since(*before)?,
+            }),
+            (Action::Peers { revision: before }, Action::Peers { revision }) => {
+                Some(Action::PeersChanged {
+                    revision: *revision,
+                    keys: self.peers.since(*before)?,
+                })
+            }
+            _ => None,
         }
     }
 
@@ -181,7 +339,7 @@ impl Core {
     pub fn poll_action(&self, now: Instant) -> Option<Action> {
         let plan = self.wanted.as_ref()?;
         for part in Part::ALL {
-            let wanted = plan.action(part);
+            let wanted = self.whole(plan, part);
             if self.applied.get(&part) == Some(&wanted) {
                 continue;
             }
@@ -193,7 +351,7 @@ impl Core {
                     }
                 }
                 _ if self.held(&wanted).is_some_and(|until| until > now) => {}
-                _ => return Some(wanted),
+                _ => return Some(self.delta(&wanted).unwrap_or(wanted)),
             }
         }
         None
@@ -229,13 +387,27 @@ impl Core {
         now: Instant,
     ) -> Option<Foreign> {
         let part = action.part();
+        let whole = action.whole();
         match outcome {
             Ok(changed) => {
                 self.failures.remove(&part);
-                let as_before = self.doubted.remove(&part).as_ref() == Some(&action);
-                self.applied.insert(part, action);
+                match whole {
+                    Action::Datapath { revision } => self.overlay.in_force(revision),
+                    Action::Routes {
+                        family, revision, ..
+                    } => self.routes[family as usize].in_force(revision),
+                    Action::Peers { revision } => self.peers.in_force(revision),
+                    _ => {}
+                }
+                let as_before = self.doubted.remove(&part).as_ref() == Some(&whole);
+                self.applied.insert(part, whole);
                 let foreign = as_before && !changed.is_empty();
                 foreign.then(|| self.foreign.note(part, changed.join(", "), now))
+            }
+            // What came of a change is unknown: all of it comes next, at once.
+            Err(_) if action != whole => {
+                self.applied.remove(&part);
+                None
             }
             Err(error) => {
                 let attempts = self.failures.get(&part).map_or(0, |f| f.attempts) + 1;
@@ -270,7 +442,7 @@ impl Core {
         self.wanted.as_ref().is_some_and(|plan| {
             Part::ALL
                 .iter()
-                .all(|part| self.applied.get(part) == Some(&plan.action(*part)))
+                .all(|part| self.applied.get(part) == Some(&self.whole(plan, *part)))
         })
     }
 
@@ -280,7 +452,7 @@ impl Core {
         let Some(plan) = &self.wanted else {
             return false;
         };
-        let is_applied = |part: &Part| self.applied.get(part) == Some(&plan.action(*part));
+        let is_applied = |part: &Part| self.applied.get(part) == Some(&self.whole(plan, *part));
         let whole = |family| {
             let mut parts = Part::ALL.iter().filter(|p| p.family() == Some(family));
             parts.all(is_applied)
@@ -299,138 +471,4 @@ impl Core {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn run_all(core: &mut Core, now: Instant, fail: Option<Part>) -> Vec<Part> {
-        let mut parts = Vec::new();
-        while let Some(action) = core.poll_action(now) {
-            let part = action.part();
-            parts.push(part);
-            let outcome = if fail == Some(part) {
-                Err("no".to_owned())
-            } else {
-                Ok(Vec::new())
-            };
-            core.handle_done(action, outcome, now);
-        }
-        parts
-    }
-
-    const ROUTES: Part = Part::Routes(Family::V4);
-
-    fn some_plan() -> Plan {
-        Plan {
-            mtu: 1420,
-            ..Plan::default()
-        }
-    }
-
-    #[test]
-    fn everything_once_and_policy_before_forwarding_before_peers() {
-        let mut core = Core::default();
-        let now = Instant::now();
-        assert_eq!(core.poll_action(now), None);
-        core.want(some_plan());
-        assert!(!core.settled());
-        assert_eq!(run_all(&mut core, now, None), Part::ALL);
-        assert!(core.settled());
-        core.want(some_plan());
-        assert_eq!(run_all(&mut core, now, None), []);
-    }
-
-    #[test]
-    fn only_what_changed_is_applied_again() {
-        let mut core = Core::default();
-        let now = Instant::now();
-        core.want(some_plan());
-        run_all(&mut core, now, None);
-        core.want(Plan {
-            tunnel_routes: vec!["10.9.0.0/24".parse().unwrap()],
-            ..some_plan()
-        });
-        assert_eq!(run_all(&mut core, now, None), [ROUTES]);
-        core.invalidate(Part::Rules(Family::V6));
-        assert_eq!(run_all(&mut core, now, None), [Part::Rules(Family::V6)]);
-    }
-
-    #[test]
-    fn a_failed_part_is_retried_with_a_growing_pause() {
-        let mut core = Core::default();
-        let mut now = Instant::now();
-        core.want(some_plan());
-        run_all(&mut core, now, Some(ROUTES));
-        assert!(!core.settled());
-        assert_eq!(
-            core.failures()
-                .map(|(p, f)| (p, f.attempts))
-                .collect::<Vec<_>>(),
-            [(ROUTES, 1)]
-        );
-        assert_eq!(core.poll_timeout(), Some(now + FIRST_PAUSE));
-        now += FIRST_PAUSE;
-        assert_eq!(run_all(&mut core, now, Some(ROUTES)), [ROUTES]);
-        assert_eq!(core.poll_timeout(), Some(now + 2 * FIRST_PAUSE));
-        for _ in 0..20 {
-            now = core.poll_timeout().unwrap();
-            run_all(&mut core, now, Some(ROUTES));
-        }
-        assert_eq!(core.poll_timeout(), Some(now + LONGEST_PAUSE));
-        now += LONGEST_PAUSE;
-        assert_eq!(run_all(&mut core, now, None), [ROUTES]);
-        assert!(core.settled());
-        assert_eq!(core.poll_timeout(), None);
-    }
-
-    #[test]
-    fn without_its_policy_the_router_does_not_open() {
-        let mut core = Core::default();
-        let now = Instant::now();
-        core.want(some_plan());
-        let tried = run_all(&mut core, now, Some(Part::Datapath));
-        let [v4, v6] = Family::ALL.map(Part::Addresses);
-        assert_eq!(tried, [Part::Device, v4, v6, Part::Datapath]);
-    }
-
-    #[test]
-    fn what_one_family_cannot_have_does_not_stop_the_other() {
-        let now = Instant::now();
-        let plan = |nets: &[&str]| Plan {
-            addresses: nets.iter().map(|net| net.parse().unwrap()).collect(),
-            ..some_plan()
-        };
-        let both = plan(&["100.64.0.1/24", "fd64::1/64"]);
-        for of in [Part::Addresses, Part::Forwarding, Part::Routes, Part::Rules] {
-            let mut core = Core::default();
-            core.want(both.clone());
-            assert!(!core.ready());
-            let tried = run_all(&mut core, now, Some(of(Family::V6)));
-            assert_eq!(tried, Part::ALL);
-            assert!(core.ready() && !core.settled());
-            // All that is asked for is not there.
-            let mut core = Core::default();
-            core.want(plan(&["100.64.0.1/24"]));
-            run_all(&mut core, now, Some(of(Family::V4)));
-            assert!(!core.ready());
-        }
-        let mut core = Core::default();
-        core.want(both);
-        run_all(&mut core, now, Some(Part::Peers));
-        assert!(!core.ready());
-    }
-
-    #[test]
-    fn a_new_plan_does_not_wait_for_the_old_ones_pause() {
-        let mut core = Core::default();
-        let now = Instant::now();
-        core.want(some_plan());
-        run_all(&mut core, now, Some(Part::Datapath));
-        core.want(Plan {
-            mtu: 1400,
-            ..some_plan()
-        });
-        let addresses = |part: &Part| matches!(part, Part::Addresses(_));
-        let all = Part::ALL.into_iter().filter(|part| !addresses(part));
-        assert_eq!(run_all(&mut core, now, None), Vec::from_iter(all));
-    }
-}
+mod tests;

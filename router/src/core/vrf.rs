@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 
 use super::Facts;
-use crate::control::Snapshot;
+use crate::control::Route;
 use crate::datapath::Link;
 
 /// The VRF that an interface is in.
@@ -20,7 +20,7 @@ pub struct Vrf {
 
 /// What does not work since the uplink or an interface of the subnet side is in a VRF, with the mend.
 pub(super) fn problems(
-    snapshot: &Snapshot,
+    routes: &[Route],
     tun: &Link,
     facts: &Facts,
     uplink: Option<&Link>,
@@ -53,7 +53,7 @@ pub(super) fn problems(
             toward.is_some_and(|interfaces| interfaces.contains(&link.index))
         };
         let elsewhere = |route: &&IpNet| !facts.egress.contains_key(route);
-        let mut routes = snapshot.routes.iter().map(|route| &route.cidr);
+        let mut routes = routes.iter().map(|route| &route.cidr);
         if !routes.clone().any(leads_there)
             && let Some(cidr) = routes.find(elsewhere)
         {
@@ -82,7 +82,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::control::{Route, RouteMode};
+    use crate::control::RouteMode;
 
     fn link(index: u32, name: &str) -> Link {
         Link {
@@ -94,14 +94,11 @@ mod tests {
     /// The uplink `wan` and `lan`, which is the way to 10.20.0.0/16, are in VRFs.
     fn found(edit: impl FnOnce(&mut Facts)) -> Vec<String> {
         let cidr: IpNet = "10.20.0.0/16".parse().unwrap();
-        let snapshot = Snapshot {
-            routes: vec![Route {
-                cidr,
-                snat: true,
-                mode: RouteMode::Fast,
-            }],
-            ..Snapshot::default()
-        };
+        let routes = [Route {
+            cidr,
+            snat: true,
+            mode: RouteMode::Fast,
+        }];
         let vrf = |name: &str| Vrf {
             name: name.to_owned(),
             astray: Vec::new(),
@@ -117,7 +114,7 @@ mod tests {
         edit(&mut facts);
         let (wan, lan) = (link(2, "wan"), link(3, "lan"));
         let tun = link(9, "sluice0");
-        problems(&snapshot, &tun, &facts, Some(&wan), &BTreeSet::from([lan]))
+        problems(&routes, &tun, &facts, Some(&wan), &BTreeSet::from([lan]))
     }
 
     fn names(problems: &[String], words: &[&str]) {

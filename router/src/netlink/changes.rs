@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::{FutureExt as _, Stream, StreamExt as _};
+use ipnet::IpNet;
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::MulticastGroup;
@@ -115,6 +116,15 @@ impl Changes {
     /// Has only these routes told of from now on.
     pub fn concern(&mut self, concern: Concern) {
         self.concern = Some(concern);
+    }
+
+    /// Has routes to these networks of the overlay told of, or not any more, beside the others.
+    pub fn concern_overlay(&mut self, nets: impl IntoIterator<Item = (IpNet, bool)>) {
+        if let Some(concern) = &mut self.concern {
+            for (net, is_there) in nets {
+                concern.change(net, is_there);
+            }
+        }
     }
 
     /// The next change; each part at most once in 100 ms. `None` when the subscription ended,

@@ -1,6 +1,6 @@
 //! Which routes concern this router.
 
-use std::net::IpAddr;
+use std::collections::BTreeSet;
 
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
@@ -14,29 +14,32 @@ use super::routes::ip;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Concern {
     table: u32,
-    /// First and last address of networks of one family that do not overlap, in order.
-    v4: Vec<(u128, u128)>,
-    v6: Vec<(u128, u128)>,
+    fixed: BTreeSet<IpNet>,
+    /// Those that come and go one by one.
+    overlay: BTreeSet<IpNet>,
 }
 
 impl Concern {
-    /// Routes of `table`, and those that overlap one of `nets`.
-    pub fn new(table: u32, nets: impl IntoIterator<Item = IpNet>) -> Self {
-        let mut concern = Self {
+    /// Routes of `table`, and those that overlap one of `fixed` or of `overlay`, all without host bits.
+    pub fn new(
+        table: u32,
+        fixed: impl IntoIterator<Item = IpNet>,
+        overlay: impl IntoIterator<Item = IpNet>,
+    ) -> Self {
+        Self {
             table,
-            ..Self::default()
-        };
-        let nets: Vec<IpNet> = nets.into_iter().collect();
-        for net in IpNet::aggregate(&nets) {
-            let family = match net {
-                IpNet::V4(_) => &mut concern.v4,
-                IpNet::V6(_) => &mut concern.v6,
-            };
-            family.push(span(&net));
+            fixed: fixed.into_iter().collect(),
+            overlay: overlay.into_iter().collect(),
         }
-        concern.v4.sort_unstable();
-        concern.v6.sort_unstable();
-        concern
+    }
+
+    /// Has a network among those of the overlay, or not.
+    pub(super) fn change(&mut self, net: IpNet, is_there: bool) {
+        if is_there {
+            self.overlay.insert(net);
+        } else {
+            self.overlay.remove(&net);
+        }
     }
 
     /// Whether a route that came, went or changed is one of them.
@@ -64,31 +67,27 @@ impl Concern {
     }
 
     fn overlaps(&self, net: &IpNet) -> bool {
-        let (first, last) = span(net);
-        let family = match net {
-            IpNet::V4(_) => &self.v4,
-            IpNet::V6(_) => &self.v6,
+        // Sorted, a network stands before all that it holds.
+        let within = |nets: &BTreeSet<IpNet>| {
+            let next = nets.range(*net..).next();
+            next.is_some_and(|next| net.contains(next))
         };
-        // Of those that begin before it ends, the last one ends last.
-        let begun = family.partition_point(|(begin, _)| *begin <= last);
-        let nearest = begun.checked_sub(1).and_then(|at| family.get(at));
-        nearest.is_some_and(|(_, end)| *end >= first)
+        let mut outer = (0..=net.prefix_len())
+            .filter_map(|length| Some(IpNet::new(net.addr(), length).ok()?.trunc()));
+        within(&self.fixed)
+            || within(&self.overlay)
+            || outer.any(|outer| self.fixed.contains(&outer) || self.overlay.contains(&outer))
     }
-}
-
-fn span(net: &IpNet) -> (u128, u128) {
-    let number = |address| match address {
-        IpAddr::V4(v4) => u32::from(v4).into(),
-        IpAddr::V6(v6) => u128::from(v6),
-    };
-    (number(net.network()), number(net.broadcast()))
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::*;
+    use std::net::IpAddr;
+
     use proptest::prelude::*;
+
+    use super::*;
 
     fn message(table: u32, net: &str) -> RouteMessage {
         let net: IpNet = net.parse().unwrap();
@@ -109,7 +108,8 @@ mod tests {
     #[test]
     fn only_routes_that_may_lead_our_packets_concern_us() {
         let nets = ["10.20.0.0/16", "100.64.0.2/32", "fd7a::/64"];
-        let concern = Concern::new(51820, nets.map(|net| net.parse().unwrap()));
+        let [routed, overlay @ ..] = nets.map(|net| net.parse().unwrap());
+        let concern = Concern::new(51820, [routed], overlay);
         for (concerned, table, net) in [
             (true, 254, "10.20.0.0/16"),
             (true, 254, "10.20.7.0/24"),
@@ -130,7 +130,7 @@ mod tests {
         ] {
             assert_eq!(concern.includes(&message(table, net)), concerned, "{net}");
         }
-        assert!(!Concern::new(51820, []).includes(&message(254, "10.0.0.0/8")));
+        assert!(!Concern::new(51820, [], []).includes(&message(254, "10.0.0.0/8")));
     }
 
     fn any_net() -> impl Strategy<Value = IpNet> {
@@ -144,7 +144,13 @@ mod tests {
         #[test]
         fn overlaps_are_found(nets in prop::collection::vec(any_net(), 0..16), net in any_net()) {
             let wanted = nets.iter().any(|n| n.contains(&net) || net.contains(n));
-            prop_assert_eq!(Concern::new(1, nets).overlaps(&net), wanted);
+            let (fixed, overlay) = nets.split_at(nets.len() / 2);
+            let mut concern = Concern::new(1, fixed.iter().copied(), [net]);
+            concern.change(net, false);
+            for net in overlay {
+                concern.change(*net, true);
+            }
+            prop_assert_eq!(concern.overlaps(&net), wanted);
         }
     }
 }

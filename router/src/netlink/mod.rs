@@ -4,6 +4,7 @@
 //! the kernel in one piece (an nf_tables ruleset) or in great number (100,000 routes) goes through
 //! a blocking socket instead.
 
+mod behind;
 mod changes;
 mod concern;
 mod mtus;
@@ -14,6 +15,7 @@ mod routes;
 mod rules;
 pub(crate) mod socket;
 pub mod sysctl;
+mod table;
 mod ways;
 pub(crate) mod wire;
 
@@ -141,6 +143,7 @@ pub struct LinkInfo {
 pub struct Netlink {
     handle: rtnetlink::Handle,
     bulk: Arc<Mutex<Socket>>,
+    tables: table::Tables,
     /// The mark of underlay packets, by which routes are looked up as if our table were not there.
     mark: u32,
     /// See [`Netlink::route_mtus`].
@@ -166,6 +169,7 @@ impl Netlink {
         let netlink = Self {
             handle,
             bulk: Arc::new(Mutex::new(bulk)),
+            tables: table::Tables::default(),
             mark: Marks::default().underlay,
             own_mtus,
         };

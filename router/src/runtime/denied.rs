@@ -9,7 +9,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::api::{DeniedList, Question};
-use crate::control::Snapshot;
+use crate::control::Peers;
 use crate::datapath::ebpf::{DeniedPacket, DeniedPackets, Ebpf};
 
 /// Packets that are kept.
@@ -60,24 +60,20 @@ impl DeniedLog {
         Ok(())
     }
 
-    /// The packets that `question` is for; `snapshot` tells whose they are.
-    pub(super) fn answer(&self, question: &Question, snapshot: &Snapshot) -> DeniedList {
+    /// The packets that `question` is for; `peers` tells whose they are.
+    pub(super) fn answer(&self, question: &Question, peers: &Peers) -> DeniedList {
         let mut known = HashMap::new();
         question.pick(self.recent.iter().rev(), |packet| {
             let overlay = packet.overlay().ip();
-            let peer = known
-                .entry(overlay)
-                .or_insert_with(|| peer(snapshot, overlay));
+            let peer = known.entry(overlay).or_insert_with(|| peer(peers, overlay));
             peer.clone()
         })
     }
 }
 
 /// Whose `address` is.
-fn peer(snapshot: &Snapshot, address: IpAddr) -> Option<String> {
-    let owns = |net: &ipnet::IpNet| net.contains(&address);
-    let mut peers = snapshot.peers.iter();
-    let peer = peers.find(|peer| peer.allowed_ips.iter().any(owns))?;
+fn peer(peers: &Peers, address: IpAddr) -> Option<String> {
+    let peer = peers.at(address)?;
     let key = || peer.public_key.to_string();
     Some(peer.name.clone().unwrap_or_else(key))
 }

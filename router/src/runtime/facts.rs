@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-use crate::control::Snapshot;
+use crate::control::State;
 use crate::core::{Facts, LinkFacts, Path, Vrf};
 use crate::netlink::{self, LinkInfo, Netlink, sysctl};
 
@@ -15,13 +15,13 @@ const MOST_ASKED: usize = 8;
 /// Gathers the facts. Our own TUN device and the loopback are left out: neither is a subnet side.
 pub(super) async fn gather(
     netlink: &Netlink,
-    snapshot: &Snapshot,
+    state: &State,
     tun: Option<u32>,
 ) -> Result<Facts, netlink::Error> {
     let (mut links, mut without_ethernet) = (BTreeMap::new(), BTreeSet::new());
     let mut own_name = None;
     let infos = netlink.links().await?;
-    let vrfs = vrfs(netlink, &infos, snapshot, tun).await?;
+    let vrfs = vrfs(netlink, &infos, state, tun).await?;
     for info in infos {
         if Some(info.link.index) == tun {
             own_name = Some(info.link.name.clone());
@@ -50,7 +50,7 @@ pub(super) async fn gather(
         }
     }
     let mut egress = BTreeMap::new();
-    for route in &snapshot.routes {
+    for route in &state.routes {
         let mut interfaces = netlink.interfaces_toward(first_host(&route.cidr)).await?;
         interfaces.retain(|index| links.contains_key(index));
         if !interfaces.is_empty() {
@@ -73,7 +73,7 @@ pub(super) async fn gather(
     }
     let mut route_mtus = netlink.route_mtus().await?;
     route_mtus.retain(|net, _| {
-        let mut routes = snapshot.routes.iter();
+        let mut routes = state.routes.iter();
         routes.any(|route| route.cidr.contains(net) || net.contains(&route.cidr))
     });
     Ok(Facts {
@@ -97,7 +97,7 @@ pub(super) async fn gather(
 async fn vrfs(
     netlink: &Netlink,
     infos: &[LinkInfo],
-    snapshot: &Snapshot,
+    state: &State,
     tun: Option<u32>,
 ) -> Result<BTreeMap<u32, Vrf>, netlink::Error> {
     let mut members = BTreeMap::new();
@@ -106,16 +106,8 @@ async fn vrfs(
         let mut astray = Vec::new();
         // As long as there is no TUN device, nothing can lead there.
         if let Some(tun) = tun {
-            let nets: BTreeSet<IpNet> = snapshot
-                .peers
-                .iter()
-                .flat_map(|p| &p.allowed_ips)
-                .copied()
-                .collect();
-            for net in IpNet::aggregate(&Vec::from_iter(nets))
-                .into_iter()
-                .take(MOST_ASKED)
-            {
+            let nets: Vec<IpNet> = state.peers.allowed_ips().keys().copied().collect();
+            for net in IpNet::aggregate(&nets).into_iter().take(MOST_ASKED) {
                 let hop = netlink
                     .route_within(first_host(&net), vrf.link.index)
                     .await?;

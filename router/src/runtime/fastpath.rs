@@ -3,40 +3,8 @@
 use super::{Daemon, Error};
 use crate::config::{DatapathMode, Local};
 use crate::datapath::ebpf::{AtLimit, Ebpf, Opener, Options, Pins};
-use crate::netlink::sysctl;
 
 impl Daemon {
-    /// The kernel's routing may lead elsewhere: the programs must not rely on what they know of it.
-    pub(super) fn renew_next_hops(&mut self) {
-        if let Some(ebpf) = &mut self.ebpf
-            && let Err(error) = ebpf.bump_generation()
-        {
-            tracing::warn!(%error, "the fast path does not know of a change of the network");
-        }
-    }
-
-    /// Keeps the kernel's knowledge of the next hops fresh that flows go to.
-    pub(super) async fn look_after_neighbours(&self) {
-        let report = self.ebpf.as_ref().and_then(Ebpf::flow_report);
-        let used = report.map(|report| report.next_hops).unwrap_or_default();
-        if let Err(error) = self.netlink.probe_neighbours(&used).await {
-            tracing::warn!(%error, "the next hops of flows were not looked after");
-        }
-    }
-
-    /// Follows the kernel's range of ports for sockets, of whose changes nobody tells.
-    pub(super) fn look_at_local_ports(&mut self) {
-        let local_ports = sysctl::local_ports();
-        if local_ports != self.local_ports {
-            tracing::info!(
-                ?local_ports,
-                "net.ipv4.ip_local_port_range has changed: the fast path translates to ports beside it"
-            );
-            self.local_ports = local_ports;
-            self.replan();
-        }
-    }
-
     /// What is wrong with the ports that flows are translated to.
     pub(super) fn ports_problem(&self) -> Option<String> {
         let spec = &self.core.wanted()?.datapath;
@@ -56,19 +24,22 @@ impl Daemon {
 
     /// Tells, once, who has as many flows as it may.
     pub(super) fn tell_at_limit(&mut self) {
-        let report = self.ebpf.as_ref().and_then(Ebpf::flow_report);
+        let report = self.machine.ebpf.as_ref().and_then(Ebpf::flow_report);
         let at_limit = report.map(|report| report.at_limit).unwrap_or_default();
-        for one in at_limit.iter().filter(|one| !self.at_limit.contains(one)) {
+        for one in at_limit
+            .iter()
+            .filter(|one| !self.told.at_limit.contains(one))
+        {
             tracing::warn!("{}", self.at_limit_text(one));
         }
-        self.at_limit = at_limit;
+        self.told.at_limit = at_limit;
     }
 
     /// One sentence about one that has as many flows as it may.
     pub(super) fn at_limit_text(&self, at_limit: &AtLimit) -> String {
         let who = match at_limit.opener {
             Opener::Peer(number) => {
-                let peer = self.numbers.find(number, &self.snapshot.peers);
+                let peer = self.sources.state().peers.numbered(number);
                 let name = peer.map(|peer| {
                     let name = peer.name.as_ref().map(|name| format!("{name:?}"));
                     name.unwrap_or_else(|| peer.public_key.to_string())

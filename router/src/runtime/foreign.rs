@@ -36,7 +36,7 @@ fn mend(device: &str) -> String {
 impl Daemon {
     /// What others change again and again, for `status`.
     pub(super) fn contested(&self) -> impl Iterator<Item = Problem> {
-        let device = &self.tun.name;
+        let device = &self.machine.tun.name;
         self.core.contested(Instant::now()).map(move |(part, foreign)| Problem {
             part: part.label().to_owned(),
             error: format!(

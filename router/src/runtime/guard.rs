@@ -132,13 +132,14 @@ impl IndexWatch for Indices {
 impl Daemon {
     /// Has the guard follow the plan and the addresses of this machine.
     pub(super) fn guard_uplink(&mut self) {
-        let links = self.facts.links.values();
+        let links = self.network.facts.links.values();
         let addresses: Vec<IpAddr> = links
             .flat_map(|link| &link.addresses)
             .map(IpNet::addr)
             .collect();
         let uplink = self.core.wanted().and_then(|plan| plan.uplink.as_ref());
-        self.guard
-            .follow(uplink, self.engine.listen_port(), &addresses);
+        self.machine
+            .guard
+            .follow(uplink, self.machine.engine.listen_port(), &addresses);
     }
 }

@@ -11,7 +11,7 @@ impl Daemon {
     /// What is wrong with such peers, each with its name first.
     pub(super) fn peers_nowhere(&self) -> Vec<(String, String)> {
         let now = SystemTime::now();
-        let stats = self.engine.peer_stats().into_iter();
+        let stats = self.machine.engine.peer_stats().into_iter();
         let missing = stats
             .filter(|stats| stats.endpoint.is_none())
             .filter_map(|stats| {
@@ -21,8 +21,7 @@ impl Daemon {
             });
         missing
             .map(|(key, destination)| {
-                let mut peers = self.snapshot.peers.iter();
-                let peer = peers.find(|peer| peer.public_key == key);
+                let peer = self.sources.state().peers.get(&key);
                 let name = peer.and_then(|peer| peer.name.clone());
                 let name = name.unwrap_or_else(|| key.to_string());
                 let problem = format!(
@@ -40,10 +39,10 @@ impl Daemon {
     pub(super) fn tell_nowhere(&mut self) {
         let missing = self.peers_nowhere();
         for (name, problem) in &missing {
-            if !self.missed.contains(name) {
+            if !self.told.missed.contains(name) {
                 tracing::warn!("{problem}");
             }
         }
-        self.missed = missing.into_iter().map(|(name, _)| name).collect();
+        self.told.missed = missing.into_iter().map(|(name, _)| name).collect();
     }
 }

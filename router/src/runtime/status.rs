@@ -35,23 +35,25 @@ impl Daemon {
             part: "vrf".to_owned(),
             error: error.clone(),
         }));
-        problems.extend(self.ipv6.problem().map(|error| Problem {
+        problems.extend(self.network.ipv6.problem().map(|error| Problem {
             part: "ipv6".to_owned(),
             error: error.to_owned(),
         }));
-        problems.extend(self.reload_problems.iter().map(|error| Problem {
-            part: "config".to_owned(),
-            error: error.clone(),
+        let sources = self.sources.problems().into_iter();
+        problems.extend(sources.map(|(part, error)| Problem {
+            part: part.to_owned(),
+            error,
         }));
-        problems.extend(self.names.failures().map(|(host, error)| Problem {
+        problems.extend(self.skipped_peers());
+        problems.extend(self.resolver.names.failures().map(|(host, error)| Problem {
             part: "endpoint".to_owned(),
             error: format!("{host}: {error}"),
         }));
-        problems.extend(self.unserved.iter().map(|error| Problem {
+        problems.extend(self.told.unserved.iter().map(|error| Problem {
             part: "subnet".to_owned(),
             error: error.clone(),
         }));
-        problems.extend(self.engine.refused().iter().map(|kind| Problem {
+        problems.extend(self.machine.engine.refused().iter().map(|kind| Problem {
             part: "offloads".to_owned(),
             error: format!(
                 "the kernel refuses {} on the TUN device (EINVAL), so they are written packet by \
@@ -64,7 +66,7 @@ impl Daemon {
             part: "peers".to_owned(),
             error,
         }));
-        let firewalls = self.kernel.firewall_problems().into_iter();
+        let firewalls = self.machine.kernel.firewall_problems().into_iter();
         problems.extend(firewalls.map(|error| Problem {
             part: "firewall".to_owned(),
             error,
@@ -73,8 +75,8 @@ impl Daemon {
         problems.extend(self.underlay_problems(stats.values()));
         let mut packets = Vec::new();
         let datapaths = [
-            Some(&self.kernel as &dyn Datapath),
-            self.ebpf.as_ref().map(|e| e as &dyn Datapath),
+            Some(&self.machine.kernel as &dyn Datapath),
+            self.machine.ebpf.as_ref().map(|e| e as &dyn Datapath),
         ];
         for datapath in datapaths.into_iter().flatten() {
             match datapath.counters() {
@@ -90,25 +92,25 @@ impl Daemon {
                 }),
             }
         }
-        if self.ebpf.is_some() {
+        if self.machine.ebpf.is_some() {
             problems.extend(self.left_to_the_kernel());
         }
         let flows = self.flow_status(&mut problems);
-        let uplink_guard = self.guard.status(&mut problems);
+        let uplink_guard = self.machine.guard.status(&mut problems);
         let plan = self.core.wanted();
         Status {
-            name: self.local.name.clone(),
+            name: self.sources.local.name.clone(),
             version: env!("CARGO_PKG_VERSION"),
             uptime_seconds: self.started.elapsed().as_secs(),
             changed_by_wg: self.differs_from_file(),
             problems,
             device: DeviceStatus {
-                name: self.tun.name.clone(),
-                index: self.tun.index,
+                name: self.machine.tun.name.clone(),
+                index: self.machine.tun.index,
                 mtu: plan.map_or(0, |plan| plan.mtu),
-                addresses: self.local.addresses.clone(),
-                public_key: self.local.private_key.public().to_string(),
-                listen_port: self.local.listen_port,
+                addresses: self.sources.state().addresses().to_vec(),
+                public_key: self.public_key(),
+                listen_port: self.sources.local.listen_port,
             },
             uplink: plan
                 .and_then(|plan| plan.uplink.as_ref())
@@ -125,15 +127,20 @@ impl Daemon {
                 })
                 .unwrap_or_default(),
             datapath: DatapathStatus {
-                requested: match self.local.datapath {
+                requested: match self.sources.local.datapath {
                     DatapathMode::Auto => "auto",
                     DatapathMode::Ebpf => "ebpf",
                     DatapathMode::Kernel => "kernel",
                 },
-                active: self.active_datapath(),
-                attach: self.ebpf.as_ref().and_then(Ebpf::attach_mode),
-                reason: self.datapath_reason.clone(),
-                unkept: self.ebpf.as_ref().and_then(Ebpf::unkept).map(str::to_owned),
+                active: self.machine.active_datapath(),
+                attach: self.machine.ebpf.as_ref().and_then(Ebpf::attach_mode),
+                reason: self.machine.datapath_reason.clone(),
+                unkept: self
+                    .machine
+                    .ebpf
+                    .as_ref()
+                    .and_then(Ebpf::unkept)
+                    .map(str::to_owned),
             },
             uplink_guard,
             routes: self.route_status(),
@@ -142,21 +149,44 @@ impl Daemon {
             rule_hits: self.rule_hits(),
             packets,
             engine: EngineStatus {
-                features: offloads(self.engine.features()),
+                features: offloads(self.machine.engine.features()),
                 refused: self
+                    .machine
                     .engine
                     .refused()
                     .iter()
                     .map(|kind| kind.label())
                     .collect(),
-                workers: self.engine.features().workers,
-                counters: self.engine.counters().into_iter().collect(),
+                workers: self.machine.engine.features().workers,
+                counters: self.machine.engine.counters().into_iter().collect(),
             },
         }
     }
 
+    fn public_key(&self) -> String {
+        let own = self.sources.state().identity.as_ref();
+        own.map(|own| own.private_key.public().to_string())
+            .unwrap_or_default()
+    }
+
+    /// The peers that the engine does not take.
+    fn skipped_peers(&self) -> impl Iterator<Item = Problem> {
+        self.machine.skipped.iter().map(|(key, why)| {
+            let peer = self.sources.state().peers.get(key);
+            let name = peer.and_then(|peer| peer.name.clone());
+            Problem {
+                part: "peers".to_owned(),
+                error: format!(
+                    "the peer {} is left out, and the others are in force: {why}; change it or take it \
+                     out where it comes from",
+                    name.unwrap_or_else(|| key.to_string())
+                ),
+            }
+        })
+    }
+
     fn flow_status(&self, problems: &mut Vec<Problem>) -> Option<FlowStatus> {
-        let report = self.ebpf.as_ref()?.flow_report()?;
+        let report = self.machine.ebpf.as_ref()?.flow_report()?;
         let mut problem = |error: String| {
             problems.push(Problem {
                 part: "flows".to_owned(),
@@ -207,13 +237,13 @@ impl Daemon {
 
     /// Empty where the programs do not know.
     fn rule_hits(&self) -> Vec<u64> {
-        let hits = self.ebpf.as_ref().map(Ebpf::rule_hits);
+        let hits = self.machine.ebpf.as_ref().map(Ebpf::rule_hits);
         hits.and_then(Result::ok).unwrap_or_default()
     }
 
     /// The routes whose packets the kernel carries although nobody asked for it.
     fn left_to_the_kernel(&self) -> impl Iterator<Item = Problem> {
-        let fast = self.snapshot.routes.iter();
+        let fast = self.sources.state().routes.iter();
         let fast = fast.filter(|route| route.mode == RouteMode::Fast);
         let links = self.core.wanted().map(|plan| &plan.stack_routes);
         fast.filter_map(move |route| {
@@ -237,13 +267,13 @@ impl Daemon {
                 "{link} has no Ethernet header, which the programs need"
             ))
         };
-        let reason = |route| match &self.ebpf {
+        let reason = |route| match &self.machine.ebpf {
             None => Some("the kernel datapath is in use".to_owned()),
             Some(_) => slow_reason(route)
                 .map(str::to_owned)
                 .or_else(|| without_ethernet(route)),
         };
-        let status = self.snapshot.routes.iter().map(|route| RouteStatus {
+        let status = self.sources.state().routes.iter().map(|route| RouteStatus {
             cidr: route.cidr,
             snat: route.snat,
             mode: match route.mode {
@@ -262,12 +292,12 @@ impl Daemon {
 
     /// What the engine knows of each peer.
     pub(super) fn stats_by_peer(&self) -> HashMap<PublicKey, PeerStats> {
-        let stats = self.engine.peer_stats().into_iter();
+        let stats = self.machine.engine.peer_stats().into_iter();
         stats.map(|stats| (stats.public_key, stats)).collect()
     }
 
     fn peer_status(&self, stats: &HashMap<PublicKey, PeerStats>) -> Vec<PeerStatus> {
-        let status = self.snapshot.peers.iter().map(|peer| {
+        let status = self.sources.state().peers.iter().map(|peer| {
             let stats = stats.get(&peer.public_key);
             let epoch = |time: SystemTime| time.duration_since(UNIX_EPOCH).ok();
             PeerStatus {
@@ -281,7 +311,8 @@ impl Daemon {
                     .map(|t| t.as_secs()),
                 rx_bytes: stats.map_or(0, |stats| stats.rx_bytes),
                 tx_bytes: stats.map_or(0, |stats| stats.tx_bytes),
-                path_mtu: stats.and_then(|stats| self.facts.paths.get(&stats.endpoint?.ip())?.mtu),
+                path_mtu: stats
+                    .and_then(|stats| self.network.facts.paths.get(&stats.endpoint?.ip())?.mtu),
                 uncut: stats.is_some_and(|stats| stats.uncut),
             }
         });

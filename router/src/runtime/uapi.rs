@@ -1,51 +1,33 @@
 //! What wg(8) sees of the router, and changes.
 //!
-//! A `set` changes peers, private key and port of the running router. It goes the way of a reload:
-//! judged as a file would be, then planned and carried out by parts. The file knows nothing of it,
-//! so the next reload or start undoes it.
+//! A `set` changes peers, private key and port of the running router. It is an update of what the file
+//! wants: judged as a file would be, then planned and carried out by parts. The file knows nothing of
+//! it, so the next reload or start undoes it.
 
-use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
-use std::time::Instant;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
 use super::Daemon;
+use super::sources::FILE;
 use crate::config::{self, Config, Local, Problem};
-use crate::control::{Endpoint, Peer, Snapshot};
+use crate::control::{Combined, Delta, Endpoint, Identity, Peer, Update};
 use crate::core::{Facts, Names, peer_spec};
 use crate::engine::PeerSpec;
-use crate::uapi::{Errno, Interface, PeerState, Question, Refusal, Set, State};
-use crate::wireguard::keys::PublicKey;
+use crate::uapi::{AllowedIp, Errno, Interface, PeerState, Refusal, Set, State};
+use crate::wireguard::keys::{PrivateKey, PublicKey};
 
 impl Daemon {
-    /// Answers a client, which may have gone meanwhile.
-    pub(super) async fn answer(&mut self, question: Question) {
-        match question {
-            Question::Get(answer) => drop(answer.send(self.wireguard_state())),
-            Question::Set(set, answer) => {
-                let outcome = self.set(&set).await;
-                drop(answer.send(outcome));
-            }
-        }
-    }
-
-    /// Whether a `set` has changed something since the file was read.
-    pub(super) fn differs_from_file(&self) -> bool {
-        self.snapshot != self.file.snapshot
-            || self.local.private_key != self.file.local.private_key
-            || self.local.listen_port != self.file.local.listen_port
-    }
-
     /// Carries out a `set`. When this returns it is in force, as far as the machine allows it.
-    async fn set(&mut self, set: &Set) -> Result<(), Refusal> {
-        let stats = self.engine.peer_stats().into_iter();
+    pub(super) async fn set(&mut self, set: &Set) -> Result<(), Refusal> {
+        let stats = self.machine.engine.peer_stats().into_iter();
         let present = Present {
-            file: &self.file,
-            local: &self.local,
-            snapshot: &self.snapshot,
-            names: &self.names,
-            facts: &self.facts,
+            file: &self.sources.config,
+            local: &self.sources.local,
+            combined: self.sources.combined(),
+            names: &self.resolver.names,
+            facts: &self.network.facts,
             whereabouts: stats
                 .filter_map(|stats| Some((stats.public_key, stats.endpoint?)))
                 .collect(),
@@ -53,28 +35,28 @@ impl Daemon {
         let Some(wanted) = present.after(set)? else {
             return Ok(());
         };
-        let Config {
-            local, snapshot, ..
-        } = wanted.config;
         // The only thing that may fail by others' fault comes first.
-        self.listen_on(local.listen_port)?;
-        if let Some(staying) = wanted.staying {
-            self.take_key(&local.private_key, &staying)?;
+        self.listen_on(wanted.listen_port)?;
+        if !wanted.renewed.is_empty() {
+            self.core.touch_peers(wanted.renewed.iter().copied());
+            self.machine.drop_peers(wanted.renewed)?;
         }
         tracing::info!(
-            peers = snapshot.peers.len(),
+            changed = wanted.delta.set.len(),
+            removed = wanted.delta.remove.len(),
             "`wg` has changed the router; this holds until the configuration is read again"
         );
-        self.snapshot = snapshot;
-        self.names.track(&self.snapshot, Instant::now());
-        self.replan();
+        let changed = self.sources.apply(FILE, Update::Delta(wanted.delta));
+        self.take(&changed);
+        self.guard_uplink();
         self.act().await;
-        Ok(self.engine.set_endpoints(&wanted.endpoints)?)
+        Ok(self.machine.engine.set_endpoints(&wanted.endpoints)?)
     }
 
-    fn wireguard_state(&self) -> State {
+    pub(super) fn wireguard_state(&self) -> State {
         let stats = self.stats_by_peer();
-        let peers = self.snapshot.peers.iter().map(|peer| {
+        let state = self.sources.state();
+        let peers = state.peers.iter().map(|peer| {
             let stats = stats.get(&peer.public_key);
             PeerState {
                 public_key: peer.public_key,
@@ -88,9 +70,9 @@ impl Daemon {
             }
         });
         State {
-            private_key: Some(self.local.private_key.clone()),
-            listen_port: self.engine.listen_port(),
-            fwmark: self.local.marks.underlay,
+            private_key: state.identity.as_ref().map(|own| own.private_key.clone()),
+            listen_port: self.machine.engine.listen_port(),
+            fwmark: self.sources.local.marks.underlay,
             peers: peers.collect(),
         }
     }
@@ -100,7 +82,7 @@ impl Daemon {
 struct Present<'d> {
     file: &'d Config,
     local: &'d Local,
-    snapshot: &'d Snapshot,
+    combined: &'d Combined,
     names: &'d Names,
     facts: &'d Facts,
     /// Where peers are.
@@ -109,16 +91,17 @@ struct Present<'d> {
 
 /// What a `set` makes of it.
 struct Wanted {
-    config: Config,
-    /// The peers that may stay while the private key changes, and while others come anew; `None`:
-    /// neither happens.
-    staying: Option<Vec<PeerSpec>>,
+    listen_port: u16,
+    /// Of what the file wants.
+    delta: Delta,
+    /// Peers that go and come again: nothing of them is to stay.
+    renewed: Vec<PublicKey>,
     /// Endpoints that peers are not at, or will not be when they have come anew.
     endpoints: Vec<(PublicKey, SocketAddr)>,
 }
 
 impl Present<'_> {
-    /// The router after a `set`; `None`: as before.
+    /// The router after a `set`; `None`: as before. Costs as much as the peers that the set is about.
     fn after(&self, set: &Set) -> Result<Option<Wanted>, Refusal> {
         // Where a file for wg(8) says nothing of the mark, 0 comes.
         let own = self.local.marks.underlay;
@@ -129,23 +112,21 @@ impl Present<'_> {
             );
             return Err(Refusal::new(Errno::Permission, reason));
         }
-        let resolved =
-            |peer| peer_spec(peer, |host, port| self.names.addresses(host, port).to_vec());
-        let specs: Vec<PeerSpec> = self.snapshot.peers.iter().map(resolved).collect();
-        let key = self.local.private_key.clone();
-        let before = Interface::new(key, own, specs.iter().cloned());
+        let Some(key) = self.combined.key_of(FILE) else {
+            let reason = "the router's private key comes from elsewhere than the file";
+            return Err(Refusal::new(Errno::Permission, reason));
+        };
+        let touched = self.touched(set)?;
+        let of_file = |key: &PublicKey| self.combined.peer_of(FILE, key);
+        let present: Vec<&Peer> = touched.iter().filter_map(of_file).collect();
+        let specs = present.iter().map(|peer| peer_spec(peer, self.names));
+        let specs: Vec<PeerSpec> = specs.collect();
+        let before = Interface::new(key.clone(), own, specs.iter().cloned());
         let mut edited = before.edit(set)?;
         let Some(private_key) = edited.interface.private_key.clone() else {
             let reason = "a router is nothing without its private key; `wg setconf` and `wg \
                           syncconf` take it away where their file has none";
             return Err(Refusal::new(Errno::Invalid, reason));
-        };
-        // 0 leaves the choice to the system; a file for wg(8) without a port means it, too.
-        let port = edited.listen_port.filter(|port| *port != 0);
-        let local = Local {
-            private_key,
-            listen_port: port.unwrap_or(self.local.listen_port),
-            ..self.local.clone()
         };
         let is_there = |(key, endpoint): &_| self.whereabouts.get(key) == Some(endpoint);
         // Of one that comes anew nothing is known.
@@ -153,34 +134,144 @@ impl Present<'_> {
         edited
             .endpoints
             .retain(|told| renewed.contains(&told.0) || !is_there(told));
+        let file = self.file.snapshot.peers.iter();
+        let file = file.filter(|peer| touched.contains(&peer.public_key));
         let merge = Merge {
-            before: by_key(self.snapshot.peers.iter().zip(&specs), |(peer, _)| peer),
-            file: by_key(&self.file.snapshot.peers, |peer| peer),
+            before: present
+                .iter()
+                .zip(&specs)
+                .map(|(peer, spec)| (peer.public_key, (*peer, spec)))
+                .collect(),
+            file: file.map(|peer| (peer.public_key, peer)).collect(),
             whereabouts: &self.whereabouts,
-            renewed: &edited.renewed,
+            renewed,
         };
         let peers = edited.interface.specs().into_iter();
         let peers: Vec<Peer> = peers.map(|spec| merge.peer(spec)).collect();
-        if peers == self.snapshot.peers
-            && local == *self.local
-            && edited.renewed.is_empty()
-            && edited.endpoints.is_empty()
-        {
-            return Ok(None);
-        }
-        let config = self.file.with_peers(&local, peers);
-        let config = config.map_err(|errors| refusal(&errors.0))?;
-        let problems = config::check_against_system(&config, self.facts);
-        if !problems.is_empty() {
-            return Err(refusal(&problems));
-        }
-        let staying = edited.staying(&before);
-        let is_new = local.private_key != self.local.private_key;
-        Ok(Some(Wanted {
-            config,
-            staying: staying.or_else(|| is_new.then(|| before.specs())),
+        self.judge(&peers, &touched)?;
+        let stay: HashMap<PublicKey, &Peer> =
+            peers.iter().map(|peer| (peer.public_key, peer)).collect();
+        let gone = present.iter().map(|peer| peer.public_key);
+        let remove: Vec<PublicKey> = gone.filter(|key| !stay.contains_key(key)).collect();
+        let policy = self.policy(&touched, &stay);
+        let differs = |peer: &Peer| self.combined.peer_of(FILE, &peer.public_key) != Some(peer);
+        // 0 leaves the choice to the system; a file for wg(8) without a port means it, too.
+        let port = edited.listen_port.filter(|port| *port != 0);
+        let wanted = Wanted {
+            listen_port: port.unwrap_or(self.local.listen_port),
+            delta: Delta {
+                identity: self.new_identity(private_key, key),
+                policy,
+                set: peers.into_iter().filter(differs).collect(),
+                remove,
+                routes: None,
+            },
+            renewed: edited.renewed.into_iter().collect(),
             endpoints: edited.endpoints,
-        }))
+        };
+        let is_nothing = wanted.delta == Delta::default()
+            && wanted.listen_port == self.local.listen_port
+            && wanted.renewed.is_empty()
+            && wanted.endpoints.is_empty();
+        Ok((!is_nothing).then_some(wanted))
+    }
+
+    fn new_identity(&self, private_key: PrivateKey, before: &PrivateKey) -> Option<Identity> {
+        (private_key != *before).then(|| Identity {
+            private_key,
+            addresses: self.file.identity.addresses.clone(),
+        })
+    }
+
+    /// The peers that a set may change: those that it names, whoever loses allowed IPs to them, and who
+    /// has the new private key. What another source has is not to be changed here.
+    fn touched(&self, set: &Set) -> Result<BTreeSet<PublicKey>, Refusal> {
+        let mut touched = BTreeSet::new();
+        let peers = &self.combined.state().peers;
+        for peer in &set.peers {
+            touched.insert(peer.public_key);
+            touched.extend(peer.allowed_ips.iter().filter_map(|change| match change {
+                AllowedIp::Add(net) => Some(peers.owner(&net.trunc())?.public_key),
+                AllowedIp::Remove(_) | AllowedIp::Clear => None,
+            }));
+        }
+        let new_key = set.private_key.iter().flatten().map(PrivateKey::public);
+        touched.extend(new_key);
+        for key in &touched {
+            if let Some((rank, source)) = self.combined.source_of(key)
+                && rank != FILE
+            {
+                let reason = format!(
+                    "the peer {key}, or an address of it, comes from {source}, and is to be changed there"
+                );
+                return Err(Refusal::new(Errno::Permission, reason));
+            }
+        }
+        if set.replace_peers {
+            touched.extend(self.combined.peers_of(FILE).map(|peer| peer.public_key));
+        }
+        Ok(touched)
+    }
+
+    /// Judges peers as a file's, beside all others that are near them.
+    fn judge(&self, peers: &[Peer], touched: &BTreeSet<PublicKey>) -> Result<(), Refusal> {
+        let state = self.combined.state();
+        let mut near: HashMap<PublicKey, &Peer> = HashMap::new();
+        for peer in peers {
+            let nets = peer.allowed_ips.iter();
+            let overlapping = nets.flat_map(|net| state.peers.overlapping(*net));
+            let host = host(peer).and_then(|host| state.peers.at(host));
+            let others = overlapping.chain(host);
+            near.extend(others.map(|other| (other.public_key, other)));
+        }
+        let nets: HashSet<IpNet> = peers.iter().flat_map(|p| &p.allowed_ips).copied().collect();
+        let lengths: BTreeSet<u8> = nets.iter().map(IpNet::prefix_len).collect();
+        let holds = |host: IpAddr| {
+            let mut outer = lengths
+                .iter()
+                .filter_map(|length| IpNet::new(host, *length).ok());
+            outer.any(|outer| nets.contains(&outer.trunc()))
+        };
+        let others = state.peers.iter();
+        let held = others.filter(|other| host(other).is_some_and(holds));
+        near.extend(held.map(|other| (other.public_key, other)));
+        near.retain(|key, _| !touched.contains(key));
+        let all: Vec<&Peer> = peers.iter().chain(near.into_values()).collect();
+        self.file
+            .judge_peers(state.addresses(), &all)
+            .map_err(|errors| refusal(&errors.0))?;
+        match config::check_peers_against_system(self.local, peers, self.facts) {
+            problems if problems.is_empty() => Ok(()),
+            problems => Err(refusal(&problems)),
+        }
+    }
+
+    /// The file's policy when these peers are all that stays of those that were touched; `None`: as
+    /// before.
+    fn policy(
+        &self,
+        touched: &BTreeSet<PublicKey>,
+        stay: &HashMap<PublicKey, &Peer>,
+    ) -> Option<crate::control::Policy> {
+        if !touched.iter().any(|key| self.file.is_named(key)) {
+            return None;
+        }
+        let policy = self.file.policy(|key| {
+            let peer = match touched.contains(key) {
+                true => stay.get(key).copied(),
+                false => self.combined.peer_of(FILE, key),
+            };
+            Some(peer?.allowed_ips.as_slice())
+        });
+        (self.combined.policy_of(FILE) != Some(&policy)).then_some(policy)
+    }
+}
+
+/// Where a peer was configured to be, as an address.
+fn host(peer: &Peer) -> Option<IpAddr> {
+    match &peer.endpoint {
+        Some(Endpoint::Addr(address)) => Some(address.ip()),
+        _ => None,
     }
 }
 
@@ -194,21 +285,13 @@ fn refusal(problems: &[Problem]) -> Refusal {
     Refusal::new(Errno::Invalid, reason)
 }
 
-fn by_key<'p, T>(
-    items: impl IntoIterator<Item = T>,
-    peer: impl Fn(&T) -> &'p Peer,
-) -> HashMap<PublicKey, T> {
-    let items = items.into_iter();
-    items.map(|item| (peer(&item).public_key, item)).collect()
-}
-
 /// Brings together what a `set` makes of the peers and what it does not know of.
 struct Merge<'p> {
-    /// The peers in force, with what the engine was told of each.
+    /// The peers in force that the set is about, with what the engine was told of each.
     before: HashMap<PublicKey, (&'p Peer, &'p PeerSpec)>,
-    /// The peers of the file.
+    /// What the file says of them.
     file: HashMap<PublicKey, &'p Peer>,
-    /// Where peers are.
+    /// Where they are.
     whereabouts: &'p HashMap<PublicKey, SocketAddr>,
     /// Peers that went and came again.
     renewed: &'p HashSet<PublicKey>,

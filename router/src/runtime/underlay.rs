@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use super::{Daemon, facts};
 use crate::api::Problem;
 use crate::config::Config;
-use crate::control::{Endpoint, Snapshot};
-use crate::core::{Facts, Path, misfit, tunnel_mtu};
+use crate::control::{Combined, Endpoint};
+use crate::core::{Path, misfit, tunnel_mtu};
 use crate::engine::PeerStats;
 use crate::netlink::{self, Netlink};
 use crate::wireguard::keys::PublicKey;
@@ -50,27 +50,15 @@ impl Underlay {
 }
 
 impl Daemon {
-    /// What the kernel says of the network, with the ways to peers as last seen.
-    pub(super) async fn gather(&self, snapshot: &Snapshot) -> Result<Facts, netlink::Error> {
-        let mut facts = facts::gather(&self.netlink, snapshot, Some(self.tun.index)).await?;
-        let to_peers = self
-            .facts
-            .paths
-            .iter()
-            .filter(|(to, _)| !to.is_unspecified());
-        facts.paths.extend(to_peers.map(|(to, path)| (*to, *path)));
-        Ok(facts)
-    }
-
     /// Looks at the ways to the peers that are due.
     pub(super) async fn look_at_underlay(&mut self) {
-        self.underlay.due = Instant::now() + PAUSE;
-        let peers = self.engine.peer_stats();
+        self.network.underlay.due = Instant::now() + PAUSE;
+        let peers = self.machine.engine.peer_stats();
         let endpoints = peers.iter().filter_map(|peer| Some(peer.endpoint?.ip()));
         let endpoints: BTreeSet<IpAddr> = endpoints.collect();
-        let mut paths = self.facts.paths.clone();
+        let mut paths = self.network.facts.paths.clone();
         paths.retain(|to, _| to.is_unspecified() || endpoints.contains(to));
-        let (after, before) = match self.underlay.last {
+        let (after, before) = match self.network.underlay.last {
             Some(last) => (
                 endpoints.range((Excluded(last), Unbounded)),
                 Some(endpoints.range(..=last)),
@@ -78,37 +66,43 @@ impl Daemon {
             None => (endpoints.range::<IpAddr, _>(..), None),
         };
         for address in after.chain(before.into_iter().flatten()).take(AT_ONCE) {
-            self.underlay.last = Some(*address);
-            match path(&self.netlink, *address).await {
+            self.network.underlay.last = Some(*address);
+            match path(&self.machine.netlink, *address).await {
                 Ok(Some(path)) => _ = paths.insert(*address, path),
                 Ok(None) => _ = paths.remove(address),
                 Err(error) => tracing::debug!(%error, "the way to a peer"),
             }
         }
-        if paths != self.facts.paths {
-            self.facts.paths = paths;
-            self.replan();
+        if paths != self.network.facts.paths {
+            self.network.facts.paths = paths;
+            // Nothing but the MTU depends on them.
+            let (mtu, _) = tunnel_mtu(&self.sources.local, &self.network.facts);
+            if self.core.wanted().is_none_or(|plan| plan.mtu != mtu) {
+                self.replan();
+            } else {
+                self.tell_mtu();
+            }
         }
         self.tell_uncut(&peers);
     }
 
     /// Says once what has become of the tunnel MTU.
     pub(super) fn tell_mtu(&mut self) {
-        let (mtu, narrow) = tunnel_mtu(&self.local, &self.facts);
-        if mtu != self.underlay.mtu {
+        let (mtu, narrow) = tunnel_mtu(&self.sources.local, &self.network.facts);
+        if mtu != self.network.underlay.mtu {
             match narrow {
                 Some(way) => tracing::info!(mtu, "the tunnel MTU fits the underlay: {way}"),
                 None => tracing::info!(mtu, "the tunnel MTU"),
             }
-            self.underlay.mtu = mtu;
+            self.network.underlay.mtu = mtu;
         }
-        let misfit = misfit(mtu, &self.local, &self.facts);
-        if misfit != self.underlay.misfit {
+        let misfit = misfit(mtu, &self.sources.local, &self.network.facts);
+        if misfit != self.network.underlay.misfit {
             match &misfit {
                 Some(text) => tracing::warn!("{text}"),
                 None => tracing::info!("the tunnel MTU fits the underlay again"),
             }
-            self.underlay.misfit = misfit;
+            self.network.underlay.misfit = misfit;
         }
     }
 
@@ -116,24 +110,23 @@ impl Daemon {
     fn tell_uncut(&mut self, peers: &[PeerStats]) {
         let now = Instant::now();
         for peer in peers.iter().filter(|peer| peer.uncut) {
-            let before = self.underlay.uncut.insert(peer.public_key, now);
+            let before = self.network.underlay.uncut.insert(peer.public_key, now);
             if before.is_none() {
                 tracing::info!("{}", self.uncut(&[peer]));
             }
         }
         // Who sends little is refused now and then only.
         let calm = |last: &Instant| now.duration_since(*last) >= CALM;
-        self.underlay.uncut.retain(|_, last| !calm(last));
+        self.network.underlay.uncut.retain(|_, last| !calm(last));
     }
 
     fn uncut(&self, peers: &[&PeerStats]) -> String {
         const SHOWN: usize = 3;
         let named = |stats: &&PeerStats| {
-            let mut peers = self.snapshot.peers.iter();
-            let peer = peers.find(|peer| peer.public_key == stats.public_key);
+            let peer = self.sources.state().peers.get(&stats.public_key);
             let name = peer.and_then(|peer| peer.name.clone());
             let carries = stats.endpoint.and_then(|endpoint| {
-                let mtu = self.facts.paths.get(&endpoint.ip())?.mtu?;
+                let mtu = self.network.facts.paths.get(&endpoint.ip())?.mtu?;
                 Some(format!(
                     " (the path to {} carries {mtu} bytes)",
                     endpoint.ip()
@@ -165,7 +158,7 @@ impl Daemon {
         };
         let uncut: Vec<&PeerStats> = stats.filter(|stats| stats.uncut).collect();
         let uncut = (!uncut.is_empty()).then(|| problem("gso", self.uncut(&uncut)));
-        let misfit = self.underlay.misfit.clone();
+        let misfit = self.network.underlay.misfit.clone();
         let misfit = misfit.map(|text| problem("mtu", text));
         misfit.into_iter().chain(uncut).collect()
     }
@@ -189,8 +182,10 @@ pub fn try_mtu(config: &Config) -> Result<(u16, Option<String>), super::Error> {
     let runtime = super::runtime()?;
     runtime.block_on(async {
         let (netlink, _changes) = Netlink::connect()?;
-        let mut facts = facts::gather(&netlink, &config.snapshot, None).await?;
-        for peer in &config.snapshot.peers {
+        let mut combined = Combined::new(&["the configuration file"]);
+        combined.apply(0, config.update());
+        let mut facts = facts::gather(&netlink, combined.state(), None).await?;
+        for peer in combined.state().peers.iter() {
             // Names are left: this is about the machine, and should not wait for others.
             if let Some(Endpoint::Addr(endpoint)) = &peer.endpoint
                 && let Some(path) = path(&netlink, endpoint.ip()).await?

@@ -88,7 +88,7 @@ fn routes_that_do_not_concern_us_are_not_told() {
                 Change::Route,
                 "all concern us at first"
             );
-            changes.concern(Concern::new(TABLE, nets(&["10.20.0.0/16"])));
+            changes.concern(Concern::new(TABLE, nets(&["10.20.0.0/16"]), []));
             for part in 0..20 {
                 // Few at a time, and not on this thread, so that none is lost.
                 let lines = (50 * part..50 * (part + 1)).map(|n| {

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 pub(super) use policy::Source as RuleSource;
-pub(super) use without_file::with_peers;
+pub(super) use without_file::{is_named, judge_peers, policy_of};
 
 use super::problem::{Position, Problems};
 use super::raw::{Datapath, Raw, Wireguard};
@@ -26,7 +26,7 @@ use super::{
     Config, DEFAULT_DEVICE, DEFAULT_LISTEN_PORT, DatapathMode, Interface, Local, MTU, Mtu, Origin,
     Places, default_socket, keyfile, net,
 };
-use crate::control::{Denied, Policy, Snapshot};
+use crate::control::{Denied, Identity, Policy, Snapshot};
 use crate::wireguard::keys::PrivateKey;
 
 /// Longest path of a local socket in bytes: `sun_path` of unix(7) with the final zero is 108.
@@ -101,11 +101,13 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
     })));
     let tunnel = tunnel?;
     Some(Config {
+        identity: Identity {
+            private_key: tunnel.private_key?,
+            addresses: tunnel.addresses.into_iter().map(|a| a.value).collect(),
+        },
         local: Local {
             name: name.unwrap_or_else(hostname),
-            private_key: tunnel.private_key?,
             listen_port: tunnel.listen_port,
-            addresses: tunnel.addresses.into_iter().map(|a| a.value).collect(),
             mtu: tunnel.mtu,
             device: tunnel.device,
             datapath: datapath.unwrap_or(DatapathMode::Auto),

@@ -1,29 +1,33 @@
 //! Peers that stand in no file.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use ipnet::IpNet;
 
 use super::super::problem::{NOWHERE, Problems};
 use super::super::section::At;
-use super::super::{Config, ConfigErrors, Local, Origin};
+use super::super::{Config, ConfigErrors};
 use super::peers::Checked;
+use super::policy::Source;
 use super::{overlap, policy};
-use crate::control::{Peer, Snapshot};
+use crate::control::{Peer, Policy};
 use crate::wireguard::keys::PublicKey;
 
-/// Implements [`Config::with_peers`].
-pub(in super::super) fn with_peers(
+/// Implements [`Config::judge_peers`].
+pub(in super::super) fn judge_peers(
     config: &Config,
-    local: &Local,
-    peers: Vec<Peer>,
-) -> Result<Config, ConfigErrors> {
+    addresses: &[IpNet],
+    peers: &[&Peer],
+) -> Result<(), ConfigErrors> {
     let mut problems = Problems::new(Path::new("wg"), "");
-    let addresses: Vec<At<IpNet>> = local.addresses.iter().copied().map(nowhere).collect();
+    let addresses: Vec<At<IpNet>> = addresses.iter().copied().map(nowhere).collect();
     let routes = &config.snapshot.routes;
     let routes: Vec<_> = routes.iter().copied().map(nowhere).collect();
-    let file = by_key(&config.snapshot.peers);
+    let keys: HashSet<PublicKey> = peers.iter().map(|peer| peer.public_key).collect();
+    let file = config.snapshot.peers.iter();
+    let file = file.filter(|peer| keys.contains(&peer.public_key));
+    let file: HashMap<PublicKey, &Peer> = file.map(|peer| (peer.public_key, peer)).collect();
     let checked: Vec<Checked> = peers
         .iter()
         .map(|peer| {
@@ -32,33 +36,39 @@ pub(in super::super) fn with_peers(
         })
         .collect();
     overlap::check(&checked, &routes, &addresses, &mut problems);
-    if !problems.is_empty() {
-        return Err(problems.into_errors());
+    if problems.is_empty() {
+        Ok(())
+    } else {
+        Err(problems.into_errors())
     }
-    let present = by_key(&peers);
+}
+
+/// Implements [`Config::is_named`].
+pub(in super::super) fn is_named(config: &Config, key: &PublicKey) -> bool {
+    let sources = config.sources.iter().flatten();
+    let mut places = sources.filter_map(|source| match source {
+        Source::Peer(place) => Some(*place),
+        Source::Net(_) => None,
+    });
+    let peers = &config.snapshot.peers;
+    places.any(|place| peers.get(place).is_some_and(|peer| peer.public_key == *key))
+}
+
+/// Implements [`Config::policy`].
+pub(in super::super) fn policy_of<'p>(
+    config: &Config,
+    allowed: impl Fn(&PublicKey) -> Option<&'p [IpNet]>,
+) -> Policy {
     let owned = |place: usize| {
         let named = config.snapshot.peers.get(place);
-        let now = named.and_then(|peer| present.get(&peer.public_key));
-        now.map_or_else(Vec::new, |peer| peer.allowed_ips.clone())
+        let now = named.and_then(|peer| allowed(&peer.public_key));
+        now.map_or_else(Vec::new, <[IpNet]>::to_vec)
     };
     let mut policy = config.snapshot.policy.clone();
     for (rule, sources) in policy.rules.iter_mut().zip(&config.sources) {
         rule.sources = policy::nets(sources, owned);
     }
-    Ok(Config {
-        local: local.clone(),
-        snapshot: Snapshot {
-            peers,
-            routes: config.snapshot.routes.clone(),
-            policy,
-        },
-        sources: config.sources.clone(),
-        origin: Origin::default(),
-    })
-}
-
-fn by_key(peers: &[Peer]) -> HashMap<PublicKey, &Peer> {
-    peers.iter().map(|peer| (peer.public_key, peer)).collect()
+    policy
 }
 
 fn nowhere<T>(value: T) -> At<T> {

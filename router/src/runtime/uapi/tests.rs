@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::Instant;
 
 use super::*;
 use crate::config::tests::{EXAMPLE, parse_in_temporary_directory};
@@ -25,7 +26,7 @@ fn stranger() -> PublicKey {
 struct Router {
     file: Config,
     local: Local,
-    snapshot: Snapshot,
+    combined: Combined,
     names: Names,
     facts: Facts,
     whereabouts: HashMap<PublicKey, SocketAddr>,
@@ -36,7 +37,10 @@ impl Router {
         let file = parse_in_temporary_directory(EXAMPLE).unwrap();
         let mut names = Names::default();
         let now = Instant::now();
-        names.track(&file.snapshot, now);
+        let mut combined = Combined::new(&["file", "tailnet"]);
+        combined.apply(FILE, file.update());
+        let keys = file.snapshot.peers.iter().map(|peer| &peer.public_key);
+        names.follow(combined.state(), keys, now);
         let answer = Ok(vec![OFFICE.parse().unwrap()]);
         names.handle_answer("office.example.com", 51820, answer, now);
         let eth0 = LinkFacts {
@@ -46,7 +50,7 @@ impl Router {
         };
         Self {
             local: file.local.clone(),
-            snapshot: file.snapshot.clone(),
+            combined,
             file,
             names,
             facts: Facts {
@@ -66,7 +70,7 @@ impl Router {
         let present = Present {
             file: &self.file,
             local: &self.local,
-            snapshot: &self.snapshot,
+            combined: &self.combined,
             names: &self.names,
             facts: &self.facts,
             whereabouts: self.whereabouts.clone(),
@@ -78,8 +82,9 @@ impl Router {
     fn set(&mut self, lines: &str) -> Wanted {
         let wanted = self.after(lines).unwrap();
         let wanted = wanted.unwrap_or_else(|| panic!("{lines} changes nothing"));
-        self.local = wanted.config.local.clone();
-        self.snapshot = wanted.config.snapshot.clone();
+        self.local.listen_port = wanted.listen_port;
+        self.combined
+            .apply(FILE, Update::Delta(wanted.delta.clone()));
         wanted
     }
 
@@ -97,20 +102,19 @@ impl Router {
     }
 
     fn peer(&self, key: &PublicKey) -> &Peer {
-        let mut peers = self.snapshot.peers.iter();
-        peers.find(|peer| peer.public_key == *key).unwrap()
+        self.combined.state().peers.get(key).unwrap()
     }
 
     /// What `wg showconf` and `wg syncconf` make of each other.
     fn synced(&self) -> String {
         let state = State {
-            private_key: Some(self.local.private_key.clone()),
+            private_key: self.combined.key_of(FILE).cloned(),
             listen_port: self.local.listen_port,
             fwmark: 0x1000,
             peers: Vec::new(),
         };
         let mut text = state.to_text().to_string();
-        for peer in &self.snapshot.peers {
+        for peer in self.combined.state().peers.iter() {
             let _ = writeln!(text, "public_key={}", hex(&peer.public_key));
             if let Some(endpoint) = self.whereabouts.get(&peer.public_key) {
                 let _ = writeln!(text, "endpoint={endpoint}");
@@ -125,8 +129,15 @@ impl Router {
 
     /// The sources of the example's last rule, which is `from = ["laptop"]`.
     fn laptop_may(&self) -> Vec<String> {
-        let rule = self.snapshot.policy.rules.last().unwrap();
+        let rule = self.combined.state().policy.rules.last().unwrap();
         rule.sources.iter().map(ToString::to_string).collect()
+    }
+
+    fn is_as_the_file(&self) -> bool {
+        let Config {
+            identity, snapshot, ..
+        } = &self.file;
+        self.combined.wants(FILE, identity, snapshot)
     }
 }
 
@@ -142,7 +153,7 @@ fn what_a_set_does_not_know_stays() {
         hex(&stranger())
     );
     let wanted = router.set(&lines);
-    assert_eq!(wanted.staying, None, "nobody has to go");
+    assert_eq!(wanted.renewed, [], "nobody has to go");
     assert_eq!(router.peer(&laptop).name.as_deref(), Some("laptop"));
     let [old, new] = [&router.file.snapshot.peers[1], router.peer(&office)];
     assert!(matches!(new.endpoint, Some(Endpoint::Name { .. })));
@@ -159,8 +170,8 @@ fn what_a_set_does_not_know_stays() {
         endpoint: None,
         keepalive: None,
     };
-    assert_eq!(router.snapshot.peers[2], expected);
-    assert_eq!(router.snapshot.routes, router.file.snapshot.routes);
+    assert_eq!(*router.peer(&stranger()), expected);
+    assert_eq!(wanted.delta.set.len(), 3, "nobody else is touched");
 
     // Gone and back again, a peer of the file has its name.
     router.set(&format!("public_key={}\nremove=true", router.laptop()));
@@ -174,7 +185,7 @@ fn what_a_set_does_not_know_stays() {
 #[test]
 fn rules_follow_the_peers_that_they_name() {
     let mut router = Router::new();
-    let everybody = router.snapshot.policy.rules[0].clone();
+    let everybody = router.combined.state().policy.rules[0].clone();
     let lines = format!(
         "public_key={}\nallowed_ip=100.64.0.2/32\nallowed_ip=100.64.0.10/32",
         hex(&stranger())
@@ -189,7 +200,7 @@ fn rules_follow_the_peers_that_they_name() {
     );
     router.set(&format!("public_key={}\nremove=true", router.laptop()));
     assert_eq!(router.laptop_may(), Vec::<String>::new());
-    assert_eq!(router.snapshot.policy.rules[0], everybody);
+    assert_eq!(router.combined.state().policy.rules[0], everybody);
     router.set(&format!("public_key={}\nremove=true", hex(&stranger())));
     router.set(&format!(
         "public_key={}\nallowed_ip=100.64.0.2/32",
@@ -220,7 +231,8 @@ fn what_is_shown_changes_nothing_when_it_is_set() {
     }
     // As of `wg setconf`: everybody begins anew, with what was set alone.
     let mut wanted = router.set(&format!("replace_peers=true\n{}", router.synced()));
-    assert_eq!(wanted.staying, Some(Vec::new()));
+    let renewed: HashSet<PublicKey> = wanted.renewed.iter().copied().collect();
+    assert_eq!(renewed, router.keys().into());
     let told = |text: &str| text.parse().unwrap();
     wanted.endpoints.sort_by_key(|(key, _)| *key != laptop);
     let there = [
@@ -299,7 +311,7 @@ fn an_endpoint_takes_the_place_of_a_dns_name_unless_it_is_the_same() {
     // Back to where the name leads.
     let wanted = router.set(&at(OFFICE));
     assert_eq!(wanted.endpoints, [(office, OFFICE.parse().unwrap())]);
-    assert_eq!(router.snapshot, router.file.snapshot);
+    assert!(router.is_as_the_file());
     let wanted = router.set(&at("192.0.2.9:9"));
     let elsewhere: SocketAddr = "192.0.2.9:9".parse().unwrap();
     assert_eq!(wanted.endpoints, [(office, elsewhere)]);
@@ -318,11 +330,11 @@ fn a_new_key_comes_when_its_peer_has_gone() {
     ));
     let private = hex(&PublicKey(*key.expose()));
     let wanted = router.set(&format!("private_key={private}"));
-    assert!(router.local.private_key == key);
-    let staying = wanted.staying.unwrap().into_iter();
-    let staying: Vec<PublicKey> = staying.map(|peer| peer.public_key).collect();
-    assert_eq!(staying, router.keys());
-    assert_eq!(router.snapshot, router.file.snapshot);
+    let identity = wanted.delta.identity.unwrap();
+    assert!(identity.private_key == key);
+    assert_eq!(identity.addresses, router.file.identity.addresses);
+    assert_eq!((wanted.delta.remove, wanted.renewed), (vec![own], vec![]));
+    assert!(router.combined.key_of(FILE) == Some(&key));
 }
 
 #[test]
@@ -384,4 +396,44 @@ fn what_a_file_may_not_say_is_refused() {
         assert!(refusal.reason.contains(says), "{}", refusal.reason);
         assert!(!refusal.reason.contains("(line"), "{}", refusal.reason);
     }
+}
+
+#[test]
+fn what_another_source_has_is_not_changed() {
+    let mut router = Router::new();
+    let theirs = Peer {
+        name: None,
+        public_key: stranger(),
+        preshared_key: None,
+        allowed_ips: vec!["100.64.0.10/32".parse().unwrap()],
+        endpoint: None,
+        keepalive: None,
+    };
+    let delta = Delta {
+        set: vec![theirs],
+        ..Delta::default()
+    };
+    router.combined.apply(1, Update::Delta(delta));
+    for lines in [
+        format!("public_key={}\nremove=true", hex(&stranger())),
+        format!("public_key={}\nallowed_ip=100.64.0.10/32", router.laptop()),
+    ] {
+        let refusal = router.after(&lines).err().unwrap();
+        assert_eq!(refusal.errno, Errno::Permission, "{lines}");
+        assert!(
+            refusal.reason.contains("comes from tailnet"),
+            "{}",
+            refusal.reason
+        );
+    }
+    // `wg syncconf` replaces what is the file's.
+    router.set("replace_peers=true");
+    let left: Vec<PublicKey> = router
+        .combined
+        .state()
+        .peers
+        .iter()
+        .map(|p| p.public_key)
+        .collect();
+    assert_eq!(left, [stranger()]);
 }

@@ -1,0 +1,495 @@
+//! Several sources, one state: who wins where two of them want the same, and what each update changes.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::sync::Arc;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use super::{
+    Changed, Delta, Destination, Direction, Identity, Peer, Policy, Route, Rule, Snapshot, State,
+    Update,
+};
+use crate::wireguard::keys::{PrivateKey, PublicKey};
+
+/// What every source wants, and the one state that comes of it.
+///
+/// Sources have ranks. Of a public key, a route or a private key that two of them name, the first
+/// source's is taken; of an allowed IP that two peers have, the first source's, or in one source the
+/// one with the lower key. What is not taken is not in the state, and told by [`Combined::conflicts`].
+/// Overlay addresses and rules of all sources count together; the peers of a source without rules (for
+/// a direction) may do what they could if there were no other.
+#[derive(Clone, Debug)]
+pub struct Combined {
+    sources: Vec<Held>,
+    state: State,
+    /// The claimants of allowed IPs that more than one peer has.
+    contested: BTreeMap<IpNet, BTreeSet<PublicKey>>,
+}
+
+/// What one source wants.
+#[derive(Clone, Debug)]
+struct Held {
+    name: &'static str,
+    identity: Option<Identity>,
+    peers: HashMap<PublicKey, Arc<Peer>>,
+    routes: Vec<Route>,
+    policy: Policy,
+    /// Why it could say nothing new the last time.
+    failure: Option<String>,
+}
+
+/// Something that a source wants and does not get, since another one has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Conflict {
+    /// A peer that two sources name.
+    Key(PublicKey),
+    /// An allowed IP, and the peer that does not get it.
+    Net(IpNet, PublicKey),
+    /// A route that two sources want in different ways.
+    Route(IpNet),
+    /// The router's own private key.
+    PrivateKey,
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Key(key) => write!(f, "the peer {key}"),
+            Self::Net(net, key) => write!(f, "the allowed IP {net} of the peer {key}"),
+            Self::Route(cidr) => write!(f, "the route {cidr}"),
+            Self::PrivateKey => f.write_str("its private key"),
+        }
+    }
+}
+
+impl Held {
+    /// Whether it has a rule for flows that peers open (`true`), or for those opened to them.
+    fn rules(&self, from_overlay: bool) -> bool {
+        let mut rules = self.policy.rules.iter();
+        rules.any(|rule| rule.direction.covers(from_overlay))
+    }
+}
+
+impl Combined {
+    /// Sources with these names, by rank, that have not said anything yet.
+    pub fn new(names: &[&'static str]) -> Self {
+        let held = names.iter().map(|name| Held {
+            name,
+            identity: None,
+            peers: HashMap::new(),
+            routes: Vec::new(),
+            policy: Policy::default(),
+            failure: None,
+        });
+        Self {
+            sources: held.collect(),
+            state: State::default(),
+            contested: BTreeMap::new(),
+        }
+    }
+
+    /// What is wanted of the router.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// What the source with this rank wants of a peer.
+    pub fn peer_of(&self, rank: usize, key: &PublicKey) -> Option<&Peer> {
+        let peer = self.sources.get(rank)?.peers.get(key)?;
+        Some(peer)
+    }
+
+    /// All peers that the source with this rank wants, in no order.
+    pub fn peers_of(&self, rank: usize) -> impl Iterator<Item = &Peer> {
+        let source = self.sources.get(rank).into_iter();
+        source.flat_map(|source| source.peers.values().map(Arc::as_ref))
+    }
+
+    /// The name of the first source that wants a peer, and its rank.
+    pub fn source_of(&self, key: &PublicKey) -> Option<(usize, &'static str)> {
+        let rank = self.rank(key)?;
+        Some((rank, self.sources.get(rank)?.name))
+    }
+
+    /// The private key that the source with this rank wants the router to have.
+    pub fn key_of(&self, rank: usize) -> Option<&PrivateKey> {
+        Some(&self.sources.get(rank)?.identity.as_ref()?.private_key)
+    }
+
+    /// The policy that the source with this rank wants.
+    pub fn policy_of(&self, rank: usize) -> Option<&Policy> {
+        Some(&self.sources.get(rank)?.policy)
+    }
+
+    /// Whether the source with this rank wants just that.
+    pub fn wants(&self, rank: usize, identity: &Identity, snapshot: &Snapshot) -> bool {
+        self.sources.get(rank).is_some_and(|source| {
+            let is_known = |peer: &Peer| {
+                let known = source.peers.get(&peer.public_key);
+                known.is_some_and(|known| **known == *peer)
+            };
+            source.identity.as_ref() == Some(identity)
+                && source.peers.len() == snapshot.peers.len()
+                && snapshot.peers.iter().all(is_known)
+                && source.routes == snapshot.routes
+                && source.policy == snapshot.policy
+        })
+    }
+
+    /// Takes what a source says; tells what of the state has changed. An unknown rank says nothing.
+    pub fn apply(&mut self, rank: usize, update: Update) -> Changed {
+        let Some(source) = self.sources.get_mut(rank) else {
+            return Changed::default();
+        };
+        source.failure = None;
+        let (delta, gone) = match update {
+            Update::Delta(delta) => {
+                let gone = delta.remove.clone();
+                (delta, gone)
+            }
+            Update::Whole { identity, snapshot } => {
+                source.identity = None;
+                let stay: BTreeSet<&PublicKey> =
+                    snapshot.peers.iter().map(|peer| &peer.public_key).collect();
+                let known = source.peers.keys();
+                let gone = known.filter(|key| !stay.contains(key)).copied().collect();
+                let Snapshot {
+                    peers,
+                    routes,
+                    policy,
+                } = snapshot;
+                let delta = Delta {
+                    identity,
+                    set: peers,
+                    remove: Vec::new(),
+                    routes: Some(routes),
+                    policy: Some(policy),
+                };
+                (delta, gone)
+            }
+        };
+        self.take(rank, delta, gone)
+    }
+
+    /// Notes that a source could say nothing new. What it said before stays.
+    pub fn failed(&mut self, rank: usize, why: String) {
+        if let Some(source) = self.sources.get_mut(rank) {
+            source.failure = Some(why);
+        }
+    }
+
+    /// The sources that could say nothing new the last time, each with the reason.
+    pub fn failures(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let failing = self.sources.iter();
+        failing.filter_map(|source| Some((source.name, source.failure.as_deref()?)))
+    }
+
+    fn take(&mut self, rank: usize, delta: Delta, gone: Vec<PublicKey>) -> Changed {
+        let keys: BTreeSet<PublicKey> = gone
+            .iter()
+            .copied()
+            .chain(delta.set.iter().map(|peer| peer.public_key))
+            .collect();
+        // What each of these peers was, before the source says something else.
+        let before: Vec<(PublicKey, Option<Arc<Peer>>)> = keys
+            .into_iter()
+            .map(|key| (key, self.claimant(&key).cloned()))
+            .collect();
+        let ranks: Vec<Option<usize>> = before.iter().map(|(key, _)| self.rank(key)).collect();
+        let source = &mut self.sources[rank];
+        for key in gone {
+            source.peers.remove(&key);
+        }
+        for mut peer in delta.set {
+            peer.allowed_ips
+                .iter_mut()
+                .for_each(|net| *net = net.trunc());
+            source.peers.insert(peer.public_key, Arc::new(peer));
+        }
+        if let Some(identity) = delta.identity {
+            source.identity = Some(identity);
+        }
+        let routes = delta.routes.is_some();
+        source.routes = delta
+            .routes
+            .unwrap_or_else(|| std::mem::take(&mut source.routes));
+        let policy = delta.policy.is_some();
+        source.policy = delta
+            .policy
+            .unwrap_or_else(|| std::mem::take(&mut source.policy));
+        let mut changed = Changed::default();
+        self.settle(&before, &ranks, &mut changed);
+        let has_moved = |(key, rank): (&PublicKey, &Option<usize>)| {
+            rank.is_some() && self.rank(key).is_some() && self.rank(key) != *rank
+        };
+        let keys = before.iter().map(|(key, _)| key);
+        let moved = keys.zip(&ranks).any(has_moved);
+        let identity = self.identity();
+        if self.state.identity != identity {
+            self.state.identity = identity;
+            changed.identity = true;
+        }
+        if routes {
+            let merged = self.routes();
+            changed.routes = merged != self.state.routes;
+            self.state.routes = merged;
+        }
+        if policy
+            || (!self.state.policy.rules.is_empty()
+                && (moved || self.moves_an_implied_rule(rank, &changed)))
+        {
+            let merged = self.policy();
+            changed.policy = merged != self.state.policy;
+            self.state.policy = merged;
+        }
+        changed
+    }
+
+    /// Whether an update of the source with this rank has changed the allowed IPs of a source without
+    /// rules: what its peers may do is written as a rule for these.
+    fn moves_an_implied_rule(&self, rank: usize, changed: &Changed) -> bool {
+        let without = |rank: usize| {
+            let source = self.sources.get(rank);
+            source.is_some_and(|source| !(source.rules(true) && source.rules(false)))
+        };
+        let mut ranks = changed.peers.iter().filter_map(|key| self.rank(key));
+        !changed.nets.is_empty() && (without(rank) || ranks.any(without))
+    }
+
+    /// The first source that names a peer.
+    fn rank(&self, key: &PublicKey) -> Option<usize> {
+        self.sources
+            .iter()
+            .position(|source| source.peers.contains_key(key))
+    }
+
+    /// What the first source that names a peer wants of it.
+    fn claimant(&self, key: &PublicKey) -> Option<&Arc<Peer>> {
+        self.sources.iter().find_map(|source| source.peers.get(key))
+    }
+
+    /// Brings the peers of the state in line, of which these may have changed.
+    fn settle(
+        &mut self,
+        before: &[(PublicKey, Option<Arc<Peer>>)],
+        ranks: &[Option<usize>],
+        changed: &mut Changed,
+    ) {
+        let mut moves = Vec::new();
+        // Who had each allowed IP that may change hands.
+        let mut had: BTreeMap<IpNet, Option<PublicKey>> = BTreeMap::new();
+        for ((key, before), rank) in before.iter().zip(ranks) {
+            let now = self.claimant(key).cloned();
+            if now == *before && self.rank(key) == *rank {
+                continue;
+            }
+            let (old, new) = (nets(before.as_deref()), nets(now.as_deref()));
+            had.extend(old.union(&new).map(|net| (*net, self.holder(net))));
+            moves.push((*key, now, old, new));
+        }
+        let mut affected: BTreeMap<PublicKey, Option<Arc<Peer>>> = BTreeMap::new();
+        for (key, now, old, new) in &moves {
+            affected.insert(*key, self.state.peers.shared(key).cloned());
+            old.difference(new).for_each(|net| self.release(*net, key));
+            if let Some(now) = now {
+                // Whole for now: it gets a number, by which it can claim.
+                self.state.peers.put(now.clone());
+            }
+        }
+        for (key, _, old, new) in &moves {
+            new.difference(old).for_each(|net| self.claim(*net, *key));
+        }
+        for (net, before) in had {
+            let holder = self.give(net);
+            if holder != before {
+                changed.nets.insert(net);
+                for key in [before, holder].into_iter().flatten() {
+                    let peer = || self.state.peers.shared(&key).cloned();
+                    affected.entry(key).or_insert_with(peer);
+                }
+            }
+        }
+        for (key, before) in affected {
+            let now = self
+                .claimant(&key)
+                .map(|wanted| self.less_what_others_have(wanted));
+            if now == before {
+                // What was put in its place meanwhile has to go.
+                if let Some(before) = before {
+                    self.state.peers.put(before);
+                }
+                continue;
+            }
+            changed.peers.insert(key);
+            match now {
+                Some(now) => self.state.peers.put(now),
+                None => self.state.peers.forget(&key),
+            }
+        }
+    }
+
+    /// A peer without the allowed IPs that others have.
+    fn less_what_others_have(&self, wanted: &Arc<Peer>) -> Arc<Peer> {
+        let has = |net: &IpNet| self.holder(net) == Some(wanted.public_key);
+        if wanted.allowed_ips.iter().all(has) {
+            return wanted.clone();
+        }
+        let mut less = Peer::clone(wanted);
+        less.allowed_ips.retain(has);
+        Arc::new(less)
+    }
+
+    /// Who has an allowed IP.
+    fn holder(&self, net: &IpNet) -> Option<PublicKey> {
+        Some(self.state.peers.owner(net)?.public_key)
+    }
+
+    fn release(&mut self, net: IpNet, key: &PublicKey) {
+        match self.contested.get_mut(&net) {
+            Some(claimants) => _ = claimants.remove(key),
+            None => _ = self.state.peers.owners.remove(&net),
+        }
+    }
+
+    fn claim(&mut self, net: IpNet, key: PublicKey) {
+        if let Some(claimants) = self.contested.get_mut(&net) {
+            claimants.insert(key);
+        } else if let Some(holder) = self.holder(&net) {
+            self.contested.insert(net, BTreeSet::from([holder, key]));
+        } else if let Some(number) = self.state.peers.number(&key) {
+            self.state.peers.owners.insert(net, number);
+        }
+    }
+
+    /// Gives an allowed IP to the first of those who claim it, and tells who that is.
+    fn give(&mut self, net: IpNet) -> Option<PublicKey> {
+        let Some(claimants) = self.contested.get(&net) else {
+            return self.holder(&net);
+        };
+        let first = claimants.iter().min_by_key(|key| (self.rank(key), **key));
+        let first = first.copied();
+        if claimants.len() < 2 {
+            self.contested.remove(&net);
+        }
+        match first.and_then(|key| self.state.peers.number(&key)) {
+            Some(number) => _ = self.state.peers.owners.insert(net, number),
+            None => _ = self.state.peers.owners.remove(&net),
+        }
+        first
+    }
+
+    /// The private key of the first source that has one, and the overlay addresses of all.
+    fn identity(&self) -> Option<Identity> {
+        let mut identities = self
+            .sources
+            .iter()
+            .filter_map(|source| source.identity.as_ref());
+        let mut identity = identities.next()?.clone();
+        for other in identities {
+            let new = other.addresses.iter();
+            let known = identity.addresses.clone();
+            let new = new.filter(|address| !known.contains(address));
+            identity.addresses.extend(new);
+        }
+        Some(identity)
+    }
+
+    fn routes(&self) -> Vec<Route> {
+        let mut known = BTreeSet::new();
+        let all = self.sources.iter().flat_map(|source| &source.routes);
+        all.filter(|route| known.insert(route.cidr))
+            .copied()
+            .collect()
+    }
+
+    fn policy(&self) -> Policy {
+        let denied = self.sources.first().map(|source| source.policy.denied);
+        let mut rules = Vec::new();
+        for (rank, source) in self.sources.iter().enumerate() {
+            rules.extend(source.policy.rules.iter().cloned());
+            for from_overlay in [true, false] {
+                let closed = self.sources.iter().any(|other| other.rules(from_overlay));
+                if closed && !source.rules(from_overlay) {
+                    rules.extend(self.everything_for_its_peers(rank, from_overlay));
+                }
+            }
+        }
+        Policy {
+            rules,
+            denied: denied.unwrap_or_default(),
+        }
+    }
+
+    /// What the peers of a source without rules for a direction may do, written as a rule.
+    fn everything_for_its_peers(&self, rank: usize, from_overlay: bool) -> Option<Rule> {
+        let keys = self.sources.get(rank)?.peers.keys();
+        let own = keys.filter(|key| self.rank(key) == Some(rank));
+        let peers = own.filter_map(|key| self.state.peers.get(key));
+        let allowed: BTreeSet<IpNet> = peers
+            .flat_map(|peer| peer.allowed_ips.iter().copied())
+            .collect();
+        if allowed.is_empty() {
+            return None;
+        }
+        let allowed: Vec<IpNet> = allowed.into_iter().collect();
+        let anywhere = vec![IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
+        let (direction, sources, destinations) = if from_overlay {
+            (Direction::FromOverlay, allowed, anywhere)
+        } else {
+            (Direction::ToOverlay, anywhere, allowed)
+        };
+        let ports = 0..=u16::MAX;
+        let destinations = destinations.into_iter().map(|cidr| Destination {
+            cidr,
+            ports: ports.clone(),
+        });
+        Some(Rule {
+            direction,
+            sources,
+            destinations: destinations.collect(),
+            protocols: (0..=u8::MAX).collect(),
+        })
+    }
+
+    /// What sources want and do not get, each with the name of its source.
+    pub fn conflicts(&self) -> Vec<(&'static str, Conflict)> {
+        let mut conflicts = Vec::new();
+        let key = self.state.identity.as_ref().map(|own| &own.private_key);
+        for (rank, source) in self.sources.iter().enumerate() {
+            let own = source.identity.as_ref().map(|own| &own.private_key);
+            if own.is_some() && own != key {
+                conflicts.push((source.name, Conflict::PrivateKey));
+            }
+            if rank > 0 {
+                let keys = source.peers.keys();
+                let mut lost: Vec<_> = keys.filter(|key| self.rank(key) != Some(rank)).collect();
+                lost.sort_unstable();
+                let lost = lost.into_iter().map(|key| Conflict::Key(*key));
+                conflicts.extend(lost.map(|conflict| (source.name, conflict)));
+            }
+            let lost = source
+                .routes
+                .iter()
+                .filter(|r| !self.state.routes.contains(r));
+            conflicts.extend(lost.map(|route| (source.name, Conflict::Route(route.cidr))));
+        }
+        for (net, claimants) in &self.contested {
+            let holder = self.holder(net);
+            let losers = claimants.iter().filter(|key| Some(**key) != holder);
+            conflicts.extend(losers.filter_map(|key| {
+                let source = self.sources.get(self.rank(key)?)?;
+                Some((source.name, Conflict::Net(*net, *key)))
+            }));
+        }
+        conflicts
+    }
+}
+
+fn nets(peer: Option<&Peer>) -> BTreeSet<IpNet> {
+    let nets = peer.into_iter().flat_map(|peer| &peer.allowed_ips);
+    nets.copied().collect()
+}
+
+#[cfg(test)]
+mod tests;
