@@ -8,7 +8,7 @@ use benches::packet::{Segment, tcp};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ipnet::IpNet;
 use router::engine::internals::pieces::{AllowedIps, Merger, cut, with_slack};
-use router_ebpf::abi::{Address, Link, Prefix, Route, Settings, Side};
+use router_ebpf::abi::{Address, Link, Overlay, Prefix, Route, Settings, Side};
 use router_ebpf::decide::decide;
 use router_ebpf::forward::Forward;
 use router_ebpf::memory::Memory;
@@ -46,7 +46,10 @@ fn world() -> World {
         ..Settings::default()
     });
     world.ingress = [TUN, NIC];
-    world.overlay = vec![(Prefix::cidr(Address::v4([100, 64, 0, 0]), 10), 1)];
+    world.overlay = vec![(
+        Prefix::cidr(Address::v4([100, 64, 0, 0]), 10),
+        Overlay::of(1),
+    )];
     let route = Route { flags: Route::SNAT };
     world.routes = vec![(Prefix::cidr(Address::v4([10, 0, 0, 0]), 8), route)];
     let mut link = Link {

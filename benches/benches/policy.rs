@@ -7,8 +7,7 @@ use std::net::Ipv4Addr;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use router::control::{Destination, Policy, Rule};
 use router::datapath::ebpf::policy::Compiled;
-use router_ebpf::abi::{Address, Prefix};
-use router_ebpf::policy::NewFlow;
+use router::datapath::policy::{NewFlow, TCP};
 
 const RULES: [u32; 3] = [1, 100, 1000];
 
@@ -42,10 +41,10 @@ fn flow(rules: u32) -> NewFlow {
     let n = rules - 1;
     let destination = Ipv4Addr::from(0x0a00_0001 + (4 * n + 1) * 0x100);
     NewFlow {
-        source: Prefix::host(Address::v4(peer(n).octets())),
-        destination: Prefix::host(Address::v4(destination.octets())),
-        protocol: 6,
-        port: 443_u16.to_be_bytes(),
+        source: peer(n).into(),
+        destination: destination.into(),
+        protocol: TCP,
+        port: 443,
     }
 }
 
@@ -66,9 +65,9 @@ fn lookup(c: &mut Criterion) {
     for rules in RULES {
         let compiled = Compiled::new(&policy(rules), 1).unwrap();
         let flow = flow(rules);
-        assert_eq!(compiled.rule(&flow), Some(rules as usize - 1));
+        assert_eq!(compiled.rule(true, &flow), Some(rules as usize - 1));
         group.bench_function(BenchmarkId::from_parameter(rules), |b| {
-            b.iter(|| compiled.rule(black_box(&flow)));
+            b.iter(|| compiled.rule(true, black_box(&flow)));
         });
     }
 }

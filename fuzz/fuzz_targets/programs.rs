@@ -5,7 +5,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use router_ebpf::abi::{Link, Prefix, Route, Settings, Side};
+use router_ebpf::abi::{Link, Overlay, Prefix, Route, Settings, Side};
 use router_ebpf::forward::Exit;
 use router_ebpf::memory::Memory;
 use router_ebpf::packet::{Packet, parse};
@@ -47,7 +47,7 @@ fn world(flags: u8) -> World {
     world.routes = [[4, 0, 0, 0], [6, 0, 0, 0]]
         .map(|family| everything(family, snat))
         .into();
-    world.overlay = world.routes.iter().map(|(prefix, _)| (*prefix, 1)).collect();
+    world.overlay = world.routes.iter().map(|(prefix, _)| (*prefix, Overlay::of(1))).collect();
     world.rules = Box::new(|tuple| (tuple.ports[1][1] < 200).then_some(1));
     let mut link = Link {
         mtu: 1500,

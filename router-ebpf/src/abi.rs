@@ -27,7 +27,7 @@ pub use flows::*;
 pub use settled::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 11;
+pub const ABI_VERSION: u32 = 12;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";
@@ -53,6 +53,10 @@ pub const MASQUERADE: &str = "MASQUERADE";
 /// Map of the counters (per-CPU array of [`Counter`], see [`Side::counter`]).
 pub const COUNTERS: &str = "COUNTERS";
 
+/// Constant of the object: the bit that programs set in the mark of packets which they hand to the kernel and
+/// which the policy would let begin a flow. With [`HANDED_OVER`] beside it: it would not, but they may be of
+/// a flow that the other end may open, see [`crate::opening`].
+pub const PERMITTED: &str = "PERMITTED";
 /// Constant of the object: the bit that programs set in the mark of packets which they hand to the
 /// kernel after they have judged and translated them. Other bits are others'.
 pub const HANDED_OVER: &str = "HANDED_OVER";
@@ -253,7 +257,7 @@ impl WayPrefix {
 pub struct Settings {
     /// [`ABI_VERSION`] of the writer.
     pub abi_version: u32,
-    /// [`Settings::FIB_MTU`] and [`Settings::REJECT`].
+    /// [`Settings::FIB_MTU`], [`Settings::REJECT`] and what of both directions is open.
     pub flags: u32,
     /// Interface index of the TUN device.
     pub tun: u32,
@@ -279,6 +283,22 @@ impl Settings {
     pub const FIB_MTU: u32 = 1 << 0;
     /// Flag: the senders of packets that the policy denies are told.
     pub const REJECT: u32 = 1 << 1;
+    /// Flag: no rule is about the flows that peers open, so all are let through.
+    pub const OPEN_FROM_OVERLAY: u32 = 1 << 2;
+    /// Flag: the same of flows that the subnet side opens.
+    pub const OPEN_TO_OVERLAY: u32 = 1 << 3;
+
+    /// Whether no rule is about a flow whose source is of `class` ([`crate::policy::BY_ADDRESS`]: that the
+    /// subnet side opens).
+    #[inline(always)]
+    pub const fn is_open(&self, class: u32) -> bool {
+        let open = if class == crate::policy::BY_ADDRESS {
+            Self::OPEN_TO_OVERLAY
+        } else {
+            Self::OPEN_FROM_OVERLAY
+        };
+        self.bank == 0 || self.flags & open != 0
+    }
 }
 
 /// Value of [`OVERLAY`].
@@ -290,11 +310,34 @@ pub struct Overlay {
     /// Number of the peer whose allowed IP it is; the same for all of one peer's, and another for each
     /// peer, as long as they stay.
     pub peer: u32,
+    /// For each bank of the policy, the number of the set of the clauses that may be used from here
+    /// ([`crate::policy::Set`]); zero: there is none.
+    pub classes: [u32; 2],
 }
 
 impl Overlay {
     /// Flag: the router's own address, in the middle of a peer's allowed IPs.
     pub const OWN: u32 = 1 << 0;
+
+    /// The entry of a peer that no rule names.
+    pub const fn of(peer: u32) -> Self {
+        Self {
+            flags: 0,
+            peer,
+            classes: [0; 2],
+        }
+    }
+
+    /// The number of the set of clauses by the policy in `bank`, which is not zero.
+    #[inline(always)]
+    pub const fn class(&self, bank: u32) -> u32 {
+        let [one, two] = self.classes;
+        if bank == crate::policy::BANKS[1] {
+            two
+        } else {
+            one
+        }
+    }
 }
 
 /// Value of [`ROUTES`].
@@ -367,7 +410,7 @@ layout! {
     }
     Way: 24, align 1 { link: 0, toward: 4 }
     WayPrefix: 28, align 4 { len: 0, way: 4 }
-    Overlay: 8, align 4 { flags: 0, peer: 4 }
+    Overlay: 16, align 4 { flags: 0, peer: 4, classes: 8 }
     Route: 4, align 4 { flags: 0 }
     Link: 168, align 4 { mtu: 0, v4_count: 4, v6_count: 5, reserved: 6, v4: 8, v6: 40 }
     Counter: 16, align 8 { packets: 0, bytes: 8 }

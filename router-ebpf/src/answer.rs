@@ -5,6 +5,7 @@ use crate::csum::fold;
 use crate::forward::{Answer, Exit, Forward};
 use crate::frame::{Bytes, Frame, Sum};
 use crate::icmp::{self, TTL};
+use crate::opening;
 use crate::packet::{ACK, FIN, Packet, RST, SYN, TCP, Transport};
 use crate::tables::Tables;
 use crate::verdict::Verdict;
@@ -35,7 +36,7 @@ pub fn reject<T: Tables>(
     }
     // Perhaps of a flow that the other end has opened, and that nobody remembers: one more packet of it
     // from there, and it goes on.
-    if packet.is_underway(side) && tables.permits(&packet.tuple.reversed(), settings).is_ok() {
+    if opening::other_end_may(side, packet, &packet.tuple, tables, settings) {
         return Err(Verdict::DropPolicy);
     }
     // To the router itself or a broadcast address: the kernel knows which, judges it by the same rules,

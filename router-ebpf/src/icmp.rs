@@ -119,17 +119,17 @@ pub(crate) fn concerned<F: Frame, T: Tables>(
     // A plain number: an `Option` that is read where it is none, Linux 5.10 refuses.
     let mut peer = 0;
     if side == Side::Overlay {
-        let Some(number) = tables.peer(&Prefix::host(packet.tuple.source)) else {
+        let Some(sender) = tables.peer(&Prefix::host(packet.tuple.source)) else {
             return Err(Verdict::DropSpoofed);
         };
-        peer = number;
+        peer = sender.peer;
     }
     // The packet came through the other program, the other way.
     match quote(side.other(), packet, frame, tables) {
         Some(quoted) if quoted.source == packet.tuple.destination => {
             if side == Side::Overlay {
                 match tables.peer(&Prefix::host(quoted.destination)) {
-                    Some(number) if number == peer => {}
+                    Some(concerned) if concerned.peer == peer => {}
                     _ => return Err(Verdict::DropSpoofed),
                 }
             }

@@ -6,8 +6,8 @@
 //! [`memory::Memory`] and [`world::View`]. Every outcome is a [`verdict::Verdict`].
 //!
 //! No file needs one that needs it. From the ground up: [`verdict`], [`csum`], [`abi`]; [`frame`],
-//! [`packet`]; [`forward`], [`entry`], [`tables`], [`steps`]; [`route`]; the concerns [`mss`], [`fragment`],
-//! [`icmp`], [`answer`], [`flow`]; [`decide`] and [`rewrite`].
+//! [`packet`]; [`forward`], [`entry`], [`tables`], [`steps`]; [`route`], [`opening`]; the concerns [`mss`],
+//! [`fragment`], [`icmp`], [`answer`], [`flow`]; [`decide`] and [`rewrite`].
 //!
 //! [`guard`] stands apart: what it judges is the underlay, and its program is an object of its own.
 #![cfg_attr(target_arch = "bpf", no_std)]
@@ -28,6 +28,7 @@ pub mod icmp;
 #[cfg(not(target_arch = "bpf"))]
 pub mod memory;
 pub mod mss;
+pub mod opening;
 pub mod packet;
 pub mod policy;
 pub mod rewrite;

@@ -5,9 +5,12 @@
 //! leads to the [`Set`] of the clauses that it and all shorter prefixes around it belong to. So a
 //! flow is let through when the sets of its source, its destination and its service have a clause
 //! in common: three searches in a trie and one pass over a few words, however many rules there are.
+//! Of what a peer opens, the number of the source's set (its class) stands beside the peer's number
+//! ([`crate::abi::Overlay`]), so one search less.
 //!
 //! The tables hold two policies at a time, each in a bank of its own. While one is in force its
-//! successor is written to the other bank, and one word in the settings makes the change.
+//! successor is written to the other bank, and one word in the settings makes the change. A set's
+//! number means the same clauses as long as it is in use, whichever bank names it.
 
 use core::hint::black_box;
 use core::mem::{align_of, offset_of, size_of};
@@ -25,8 +28,8 @@ pub const POLICY_HITS: &str = "POLICY_HITS";
 pub const MAX_CLAUSES: usize = 64 * WORDS;
 /// Most prefixes, both banks.
 pub const MAX_PREFIXES: usize = 1 << 18;
-/// Most different sets, both banks.
-pub const MAX_SETS: usize = 1 << 15;
+/// Most different sets, both banks, and what is left over of former ones.
+pub const MAX_SETS: usize = 1 << 16;
 /// Slots of [`POLICY_HITS`].
 pub const MAX_HITS: usize = BANKS.len() * MAX_CLAUSES;
 
@@ -38,7 +41,7 @@ const WORDS: usize = 64;
 /// What a prefix of [`POLICY`] is of. The bytes behind the family keep the axes apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Axis {
-    /// The source address.
+    /// The source address of what the subnet side opens.
     Source = 1,
     /// The destination address.
     Destination = 2,
@@ -111,9 +114,15 @@ const _: () = {
     assert!(offset_of!(Set, words) == 8);
 };
 
+/// In place of the number of a set: the subnet side opens the flow, and the source's set is found by its
+/// address.
+pub const BY_ADDRESS: u32 = u32::MAX;
+
 /// A new flow, as its first packet shows it before any translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NewFlow {
+    /// The number of the source's set ([`crate::abi::Overlay::class`]), or [`BY_ADDRESS`].
+    pub class: u32,
     /// Source.
     pub source: Prefix,
     /// Destination.
@@ -128,12 +137,19 @@ pub struct NewFlow {
 pub trait Rules {
     /// The set of the longest prefix that contains `key`.
     fn set(&self, key: &Prefix) -> Option<&Set>;
+
+    /// The set with this number.
+    fn numbered(&self, number: u32) -> Option<&Set>;
 }
 
 /// The first clause that lets `flow` through by the policy in `bank`; `None`: nothing does.
 #[inline(always)]
 pub fn clause<R: Rules>(rules: &R, bank: u32, flow: &NewFlow) -> Option<u32> {
-    let source = rules.set(&address(bank, Axis::Source, flow.source))?;
+    let source = if flow.class == BY_ADDRESS {
+        rules.set(&address(bank, Axis::Source, flow.source))?
+    } else {
+        rules.numbered(flow.class)?
+    };
     let destination = rules.set(&address(bank, Axis::Destination, flow.destination))?;
     let service = service(
         bank,
@@ -142,7 +158,12 @@ pub fn clause<R: Rules>(rules: &R, bank: u32, flow: &NewFlow) -> Option<u32> {
         flow.port,
         16,
     );
-    let service = rules.set(&service)?;
+    in_common(source, destination, rules.set(&service)?)
+}
+
+/// The first clause that is in all three sets.
+#[inline(always)]
+pub fn in_common(source: &Set, destination: &Set, service: &Set) -> Option<u32> {
     let mut summary = source.summary & destination.summary & service.summary;
     for _ in 0..WORDS {
         if summary == 0 {
@@ -180,7 +201,9 @@ mod tests {
     use super::*;
 
     /// Sets of whole addresses and services only.
-    struct Exact(HashMap<Prefix, Set>);
+    struct Exact(HashMap<Prefix, Set>, Set);
+
+    const CLASS: u32 = 7;
 
     impl Rules for Exact {
         fn set(&self, key: &Prefix) -> Option<&Set> {
@@ -188,6 +211,10 @@ mod tests {
                 len: Prefix::BITS,
                 ..*key
             })
+        }
+
+        fn numbered(&self, number: u32) -> Option<&Set> {
+            (number == CLASS).then(|| &self.1)
         }
     }
 
@@ -200,6 +227,7 @@ mod tests {
     }
 
     const FLOW: NewFlow = NewFlow {
+        class: BY_ADDRESS,
         source: Prefix::host(Address::v4([100, 64, 0, 2])),
         destination: Prefix::host(Address::v4([10, 0, 0, 1])),
         protocol: 6,
@@ -209,15 +237,26 @@ mod tests {
     fn found(bank: u32, [source, destination, service]: [&[u32]; 3]) -> Option<u32> {
         let mut port = super::service(1, &FLOW.source.address, 6, [0, 80], 16);
         port.len = Prefix::BITS;
-        let rules = Exact(HashMap::from([
+        let entries = HashMap::from([
             (address(1, Axis::Source, FLOW.source), set(source)),
             (
                 address(1, Axis::Destination, FLOW.destination),
                 set(destination),
             ),
             (port, set(service)),
-        ]));
-        clause(&rules, bank, &FLOW)
+        ]);
+        let rules = Exact(entries, set(source));
+        let found = clause(&rules, bank, &FLOW);
+        // By its class a flow is judged alike.
+        let classed = NewFlow {
+            class: CLASS,
+            source: Prefix::host(Address::v4([0; 4])),
+            ..FLOW
+        };
+        assert_eq!(clause(&rules, bank, &classed), found);
+        let unknown = NewFlow { class: 0, ..FLOW };
+        assert_eq!(clause(&rules, bank, &unknown), None);
+        found
     }
 
     #[test]

@@ -1,18 +1,18 @@
 //! The advertised route that a packet is of.
 
-use crate::abi::{Address, Prefix, Route, Side, Tuple};
+use crate::abi::{Address, Overlay, Prefix, Route, Side, Tuple};
 use crate::packet::Packet;
 use crate::tables::Tables;
 use crate::verdict::Verdict;
 
-/// The route between the two ends of `tuple` as the program of `side` sees it, and the number of the
-/// peer at its end; else why the fast path has nothing to do with it.
+/// The route between the two ends of `tuple` as the program of `side` sees it, and the peer at its end;
+/// else why the fast path has nothing to do with it.
 #[inline(always)]
-pub(crate) fn between<T: Tables>(
+pub(crate) fn between<'t, T: Tables>(
     side: Side,
     tuple: &Tuple,
-    tables: &T,
-) -> Result<(Route, u32), Verdict> {
+    tables: &'t T,
+) -> Result<(Route, &'t Overlay), Verdict> {
     let (overlay, subnet) = match side {
         Side::Overlay => (&tuple.source, &tuple.destination),
         Side::Subnet => (&tuple.destination, &tuple.source),

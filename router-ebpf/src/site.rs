@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use crate::abi::{Address, Link, Prefix, Route, Settings, Side};
+use crate::abi::{Address, Link, Overlay, Prefix, Route, Settings, Side};
 use crate::craft::{Ip, TCP, frame, sum};
 use crate::forward::Exit;
 use crate::memory::Memory;
@@ -65,7 +65,7 @@ pub(crate) fn router(snat: bool) -> World {
         for (number, peer) in (1..).zip(family.peers) {
             world
                 .overlay
-                .push((Prefix::host(address(ip(peer))), number));
+                .push((Prefix::host(address(ip(peer))), Overlay::of(number)));
         }
         for server in family.servers {
             let flags = if snat { Route::SNAT } else { 0 };

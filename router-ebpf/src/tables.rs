@@ -1,7 +1,7 @@
 //! What a decision looks up: the maps, and the kernel's routing.
 
 use crate::abi::{
-    Account, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple, Way,
+    Account, Flow, Fragment, FragmentKey, Link, Overlay, Prefix, Route, Settings, Side, Tuple, Way,
 };
 use crate::entry::Entry;
 use crate::packet::Packet;
@@ -33,9 +33,9 @@ pub trait Tables {
     /// Any number.
     fn random(&self) -> u32;
 
-    /// Number of the peer that `address` belongs to; `None`: it is in no allowed IPs, or the router's
-    /// own.
-    fn peer(&self, address: &Prefix) -> Option<u32>;
+    /// What is known of the peer that `address` belongs to; `None`: it is in no allowed IPs, or the
+    /// router's own.
+    fn peer(&self, address: &Prefix) -> Option<&Overlay>;
 
     /// The advertised route with the longest prefix that contains `address`.
     fn route(&self, address: &Prefix) -> Option<Route>;
@@ -48,8 +48,9 @@ pub trait Tables {
     fn masquerade(&self, way: &Way, taken: &mut [u8; 16]) -> bool;
 
     /// Whether the policy lets a new flow through, and by which clause; its first packet has
-    /// `tuple`. [`NO_CLAUSE`]: there are no rules.
-    fn permits(&self, tuple: &Tuple, settings: &Settings) -> Result<u16, Verdict>;
+    /// `tuple`, and its source is of `class`, or [`crate::policy::BY_ADDRESS`] if the subnet side opens it.
+    /// [`NO_CLAUSE`]: there are no rules about it.
+    fn permits(&self, class: u32, tuple: &Tuple, settings: &Settings) -> Result<u16, Verdict>;
 
     /// Counts a new flow for the clause that let it through.
     fn count_clause(&self, clause: u16, settings: &Settings);

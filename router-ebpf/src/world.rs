@@ -4,7 +4,8 @@ use std::cell::{Cell, RefCell, UnsafeCell};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::abi::{
-    Account, Address, Flow, Fragment, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple, Way,
+    Account, Address, Flow, Fragment, FragmentKey, Link, Overlay, Prefix, Route, Settings, Side,
+    Tuple, Way,
 };
 use crate::decide::{self, decide};
 use crate::entry::Entry;
@@ -32,8 +33,8 @@ pub struct World {
     pub settings: Settings,
     /// Interface that the packets of each side come in by.
     pub ingress: [u32; 2],
-    /// The peers' allowed IPs, each with the number of its peer.
-    pub overlay: Vec<(Prefix, u32)>,
+    /// The peers' allowed IPs, each with its peer.
+    pub overlay: Vec<(Prefix, Overlay)>,
     /// The router's own addresses.
     pub own: Vec<Address>,
     /// The advertised routes.
@@ -133,9 +134,10 @@ impl World {
                 let host = &tuple.destination;
                 [Some(Account::host(host)), Some(Account::subnet(host))]
             } else {
-                let number = self.view(side).peer(&Prefix::host(tuple.source));
+                let view = self.view(side);
+                let peer = view.peer(&Prefix::host(tuple.source));
                 [
-                    number.map(|number| Account::peer(number, &tuple.source)),
+                    peer.map(|peer| Account::peer(peer.peer, &tuple.source)),
                     None,
                 ]
             };
@@ -212,11 +214,11 @@ impl Tables for View<'_> {
         state.rotate_left(16)
     }
 
-    fn peer(&self, address: &Prefix) -> Option<u32> {
+    fn peer(&self, address: &Prefix) -> Option<&Overlay> {
         let overlay = self.world.overlay.iter();
         let around = overlay.filter(|(cidr, _)| contains(cidr, address));
         let (_, peer) = around.max_by_key(|(cidr, _)| cidr.len)?;
-        (!self.world.own.contains(&address.address)).then_some(*peer)
+        (!self.world.own.contains(&address.address)).then_some(peer)
     }
 
     fn route(&self, address: &Prefix) -> Option<Route> {
@@ -243,8 +245,8 @@ impl Tables for View<'_> {
         longest.is_some()
     }
 
-    fn permits(&self, tuple: &Tuple, settings: &Settings) -> Result<u16, Verdict> {
-        if settings.bank == 0 {
+    fn permits(&self, class: u32, tuple: &Tuple, settings: &Settings) -> Result<u16, Verdict> {
+        if settings.is_open(class) {
             return Ok(NO_CLAUSE);
         }
         (self.world.rules)(tuple).ok_or(Verdict::DropPolicy)

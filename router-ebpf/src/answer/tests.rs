@@ -135,7 +135,8 @@ proptest! {
             IpAddr::V6(peer) => (u128::from(peer) ^ u128::from(host)).to_be_bytes().into(),
         };
         let mut world = denying(true);
-        world.overlay = vec![(crate::abi::Prefix::host(address(source)), 1)];
+        let host = crate::abi::Prefix::host(address(source));
+        world.overlay = vec![(host, crate::abi::Overlay::of(1))];
         let flags = flags & !RST;
         // In the middle of a connection it is the kernel's to say so.
         let packet = Ip::tcp(source, server, (flags | SYN) & !ACK, &[], 3)

@@ -21,18 +21,24 @@ impl Rules for Policy {
     #[inline(always)]
     fn set(&self, key: &Prefix) -> Option<&Set> {
         let number = POLICY.get(maps::key(key))?;
-        // SAFETY: user space never changes a set that a program may find: it fills those of the
-        // other bank, and removes them when no program uses that bank any more.
-        unsafe { POLICY_SETS.get(*number) }
+        self.numbered(*number)
+    }
+
+    #[inline(always)]
+    fn numbered(&self, number: u32) -> Option<&Set> {
+        // SAFETY: user space never changes a set, and removes it when nothing names it and no program
+        // runs any more that has read its number.
+        unsafe { POLICY_SETS.get(number) }
     }
 }
 
 global! {
-    /// [`policy::clause`] for the flow whose first packet has the work's tuple: zero, or one more than the
-    /// clause that lets it through.
-    sluice_clause(_ctx, work, bank) {
+    /// [`policy::clause`] for the flow whose first packet has the work's tuple, and whose source is of
+    /// `class`: zero, or one more than the clause that lets it through.
+    sluice_clause(_ctx, work, class, bank) {
         let opening = &work.tuple;
         let flow = NewFlow {
+            class,
             source: Prefix::host(opening.source),
             destination: Prefix::host(opening.destination),
             protocol: opening.protocol,
@@ -54,14 +60,15 @@ global! {
     }
 }
 
-/// The clause of the policy in `bank` that lets a flow through whose first packet has `opening`.
+/// The clause of the policy in `bank` that lets a flow through whose first packet has `opening`, and whose
+/// source is of `class`.
 #[inline(always)]
-pub(crate) fn clause(ctx: &TcContext, opening: &Tuple, bank: u32) -> Option<u32> {
+pub(crate) fn clause(ctx: &TcContext, class: u32, opening: &Tuple, bank: u32) -> Option<u32> {
     let work = work()?;
     // SAFETY: the place is valid and this program's alone, and the context the program's own.
     let found = unsafe {
         (*work).tuple = *opening;
-        sluice_clause(ctx.skb.skb, bank)
+        sluice_clause(ctx.skb.skb, class, bank)
     };
     found.checked_sub(1)
 }

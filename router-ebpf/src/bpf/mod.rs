@@ -15,10 +15,12 @@ use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
-use router_ebpf::abi::{ABI_VERSION, Side};
+use router_ebpf::abi::{ABI_VERSION, Prefix, Side};
 use router_ebpf::forward::Exit;
 use router_ebpf::frame::Frame as _;
+use router_ebpf::opening::{PERMITTED as PERMITTED_OPENING, SILENT as SILENT_OPENING};
 use router_ebpf::packet::parse;
+use router_ebpf::policy::BY_ADDRESS;
 use router_ebpf::tables::Tables as _;
 use router_ebpf::verdict::Class;
 
@@ -38,6 +40,10 @@ static SLUICE_ABI: u32 = ABI_VERSION;
 #[unsafe(no_mangle)]
 static HANDED_OVER: u32 = 0;
 
+/// See [`router_ebpf::abi::PERMITTED`]; as above.
+#[unsafe(no_mangle)]
+static PERMITTED: u32 = 0;
+
 /// On the TUN device's ingress: packets that peers send, without a link-layer header.
 #[classifier]
 pub(crate) fn sluice_from_overlay(ctx: TcContext) -> i32 {
@@ -51,7 +57,7 @@ pub(crate) fn sluice_from_subnet(ctx: TcContext) -> i32 {
 }
 
 /// For tests and measurements, never attached: tells what the policy says of a packet (with an
-/// Ethernet header) as if it began a flow, and counts it so. Zero: nothing lets it through; else
+/// Ethernet header) as if it began a flow, and counts it so. From a peer's address it is a peer's. Zero: nothing lets it through; else
 /// one more than the number of the clause that does.
 #[classifier]
 pub(crate) fn sluice_policy(ctx: TcContext) -> i32 {
@@ -67,7 +73,11 @@ pub(crate) fn sluice_policy(ctx: TcContext) -> i32 {
     if parse(Side::Subnet, &Skb::new(&ctx, Side::Subnet), packet).is_err() {
         return 0;
     }
-    match lookups::clause(&ctx, &packet.tuple, settings.bank) {
+    let class = match maps.peer(&Prefix::host(packet.tuple.source)) {
+        Some(peer) => peer.class(settings.bank),
+        None => BY_ADDRESS,
+    };
+    match lookups::clause(&ctx, class, &packet.tuple, settings.bank) {
         Some(clause) => {
             maps::count_hit(settings.bank, clause);
             clause as i32 + 1
@@ -113,8 +123,12 @@ fn run(side: Side, ctx: TcContext) -> i32 {
             }
             // Not TC_ACT_OK: programs and filters behind this one have their turn.
             Err(verdict) => {
-                if verdict.class() == Class::Slow && steps::is_judged(&ctx, side, verdict) {
-                    hand_over(&ctx);
+                if verdict.class() == Class::Slow {
+                    if steps::is_judged(&ctx, side, verdict) {
+                        hand_over(&ctx);
+                    } else {
+                        tell_ruleset(&ctx, steps::opening(&ctx, side));
+                    }
                 }
                 TC_ACT_UNSPEC.into()
             }
@@ -131,6 +145,24 @@ fn hand_over(ctx: &TcContext) {
     unsafe {
         // Volatile, for the compiler takes it for a constant.
         (*ctx.skb.skb).mark |= (&raw const HANDED_OVER).read_volatile();
+    }
+}
+
+/// Tells the kernel's ruleset what the policy says of the packet, were it the first of a flow: only
+/// connection tracking knows whether it is.
+#[inline(always)]
+fn tell_ruleset(ctx: &TcContext, opening: u32) {
+    // SAFETY: as in `hand_over`.
+    unsafe {
+        let mark = &raw mut (*ctx.skb.skb).mark;
+        let [permitted, handed_over] = [&raw const PERMITTED, &raw const HANDED_OVER];
+        // No other packet comes in with them.
+        let bits = match opening {
+            PERMITTED_OPENING => permitted.read_volatile(),
+            SILENT_OPENING => permitted.read_volatile() | handed_over.read_volatile(),
+            _ => 0,
+        };
+        *mark |= bits;
     }
 }
 

@@ -8,7 +8,7 @@ use router_ebpf::decide;
 use router_ebpf::flow;
 use router_ebpf::tables::Tables as _;
 use router_ebpf::verdict::Verdict;
-use router_ebpf::{answer, fragment, icmp, mss};
+use router_ebpf::{answer, fragment, icmp, mss, opening};
 
 use super::maps;
 use super::skb::Skb;
@@ -81,6 +81,12 @@ global! {
             }
             Ok(()) => 0,
         }
+    }
+
+    /// [`opening::opening`].
+    sluice_opening(ctx, work, from) {
+        let side = side(from);
+        opening::opening(side, &work.packet, &Skb::at(ctx, side), &Maps::new(ctx))
     }
 
     /// [`fragment::lead`].
@@ -237,6 +243,13 @@ pub(crate) fn is_routers(ctx: &TcContext) -> bool {
 pub(crate) fn is_judged(ctx: &TcContext, side: Side, verdict: Verdict) -> bool {
     // SAFETY: as above.
     unsafe { sluice_is_judged(ctx.skb.skb, side as u32, verdict as u32) != 0 }
+}
+
+/// [`opening::opening`].
+#[inline(always)]
+pub(crate) fn opening(ctx: &TcContext, side: Side) -> u32 {
+    // SAFETY: as above.
+    unsafe { sluice_opening(ctx.skb.skb, side as u32) }
 }
 
 #[inline(always)]

@@ -72,9 +72,9 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn peer(&self, address: &Prefix) -> Option<u32> {
+    fn peer(&self, address: &Prefix) -> Option<&Overlay> {
         let found = OVERLAY.get(key(address))?;
-        (found.flags & Overlay::OWN == 0).then_some(found.peer)
+        (found.flags & Overlay::OWN == 0).then_some(found)
     }
 
     #[inline(always)]
@@ -104,11 +104,11 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(always)]
-    fn permits(&self, tuple: &Tuple, settings: &Settings) -> Result<u16, Verdict> {
-        if settings.bank == 0 {
+    fn permits(&self, class: u32, tuple: &Tuple, settings: &Settings) -> Result<u16, Verdict> {
+        if settings.is_open(class) {
             return Ok(NO_CLAUSE);
         }
-        lookups::clause(self.ctx, tuple, settings.bank)
+        lookups::clause(self.ctx, class, tuple, settings.bank)
             .map(|clause| clause as u16)
             .ok_or(Verdict::DropPolicy)
     }

@@ -2,7 +2,7 @@
 use std::net::IpAddr;
 
 use super::*;
-use crate::abi::{Address, Link, Route};
+use crate::abi::{Address, Link, Overlay, Route};
 use crate::craft::{ACK, Ip, frame, mss};
 use crate::memory::Memory;
 use crate::tables::{Hop, fib_failure};
@@ -30,7 +30,7 @@ fn router(route: u32) -> World {
         ..Settings::default()
     });
     world.ingress = [TUN, NIC];
-    world.overlay = vec![(v4([100, 0, 0, 0]), 1)];
+    world.overlay = vec![(v4([100, 0, 0, 0]), Overlay::of(1))];
     world.routes = vec![(v4([10, 0, 0, 0]), Route { flags: route })];
     let link = Link {
         mtu: 1500,

@@ -2,6 +2,7 @@
 
 use crate::abi::{Flow, Link, Settings, Side};
 use crate::entry::Entry;
+use crate::opening;
 use crate::packet::Packet;
 use crate::route;
 use crate::tables::Tables;
@@ -53,18 +54,20 @@ pub fn judge<T: Tables>(
         Side::Subnet => entry.other(side, tuple).1,
     };
     // A peer that is none any more is not a spoofed source, but ends alike.
-    let (route, _) = route::between(Side::Overlay, &overlay, tables).map_err(|verdict| {
-        match (side, verdict) {
-            (Side::Subnet, Verdict::DropSpoofed) => Verdict::PassUnrelated,
-            (_, verdict) => verdict,
-        }
-    })?;
-    let opening = if entry.flags() & Flow::FROM_SUBNET != 0 {
-        overlay.reversed()
+    let (route, peer) =
+        route::between(Side::Overlay, &overlay, tables).map_err(|verdict| {
+            match (side, verdict) {
+                (Side::Subnet, Verdict::DropSpoofed) => Verdict::PassUnrelated,
+                (_, verdict) => verdict,
+            }
+        })?;
+    let (opener, first) = if entry.flags() & Flow::FROM_SUBNET != 0 {
+        (Side::Subnet, overlay.reversed())
     } else {
-        overlay
+        (Side::Overlay, overlay)
     };
-    tables.permits(&opening, settings)?;
+    let class = opening::class(opener, peer, settings);
+    tables.permits(class, &first, settings)?;
     if side == Side::Subnet {
         entry.set_generation(generation);
         return Ok(());

@@ -3,6 +3,7 @@
 use super::external;
 use super::judge::{generation, path_mtu};
 use crate::abi::{Account, Flow, Route, Settings, Side, Tuple};
+use crate::opening;
 use crate::packet::{Packet, Transport};
 use crate::route;
 use crate::tables::{Refused, Tables};
@@ -60,7 +61,8 @@ pub fn open<T: Tables>(
     if snat && packet.is_underway(side) {
         return Err(Verdict::SlowNoFlow);
     }
-    let clause = tables.permits(tuple, settings)?;
+    let class = opening::class(side, peer, settings);
+    let clause = tables.permits(class, tuple, settings)?;
     let hop = tables.next_hop(packet, packet.header_len, settings)?;
     let now = tables.now();
     let Draft {
@@ -120,7 +122,7 @@ pub fn open<T: Tables>(
         }
     } else {
         *forward = *tuple;
-        *opener = Account::peer(peer, &tuple.source);
+        *opener = Account::peer(peer.peer, &tuple.source);
     }
     let added = counted(opener, settings.flows_per_source, tables, || {
         add(forward, overlay, subnet, tables, settings)

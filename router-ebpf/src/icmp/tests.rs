@@ -290,9 +290,9 @@ fn an_error_of_a_peer_about_anothers_flow_is_not_believed() {
                 assert!(up(&mut world, &error(peer)).is_ok(), "{kind:?}");
             }
             // A router in the network of the peer may tell of it.
-            for (cidr, number) in &mut world.overlay {
+            for (cidr, peer) in &mut world.overlay {
                 if cidr.address == address(stranger) {
-                    *number = 1;
+                    *peer = crate::abi::Overlay::of(1);
                 }
             }
             let error = Ip::error(

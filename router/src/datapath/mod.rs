@@ -9,6 +9,7 @@ pub mod kernel;
 pub mod limits;
 pub mod marks;
 pub mod masquerade;
+mod nets;
 pub mod policy;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -60,13 +60,22 @@ pub fn ports(
     (meant && (with_ports || ports == ALL)).then_some(ports)
 }
 
-/// Whether `policy` lets a new flow through. Without rules it has no say: then the routes decide
-/// alone.
-pub fn allows(policy: &Policy, flow: &NewFlow) -> bool {
-    let inside = |rule: &&Rule| rule.sources.iter().any(|net| net.contains(&flow.source));
+/// Whether some rule is about flows that peers open (`from_overlay`), or about those opened to them.
+pub fn is_restricted(policy: &Policy, from_overlay: bool) -> bool {
+    let covers = |rule: &Rule| rule.direction.covers(from_overlay);
+    policy.rules.iter().any(covers)
+}
+
+/// Whether `policy` lets a new flow through that a peer opens (`from_overlay`), or that is opened to
+/// one. Without rules for that direction it has no say: then the routes decide alone.
+pub fn allows(policy: &Policy, from_overlay: bool, flow: &NewFlow) -> bool {
+    let concerned = |rule: &&Rule| {
+        rule.direction.covers(from_overlay)
+            && rule.sources.iter().any(|net| net.contains(&flow.source))
+    };
     let ipv4 = flow.destination.is_ipv4();
-    policy.rules.is_empty()
-        || policy.rules.iter().filter(inside).any(|rule| {
+    !is_restricted(policy, from_overlay)
+        || policy.rules.iter().filter(concerned).any(|rule| {
             rule.destinations.iter().any(|destination| {
                 destination.cidr.contains(&flow.destination)
                     && ports(rule, &destination.ports, flow.protocol, ipv4).is_some_and(
@@ -83,7 +92,7 @@ pub fn allows(policy: &Policy, flow: &NewFlow) -> bool {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::control::Destination;
+    use crate::control::{Destination, Direction};
 
     fn rule(protocols: &[u8], destination: &str, ports: std::ops::RangeInclusive<u16>) -> Policy {
         Policy {
@@ -123,7 +132,7 @@ mod tests {
             (false, peer, "10.1.2.3", 47, 0),
         ] {
             let flow = flow(source, destination, protocol, port);
-            assert_eq!(allows(&web, &flow), allowed, "{flow:?}");
+            assert_eq!(allows(&web, true, &flow), allowed, "{flow:?}");
         }
     }
 
@@ -132,16 +141,32 @@ mod tests {
         let to = |protocol| flow("100.64.0.2", "10.1.2.3", protocol, 53);
         let dns = rule(&[UDP], "10.0.0.0/8", 53..=53);
         assert_eq!(
-            [UDP, TCP, 1].map(|p| allows(&dns, &to(p))),
+            [UDP, TCP, 1].map(|p| allows(&dns, true, &to(p))),
             [true, false, true]
         );
         let gre = rule(&[47], "10.0.0.0/8", 0..=65535);
         assert_eq!(
-            [47, 50, TCP].map(|p| allows(&gre, &to(p))),
+            [47, 50, TCP].map(|p| allows(&gre, true, &to(p))),
             [true, false, false]
         );
         let gre = rule(&[47], "10.0.0.0/8", 0..=65534);
-        assert!(!allows(&gre, &to(47)));
-        assert!(allows(&Policy::default(), &to(47)));
+        assert!(!allows(&gre, true, &to(47)));
+        assert!(allows(&Policy::default(), true, &to(47)));
+    }
+
+    #[test]
+    fn a_rule_is_about_the_flows_of_its_direction() {
+        let flow = flow("100.64.0.2", "10.1.2.3", TCP, 22);
+        for (direction, from_overlay, to_overlay) in [
+            (Direction::Both, false, false),
+            // The other direction is open.
+            (Direction::FromOverlay, false, true),
+            (Direction::ToOverlay, true, false),
+        ] {
+            let mut web = rule(&[], "10.0.0.0/8", 80..=80);
+            web.rules[0].direction = direction;
+            let allowed = [true, false].map(|from| allows(&web, from, &flow));
+            assert_eq!(allowed, [from_overlay, to_overlay], "{direction:?}");
+        }
     }
 }

@@ -68,7 +68,7 @@ fn the_object_keeps_its_contract() {
         ),
         (abi::MASQUERADE, (trie, 28, 16, 1 << 14)),
         (policy::POLICY, (trie, 24, 4, 1 << 18)),
-        (policy::POLICY_SETS, (hash, 4, 520, 1 << 15)),
+        (policy::POLICY_SETS, (hash, 4, 520, 1 << 16)),
         (
             policy::POLICY_HITS,
             (
@@ -78,7 +78,7 @@ fn the_object_keeps_its_contract() {
                 2 * 4096,
             ),
         ),
-        (abi::OVERLAY, (trie, 24, 8, 1 << 18)),
+        (abi::OVERLAY, (trie, 24, 16, 1 << 18)),
         (abi::ROUTES, (trie, 24, 4, 1 << 14)),
         (abi::LINKS, (hash, 4, 168, 256)),
         (
@@ -109,5 +109,5 @@ fn a_change_of_the_contract_changes_its_version() {
         size_of::<abi::Slot4>(),
         size_of::<abi::Slot6>(),
     );
-    assert_eq!((abi::ABI_VERSION, layout), (11, (29, 40, 24, 56, 64, 96)));
+    assert_eq!((abi::ABI_VERSION, layout), (12, (29, 40, 24, 56, 64, 96)));
 }

@@ -13,7 +13,7 @@ use router::datapath::Datapath as _;
 use router::datapath::ebpf::{Ebpf, Options};
 use router::datapath::limits::Limits;
 use router_ebpf::abi::{
-    self, Address, Budget, Flow, FragmentKey, Link, Prefix, Route, Settings, Side, Tuple,
+    self, Address, Budget, Flow, FragmentKey, Link, Overlay, Prefix, Route, Settings, Side, Tuple,
 };
 use router_ebpf::craft::*;
 use router_ebpf::forward::{Answer, Exit, Forward};
@@ -109,7 +109,9 @@ fn world(fixture: &Fixture, settings: Settings) -> World {
     let mut world = World::new(settings);
     world.ingress = [tun, nic];
     let overlay = spec.overlay.iter();
-    world.overlay = overlay.map(|(net, peer)| (prefix(net), *peer)).collect();
+    world.overlay = overlay
+        .map(|(net, peer)| (prefix(net), Overlay::of(*peer)))
+        .collect();
     world.own = spec.own.iter().map(|own| address(*own)).collect();
     let routes = spec.routes.iter().map(|route| {
         let snat = if route.snat { Route::SNAT } else { 0 };

@@ -4,8 +4,8 @@ use std::ops::RangeInclusive;
 
 use anyhow::ensure;
 use aya::programs::{TestRun, TestRunOptions};
-use router::control::{Destination, Policy, Rule};
-use router::datapath::policy::{NewFlow, TCP, UDP, allows};
+use router::control::{Destination, Direction, Policy, Rule};
+use router::datapath::policy::{NewFlow, TCP, UDP, allows, is_restricted};
 use router_ebpf::craft::{Ip, SYN, frame};
 
 use super::differential::Random;
@@ -62,6 +62,8 @@ fn flow(family: Family, peer: u8, host: u8, protocol: u8, port: u16) -> NewFlow 
 
 /// A rule over a few hosts of each family, so that prefixes and ranges meet.
 fn random_rule(random: &mut Random) -> Rule {
+    // Sometimes about what the subnet side opens.
+    let mut inward = random.below(4) == 0;
     let mut net = |make: &dyn Fn(Family, u8) -> std::net::IpAddr| {
         let address = make(random.pick(&FAMILIES), random.below(8) as u8);
         let longest = if address.is_ipv4() { 32 } else { 128 };
@@ -70,10 +72,15 @@ fn random_rule(random: &mut Random) -> Rule {
             .unwrap()
             .trunc()
     };
-    let sources = (0..2)
-        .map(|_| net(&|family, n| family.overlay(n)))
-        .collect();
-    let cidrs = [0; 3].map(|_| net(&|family, n| family.subnet(Net::NEAR, n)));
+    let mut side = |inward: bool| {
+        net(&|family, n| match inward {
+            true => family.subnet(Net::NEAR, n),
+            false => family.overlay(n),
+        })
+    };
+    let sources = (0..2).map(|_| side(inward)).collect();
+    inward = !inward;
+    let cidrs = [0; 3].map(|_| side(inward));
     let destinations = cidrs.map(|cidr| {
         let ports = [random.below(8) as u16, random.below(8) as u16];
         let ports = match random.below(4) {
@@ -88,12 +95,17 @@ fn random_rule(random: &mut Random) -> Rule {
         protocols: random
             .pick(&[&[][..], &[6], &[17], &[1, 58], &[47, 6]])
             .to_vec(),
-        ..Rule::default()
+        direction: random.pick(&[
+            Direction::Both,
+            Direction::FromOverlay,
+            Direction::ToOverlay,
+        ]),
     }
 }
 
 fn random_flow(random: &mut Random) -> NewFlow {
-    let (peer, host) = (random.below(9) as u8, random.below(9) as u8);
+    // The router has the first address.
+    let (peer, host) = (2 + random.below(9) as u8, random.below(9) as u8);
     let protocol = random.pick(&[TCP, TCP, UDP, 1, 58, 47]);
     flow(
         random.pick(&FAMILIES),
@@ -117,10 +129,17 @@ fn the_kernel_finds_what_the_rules_mean() {
             };
             fixture.change(|spec| spec.policy = policy.clone())?;
             for _ in 0..300 {
-                let flow = random_flow(&mut random);
+                let mut flow = random_flow(&mut random);
+                let from_overlay = random.below(3) > 0;
+                if !from_overlay {
+                    std::mem::swap(&mut flow.source, &mut flow.destination);
+                }
+                if !is_restricted(&policy, from_overlay) {
+                    continue;
+                }
                 let found = clause(fixture, &flow)?.is_some();
                 ensure!(
-                    found == allows(&policy, &flow),
+                    found == allows(&policy, from_overlay, &flow),
                     "round {round}: {flow:?}: the kernel says {found}: {policy:#?}"
                 );
                 outcomes[usize::from(found)] += 1;

@@ -34,9 +34,9 @@ fn a_peer_has_one_share_whatever_addresses_it_has() {
         let [one, another, modest] = family.peers.map(ip);
         let [server, _] = family.servers.map(ip);
         // The first two are one peer's.
-        for (cidr, number) in &mut world.overlay {
+        for (cidr, peer) in &mut world.overlay {
             if cidr.address == address(another) {
-                *number = 1;
+                *peer = crate::abi::Overlay::of(1);
             }
         }
         let ask = |peer, n: u32| Ip::udp(peer, server, 5).ports(1024 + n as u16, 53);

@@ -11,6 +11,7 @@ use super::flows::{Store, in_batches};
 use super::listing::end;
 use super::sweep::Tally;
 use crate::datapath::limits::Limits;
+use crate::datapath::nets::Nets;
 
 /// Who has opened flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,50 +54,26 @@ impl AtLimit {
     }
 }
 
-/// The peers' numbers by allowed IP, as the programs have them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Owners {
-    by_net: HashMap<IpNet, u32>,
-    /// The lengths of the prefixes, IPv4 and IPv6.
-    lengths: [BTreeSet<u8>; 2],
+/// The flows of each account that `tally` has found. `peers` are the peers' numbers by allowed IP, as the
+/// programs have them.
+pub(super) fn accounts(peers: &Nets<u32>, tally: &Tally) -> HashMap<Account, u32> {
+    let mut accounts = HashMap::new();
+    for (address, flows) in &tally.sources {
+        // What is no peer's any more ends soon.
+        if let Some((_, number)) = peers.around(&host(address)).next() {
+            *accounts.entry(Account::peer(*number, address)).or_default() += flows;
+        }
+    }
+    for (address, flows) in &tally.hosts {
+        accounts.insert(Account::host(address), *flows);
+        *accounts.entry(Account::subnet(address)).or_default() += flows;
+    }
+    accounts
 }
 
-impl Owners {
-    pub(super) fn new(nets: impl Iterator<Item = (IpNet, u32)>) -> Self {
-        let mut owners = Self::default();
-        for (net, number) in nets {
-            let family = usize::from(net.addr().is_ipv6());
-            owners.lengths[family].insert(net.prefix_len());
-            owners.by_net.insert(net, number);
-        }
-        owners
-    }
-
-    /// Whose `address` is.
-    fn owner(&self, address: &Address) -> Option<u32> {
-        let ip = end(address, [0; 2]).ip();
-        let mut lengths = self.lengths[usize::from(ip.is_ipv6())].iter().rev();
-        lengths.find_map(|len| {
-            let net = IpNet::new(ip, *len).ok()?.trunc();
-            self.by_net.get(&net).copied()
-        })
-    }
-
-    /// The flows of each account that `tally` has found.
-    pub(super) fn accounts(&self, tally: &Tally) -> HashMap<Account, u32> {
-        let mut accounts = HashMap::new();
-        for (address, flows) in &tally.sources {
-            // What is no peer's any more ends soon.
-            if let Some(number) = self.owner(address) {
-                *accounts.entry(Account::peer(number, address)).or_default() += flows;
-            }
-        }
-        for (address, flows) in &tally.hosts {
-            accounts.insert(Account::host(address), *flows);
-            *accounts.entry(Account::subnet(address)).or_default() += flows;
-        }
-        accounts
-    }
+/// The CIDR of one address.
+pub(super) fn host(address: &Address) -> IpNet {
+    end(address, [0; 2]).ip().into()
 }
 
 /// Sets the number of flows of each account to what was counted, and tells who was at a limit. The programs
@@ -156,7 +133,8 @@ mod tests {
     #[test]
     fn flows_are_counted_by_peer_and_by_host() {
         let nets = [("100.64.0.0/24", 1), ("100.64.0.7/32", 2), ("fd7a::/64", 1)];
-        let owners = Owners::new(nets.into_iter().map(|(net, n)| (net.parse().unwrap(), n)));
+        let nets = nets.into_iter().map(|(net, n)| (net.parse().unwrap(), n));
+        let peers: Nets<u32> = nets.collect();
         let tally = Tally {
             sources: [
                 (address("100.64.0.2"), 3),
@@ -178,7 +156,7 @@ mod tests {
             (Account::host(&address("10.0.0.2")), 9),
             (Account::subnet(&v4), 17),
         ];
-        let counted = owners.accounts(&tally);
+        let counted = accounts(&peers, &tally);
         assert_eq!(counted, wanted.into());
 
         let limits = Limits {

@@ -34,7 +34,7 @@ pub struct Guard {
     programs: aya::Ebpf,
     /// The one of the object's two programs that this kernel takes.
     name: &'static str,
-    addresses: Mirror<Address, u32, HashMap<MapData, Address, u32>>,
+    addresses: Mirror<Address, u32>,
     indices: Indices,
     counters: PerCpuArray<MapData, u64>,
     attached: Option<(Link, XdpLinkId)>,
@@ -59,7 +59,7 @@ impl Guard {
         Ok(Self {
             name,
             addresses: Mirror::new(
-                take_map(&mut programs, GUARD_ADDRESSES)?,
+                take_map::<HashMap<_, Address, u32>>(&mut programs, GUARD_ADDRESSES)?,
                 "the router's addresses",
                 MAX_ADDRESSES,
             ),

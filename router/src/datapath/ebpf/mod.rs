@@ -15,6 +15,7 @@ mod log;
 mod object;
 mod pins;
 pub mod policy;
+mod pool;
 mod routes;
 mod settled;
 mod sweep;
@@ -46,8 +47,8 @@ pub use sweeper::{Ended, FamilyReport, FlowReport};
 use super::limits::Limits;
 use super::marks::Marks;
 use super::{Counter, Datapath, Error, External, Link, OverlayChange, Spec};
-use accounts::Owners;
 use attach::{Attachment, Owner};
+use banks::News;
 use flows::Table;
 use settled::Flows;
 use sweeper::{Law, Sweeper};
@@ -98,7 +99,7 @@ pub struct Ebpf {
     mode: Option<AttachMode>,
     attached: BTreeMap<(u32, &'static str), Attachment>,
     pins: Result<Pins, String>,
-    /// What is in force.
+    /// What is in force, but for the peers.
     spec: Option<Spec>,
 }
 
@@ -152,6 +153,7 @@ impl Ebpf {
             .override_global(abi::BLOCKS4, &blocks4, true)
             .override_global(abi::BLOCKS6, &blocks6, true)
             .override_global(abi::HANDED_OVER, &options.marks.handed_over, true)
+            .override_global(abi::PERMITTED, &options.marks.permitted, true)
             .override_global(log::LEVEL, &log_level, true);
         if log_level == 0 {
             loader.map_max_entries(log::RECORDS, log::LEAST_ROOM);
@@ -318,16 +320,9 @@ impl Ebpf {
     /// Puts `spec` in force, from whatever is in force now.
     fn install(&mut self, spec: &Spec) -> Result<(), Error> {
         // Maps first: a program must not judge by another network's tables.
-        let changed = self.tables.install(spec)?;
+        let news = self.tables.install(spec)?;
+        self.tell(news);
         if let Some(sweeper) = &self.sweeper {
-            if let Some(policy) = changed {
-                sweeper.judge(Law::Policy(policy));
-            }
-            let known = self.spec.as_ref();
-            if known.is_none_or(|known| known.overlay != spec.overlay) {
-                let nets = spec.overlay.iter().map(|(net, peer)| (*net, *peer));
-                sweeper.judge(Law::Owners(Owners::new(nets)));
-            }
             if self.spec.as_ref().map(external_addresses) != Some(external_addresses(spec)) {
                 sweeper.judge(Law::Addresses(external_addresses(spec)));
             }
@@ -360,6 +355,22 @@ impl Ebpf {
                 .map_err(|error| failed("take off what an earlier run left attached", error))?;
         }
         Ok(())
+    }
+
+    /// Tells the sweeper what flows are to be judged by.
+    fn tell(&self, news: News) {
+        let Some(sweeper) = &self.sweeper else {
+            return;
+        };
+        if let Some(policy) = news.policy {
+            sweeper.judge(Law::Policy(policy));
+        }
+        if news.peers != OverlayChange::default() {
+            sweeper.judge(Law::Peers {
+                change: news.peers,
+                gone: news.gone,
+            });
+        }
     }
 
     /// Takes off what an earlier run has attached and this one has not taken over.
@@ -399,12 +410,18 @@ fn wanted(spec: &Spec) -> BTreeMap<(u32, &'static str), &Link> {
 
 impl Datapath for Ebpf {
     fn apply(&mut self, spec: &Spec) -> Result<(), Error> {
+        let peers = self.tables.allowed();
         let Err(error) = self.install(spec) else {
-            self.spec = Some(spec.clone());
+            let mut spec = spec.clone();
+            spec.overlay.clear();
+            self.spec = Some(spec);
             return Ok(());
         };
         let restored = match self.spec.clone() {
-            Some(before) => self.install(&before),
+            Some(mut before) => {
+                before.overlay = peers;
+                self.install(&before)
+            }
             None => self.remove(),
         };
         if let Err(error) = restored {
@@ -414,11 +431,11 @@ impl Datapath for Ebpf {
     }
 
     fn change_peers(&mut self, change: &OverlayChange) -> Result<(), Error> {
-        let Some(mut spec) = self.spec.clone() else {
-            return Ok(());
-        };
-        change.apply(&mut spec.overlay);
-        self.apply(&spec)
+        if self.spec.is_some() {
+            let news = self.tables.change_peers(change)?;
+            self.tell(news);
+        }
+        Ok(())
     }
 
     fn counters(&self) -> Result<Vec<Counter>, Error> {

@@ -2,17 +2,21 @@
 //!
 //! A rule becomes one clause for each different list of ports among its destinations; a clause is
 //! all sources of the rule, the destinations with that list, and its protocols with these ports.
+//! Destinations and services are compiled at once (`Targets`). Sources change more often, for they are
+//! peers, and are kept so that single ones can come and go (`Sources`).
 
 use std::collections::{BTreeMap, HashMap};
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use router_ebpf::abi::{Address, Prefix};
-use router_ebpf::policy::{self as table, Axis, MAX_CLAUSES, NewFlow, Rules, Set};
+use router_ebpf::policy::{self as table, Axis, MAX_CLAUSES, Set};
 
 use super::tables::prefix;
-use crate::control::{Policy, Rule};
-use crate::datapath::policy::{TCP, UDP, icmp, ports};
+use crate::control::{Direction, Policy, Rule};
+use crate::datapath::nets::Nets;
+use crate::datapath::policy::{NewFlow, TCP, UDP, icmp, ports};
 
 /// Why a policy cannot be put in force, worded for an operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -25,15 +29,35 @@ pub struct TooManyClauses;
 /// A policy in the form of the programs' tables.
 #[derive(Clone, Debug, Default)]
 pub struct Compiled {
+    pub(super) targets: Arc<Targets>,
+    pub(super) sources: Arc<Sources>,
+}
+
+/// What the clauses let through, but for whose it is.
+#[derive(Debug, Default)]
+pub(super) struct Targets {
     bank: u32,
     /// In order, so that a prefix stands before those within it.
     prefixes: Vec<Node>,
     sets: Vec<Set>,
     /// By clause: the place of its rule in the policy.
     rules: Vec<usize>,
+    /// By rule: its clauses.
+    clauses: Vec<Range<u32>>,
 }
 
-/// A prefix on any axis.
+/// Whose flows the clauses let through.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sources {
+    /// The clauses of each source of flows that peers open.
+    from_overlay: Nets<Vec<u32>>,
+    /// The same of flows that the subnet side opens.
+    to_overlay: Nets<Vec<u32>>,
+    /// How many rules are about each of them.
+    rules: [usize; 2],
+}
+
+/// A prefix of a destination or a service.
 #[derive(Clone, Copy, Debug)]
 struct Node {
     address: Address,
@@ -54,18 +78,138 @@ impl Node {
 impl Compiled {
     /// Compiles `policy` for one of the banks.
     pub fn new(policy: &Policy, bank: u32) -> Result<Self, TooManyClauses> {
-        let mut compiled = Self {
+        let targets = Targets::new(policy, bank)?;
+        let mut sources = Sources::default();
+        for (rule, clauses) in policy.rules.iter().zip(&targets.clauses) {
+            sources.add(rule.direction, &rule.sources, clauses);
+            for from_overlay in [true, false] {
+                let covers = rule.direction.covers(from_overlay);
+                sources.rules[usize::from(from_overlay)] += usize::from(covers);
+            }
+        }
+        Ok(Self {
+            targets: Arc::new(targets),
+            sources: Arc::new(sources),
+        })
+    }
+
+    /// The bank that it is for; zero when it was not compiled from a policy.
+    pub fn bank(&self) -> u32 {
+        self.targets.bank
+    }
+
+    /// Whether some rule is about flows that peers open (`from_overlay`), or about those opened to them.
+    pub fn is_restricted(&self, from_overlay: bool) -> bool {
+        self.sources.rules[usize::from(from_overlay)] > 0
+    }
+
+    /// Whether `flow` may begin, found as the programs find it.
+    pub fn allows(&self, from_overlay: bool, flow: &NewFlow) -> bool {
+        !self.is_restricted(from_overlay) || self.rule(from_overlay, flow).is_some()
+    }
+
+    /// The place of the first rule that lets `flow` through, found as the programs find it.
+    pub fn rule(&self, from_overlay: bool, flow: &NewFlow) -> Option<usize> {
+        let source = self.sources.set(from_overlay, &flow.source.into());
+        let destination = Prefix::host(super::tables::address(flow.destination));
+        let key = table::address(self.bank(), Axis::Destination, destination);
+        let destination = self.targets.find(&key)?;
+        let like = key.address;
+        let port = flow.port.to_be_bytes();
+        let service = table::service(self.bank(), &like, flow.protocol, port, 16);
+        let clause = table::in_common(&source, destination, self.targets.find(&service)?)?;
+        self.targets.rules.get(clause as usize).copied()
+    }
+}
+
+/// Whether two policies differ in nothing but the sources of their rules.
+pub(super) fn differ_in_sources(one: &Policy, other: &Policy) -> bool {
+    let same = |(one, other): (&Rule, &Rule)| {
+        one.direction == other.direction
+            && one.protocols == other.protocols
+            && one.destinations == other.destinations
+    };
+    one.rules.len() == other.rules.len() && one.rules.iter().zip(&other.rules).all(same)
+}
+
+impl Sources {
+    /// Adds the sources of a rule with these clauses.
+    pub(super) fn add(&mut self, direction: Direction, nets: &[IpNet], clauses: &Range<u32>) {
+        if clauses.is_empty() {
+            return;
+        }
+        self.each(direction, |sources| {
+            for net in nets {
+                let net = net.trunc();
+                if sources.get(&net).is_none() {
+                    sources.insert(net, Vec::new());
+                }
+                if let Some(known) = sources.get_mut(&net) {
+                    known.extend(clauses.clone());
+                }
+            }
+        });
+    }
+
+    /// Takes away what [`Sources::add`] has added.
+    pub(super) fn remove(&mut self, direction: Direction, nets: &[IpNet], clauses: &Range<u32>) {
+        self.each(direction, |sources| {
+            for net in nets {
+                let net = net.trunc();
+                let Some(known) = sources.get_mut(&net) else {
+                    continue;
+                };
+                known.retain(|clause| !clauses.contains(clause));
+                if known.is_empty() {
+                    sources.remove(&net);
+                }
+            }
+        });
+    }
+
+    fn each(&mut self, direction: Direction, mut change: impl FnMut(&mut Nets<Vec<u32>>)) {
+        if direction.covers(true) {
+            change(&mut self.from_overlay);
+        }
+        if direction.covers(false) {
+            change(&mut self.to_overlay);
+        }
+    }
+
+    /// The sources of one direction.
+    pub(super) fn of(&self, from_overlay: bool) -> &Nets<Vec<u32>> {
+        if from_overlay {
+            &self.from_overlay
+        } else {
+            &self.to_overlay
+        }
+    }
+
+    /// The clauses of all sources that contain `net`.
+    pub(super) fn set(&self, from_overlay: bool, net: &IpNet) -> Set {
+        let mut set = Set::EMPTY;
+        for (_, clauses) in self.of(from_overlay).around(net) {
+            clauses.iter().for_each(|clause| set.insert(*clause));
+        }
+        set
+    }
+}
+
+impl Targets {
+    fn new(policy: &Policy, bank: u32) -> Result<Self, TooManyClauses> {
+        let mut targets = Self {
             bank,
             ..Self::default()
         };
         let mut members: BTreeMap<(Address, u32), Vec<u32>> = BTreeMap::new();
         for (place, rule) in policy.rules.iter().enumerate() {
+            let first = targets.rules.len() as u32;
             for (ports, cidrs) in clauses(rule) {
-                let clause = compiled.rules.len();
+                let clause = targets.rules.len();
                 if clause == MAX_CLAUSES {
                     return Err(TooManyClauses);
                 }
-                compiled.rules.push(place);
+                targets.rules.push(place);
                 for key in keys(bank, rule, &ports, &cidrs) {
                     members
                         .entry((key.address, key.len))
@@ -73,9 +217,10 @@ impl Compiled {
                         .push(clause as u32);
                 }
             }
+            targets.clauses.push(first..targets.rules.len() as u32);
         }
-        compiled.fill(members);
-        Ok(compiled)
+        targets.fill(members);
+        Ok(targets)
     }
 
     /// Gives each prefix the set of its own clauses and those of the prefixes around it.
@@ -117,49 +262,35 @@ impl Compiled {
         self.sets.get(node.set as usize)
     }
 
-    /// The bank that it is for; zero when it was not compiled from a policy.
-    pub fn bank(&self) -> u32 {
-        self.bank
-    }
-
-    /// By clause: the place of its rule in the policy.
-    pub fn rules(&self) -> &[usize] {
-        &self.rules
-    }
-
-    /// The place of the first rule that lets `flow` through, found as the programs find it.
-    pub fn rule(&self, flow: &NewFlow) -> Option<usize> {
-        let clause = table::clause(self, self.bank, flow)?;
-        self.rules.get(clause as usize).copied()
-    }
-
-    /// Entries of the map of prefixes.
-    pub(super) fn prefixes(&self) -> impl Iterator<Item = (Prefix, u32)> {
-        self.prefixes.iter().map(|node| {
-            let Node { address, len, .. } = *node;
-            (Prefix { len, address }, self.number(node.set))
-        })
-    }
-
-    /// Entries of the map of sets.
-    pub(super) fn sets(&self) -> impl Iterator<Item = (u32, Set)> {
-        (0..)
-            .zip(&self.sets)
-            .map(|(place, set)| (self.number(place), *set))
-    }
-
-    /// The number in the map of the set at `place`, different for each bank.
-    fn number(&self, place: u32) -> u32 {
-        self.bank << 24 | place
-    }
-}
-
-impl Rules for Compiled {
-    fn set(&self, key: &Prefix) -> Option<&Set> {
+    /// The set of the longest prefix that contains `key`.
+    fn find(&self, key: &Prefix) -> Option<&Set> {
         let behind = self
             .prefixes
             .partition_point(|node| (node.address, node.len) <= (key.address, key.len));
         self.node_set(self.innermost(behind, &key.address, key.len)?)
+    }
+
+    /// By clause: the place of its rule in the policy.
+    pub(super) fn rules(&self) -> &[usize] {
+        &self.rules
+    }
+
+    /// By rule: its clauses.
+    pub(super) fn clauses(&self) -> &[Range<u32>] {
+        &self.clauses
+    }
+
+    /// Prefixes, each with the place of its set.
+    pub(super) fn prefixes(&self) -> impl Iterator<Item = (Prefix, usize)> {
+        self.prefixes.iter().map(|node| {
+            let Node { address, len, .. } = *node;
+            (Prefix { len, address }, node.set as usize)
+        })
+    }
+
+    /// The sets, by place.
+    pub(super) fn sets(&self) -> &[Set] {
+        &self.sets
     }
 }
 
@@ -201,16 +332,15 @@ fn clauses(rule: &Rule) -> BTreeMap<Vec<(u16, u16)>, Vec<IpNet>> {
     clauses
 }
 
-/// The keys that a clause of `rule` belongs to, on all axes.
+/// The keys of destinations and services that a clause of `rule` belongs to.
 fn keys<'a>(
     bank: u32,
     rule: &'a Rule,
     ranges: &'a [(u16, u16)],
     cidrs: &'a [IpNet],
 ) -> impl Iterator<Item = Prefix> + 'a {
-    let of = move |axis, cidr: &IpNet| table::address(bank, axis, prefix(&cidr.trunc()));
-    let sources = rule.sources.iter().map(move |cidr| of(Axis::Source, cidr));
-    let destinations = cidrs.iter().map(move |cidr| of(Axis::Destination, cidr));
+    let of = move |cidr: &IpNet| table::address(bank, Axis::Destination, prefix(&cidr.trunc()));
+    let destinations = cidrs.iter().map(of);
     let families = [(true, Address::v4([0; 4])), (false, Address::v6([0; 16]))];
     let services = families.into_iter().flat_map(move |(ipv4, like)| {
         let mut protocols = if rule.protocols.is_empty() {
@@ -233,7 +363,7 @@ fn keys<'a>(
             })
         })
     });
-    sources.chain(destinations).chain(services)
+    destinations.chain(services)
 }
 
 /// The fewest prefixes that make up a range of ports, each with its number of bits.
@@ -260,7 +390,7 @@ mod tests {
 
     use super::*;
     use crate::control::Destination;
-    use crate::datapath::policy::{self, allows};
+    use crate::datapath::policy::allows;
 
     /// A world of 16 addresses in each family, so that prefixes meet.
     fn host(ipv4: bool, number: u8) -> IpAddr {
@@ -294,16 +424,22 @@ mod tests {
             proptest::collection::vec(net(), 0..4),
             proptest::collection::vec(destination, 0..5),
             proptest::sample::subsequence(vec![1u8, 6, 17, 47, 58], 0..3),
+            proptest::sample::select(vec![
+                Direction::FromOverlay,
+                Direction::ToOverlay,
+                Direction::Both,
+                Direction::Both,
+            ]),
         )
-            .prop_map(|(sources, destinations, protocols)| Rule {
+            .prop_map(|(sources, destinations, protocols, direction)| Rule {
+                direction,
                 sources,
                 destinations,
                 protocols,
-                ..Rule::default()
             })
     }
 
-    fn new_flow() -> impl Strategy<Value = policy::NewFlow> {
+    fn new_flow() -> impl Strategy<Value = NewFlow> {
         (
             any::<bool>(),
             0u8..18,
@@ -311,23 +447,12 @@ mod tests {
             proptest::sample::select(vec![1u8, 6, 17, 47, 58, 132]),
             proptest::sample::select(PORTS.to_vec()),
         )
-            .prop_map(
-                |(ipv4, source, destination, protocol, port)| policy::NewFlow {
-                    source: host(ipv4, source),
-                    destination: host(ipv4, destination),
-                    protocol,
-                    port,
-                },
-            )
-    }
-
-    fn as_seen(flow: &policy::NewFlow) -> NewFlow {
-        NewFlow {
-            source: prefix(&flow.source.into()),
-            destination: prefix(&flow.destination.into()),
-            protocol: flow.protocol,
-            port: flow.port.to_be_bytes(),
-        }
+            .prop_map(|(ipv4, source, destination, protocol, port)| NewFlow {
+                source: host(ipv4, source),
+                destination: host(ipv4, destination),
+                protocol,
+                port,
+            })
     }
 
     fn only(policy: &Policy, place: usize) -> Policy {
@@ -338,10 +463,17 @@ mod tests {
     }
 
     /// The tables agree with the plain meaning, and the rule that they name is the first.
-    fn check(policy: &Policy, compiled: &Compiled, flow: &policy::NewFlow) {
-        let found = compiled.rule(&as_seen(flow));
-        let wanted = (0..policy.rules.len()).find(|place| allows(&only(policy, *place), flow));
-        assert_eq!(found, wanted, "{flow:?} {policy:#?}");
+    fn check(policy: &Policy, compiled: &Compiled, flow: &NewFlow) {
+        for from in [true, false] {
+            let allowed = compiled.allows(from, flow);
+            assert_eq!(allowed, allows(policy, from, flow), "{flow:?} {policy:#?}");
+            let names = |place: &usize| {
+                let about = policy.rules[*place].direction.covers(from);
+                about && allows(&only(policy, *place), from, flow)
+            };
+            let wanted = (0..policy.rules.len()).find(names);
+            assert_eq!(compiled.rule(from, flow), wanted, "{flow:?} {policy:#?}");
+        }
     }
 
     proptest! {
@@ -445,8 +577,8 @@ mod tests {
             ..Policy::default()
         };
         let compiled = Compiled::new(&policy, 1).unwrap();
-        // All sources, destinations and ICMP of both families; each port by itself.
-        assert_eq!(compiled.sets().count(), 1001);
-        assert_eq!(compiled.rules().len(), 1000);
+        // All destinations and ICMP of both families; each port by itself.
+        assert_eq!(compiled.targets.sets().len(), 1001);
+        assert_eq!(compiled.targets.rules().len(), 1000);
     }
 }

@@ -6,14 +6,17 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use router_ebpf::abi::{Address, Flow, Prefix, Side, Tuple};
+use router_ebpf::abi::{Address, Flow, Side, Tuple};
 use router_ebpf::packet::{ICMP, ICMPV6, TCP};
-use router_ebpf::policy::NewFlow;
 
+use super::accounts::host;
 use super::flows::{Key, Store, partner};
+use super::listing::end as endpoint;
 use super::policy::Compiled;
 use super::settled::Settle;
 use crate::datapath::limits::Timeouts;
+use crate::datapath::nets::Nets;
+use crate::datapath::policy::NewFlow;
 
 /// Above this share of the table, in percent, flows that are hardly in use end early...
 const PRESSURE: u64 = 80;
@@ -74,6 +77,26 @@ pub(super) struct Tally {
     pub(super) hosts: HashMap<Address, u32>,
     /// Interface and hardware address of the next hops in use.
     pub(super) next_hops: HashSet<(u32, [u8; 6])>,
+}
+
+/// What ends flows in a pass, beside their age.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Judge<'a> {
+    /// The policy, if all flows are to be judged by it.
+    pub(super) policy: Option<&'a Compiled>,
+    /// Overlay addresses whose flows end, for they were another peer's.
+    pub(super) gone: Option<&'a Nets<()>>,
+}
+
+impl Judge<'_> {
+    fn forbids(&self, tuple: &Tuple, flow: &Flow) -> bool {
+        let is_in = |gone: &Nets<()>| gone.around(&host(&tuple.source)).next().is_some();
+        self.gone.is_some_and(is_in)
+            || self.policy.is_some_and(|policy| {
+                let from_overlay = flow.flags & Flow::FROM_SUBNET == 0;
+                !policy.allows(from_overlay, &opening(tuple, from_overlay))
+            })
+    }
 }
 
 /// What is kept from one pass over the table of a family to the next.
@@ -148,13 +171,13 @@ impl<K: Key> Sweep<K> {
         self.addresses = Some(addresses);
     }
 
-    /// Goes over the whole table at `now` (ns of `CLOCK_MONOTONIC`) and ends what is due; with
-    /// `policy`, also what it does not allow.
+    /// Goes over the whole table at `now` (ns of `CLOCK_MONOTONIC`) and ends what is due, and what
+    /// `judge` forbids.
     pub(super) fn pass(
         &mut self,
         store: &mut impl Settle<K>,
         now: u64,
-        policy: Option<&Compiled>,
+        judge: &Judge<'_>,
     ) -> io::Result<Tally> {
         let mut tally = Tally::default();
         let mut missing = HashSet::new();
@@ -174,7 +197,7 @@ impl<K: Key> Sweep<K> {
                 }
                 let suspect = self.suspects.contains(key);
                 if key.side() == Side::Overlay {
-                    if !self.judge(store, now, policy, (key, flow), &mut tally)? {
+                    if !self.judge(store, now, judge, (key, flow), &mut tally)? {
                         continue;
                     }
                 } else if (thorough || suspect) && store.get(&partner(key, flow))?.is_none() {
@@ -221,12 +244,12 @@ impl<K: Key> Sweep<K> {
         &mut self,
         store: &mut impl Settle<K>,
         now: u64,
-        policy: Option<&Compiled>,
+        judge: &Judge<'_>,
         (key, flow): (&K, &Flow),
         tally: &mut Tally,
     ) -> io::Result<bool> {
         let tuple = key.tuple();
-        if policy.is_some_and(|policy| policy.rule(&opening(&tuple, flow)).is_none()) {
+        if judge.forbids(&tuple, flow) {
             tally.denied += 1;
             return end(store, key, flow).map(|()| false);
         }
@@ -331,17 +354,18 @@ fn settles(protocol: u8, flow: &Flow, now: u64) -> bool {
 }
 
 /// What the policy was asked when the flow of an entry of the overlay side began.
-fn opening(tuple: &Tuple, flow: &Flow) -> NewFlow {
-    let tuple = if flow.flags & Flow::FROM_SUBNET == 0 {
+fn opening(tuple: &Tuple, from_overlay: bool) -> NewFlow {
+    let tuple = if from_overlay {
         *tuple
     } else {
         tuple.reversed()
     };
+    let to = endpoint(&tuple.destination, tuple.ports[1]);
     NewFlow {
-        source: Prefix::host(tuple.source),
-        destination: Prefix::host(tuple.destination),
+        source: endpoint(&tuple.source, tuple.ports[0]).ip(),
+        destination: to.ip(),
         protocol: tuple.protocol,
-        port: tuple.ports[1],
+        port: to.port(),
     }
 }
 

@@ -8,15 +8,18 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use aya::maps::MapError;
+use ipnet::IpNet;
 use router_ebpf::abi::{Account, Address, Key4, Key6};
 
-use super::accounts::{AtLimit, Owners, recount};
+use super::accounts::{AtLimit, accounts, recount};
 use super::flows::{Key, Store, Table, in_batches};
 use super::listing::FlowTables;
 use super::policy::Compiled;
 use super::settled::{Settle, Settler};
-use super::sweep::{SETTLING, Sweep, Tally};
+use super::sweep::{Judge, SETTLING, Sweep, Tally};
+use crate::datapath::OverlayChange;
 use crate::datapath::limits::Limits;
+use crate::datapath::nets::Nets;
 
 /// From the end of one pass to the beginning of the next, at most...
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -150,11 +153,15 @@ fn clear<K, V>(store: &mut impl Store<K, V>) -> io::Result<()> {
 /// By what flows are judged from now on.
 pub(super) enum Law {
     /// The policy; all flows at once.
-    Policy(Arc<Compiled>),
+    Policy(Compiled),
     /// What translated flows may have as their external address.
     Addresses(HashSet<Address>),
-    /// Whose flows are counted together.
-    Owners(Owners),
+    /// Whose flows are counted together. Those of addresses that are `gone` end, for they were another
+    /// peer's: by and by, or at once if somebody has them now.
+    Peers {
+        change: OverlayChange,
+        gone: Vec<IpNet>,
+    },
     /// None: the next daemon goes on with the table.
     Left,
 }
@@ -177,7 +184,8 @@ impl Sweeper {
             v4: Sweep::new(limits.timeouts, limits.flows),
             v6: Sweep::new(limits.timeouts, limits.flows),
             limits: *limits,
-            owners: Owners::default(),
+            peers: Nets::default(),
+            gone: Nets::default(),
             report: Arc::clone(&report),
         };
         let thread = thread::Builder::new()
@@ -224,7 +232,10 @@ struct Work {
     v4: Sweep<Key4>,
     v6: Sweep<Key6>,
     limits: Limits,
-    owners: Owners,
+    /// The peers' numbers by allowed IP.
+    peers: Nets<u32>,
+    /// Addresses whose flows the next pass ends.
+    gone: Nets<()>,
     report: Arc<Mutex<FlowReport>>,
 }
 
@@ -234,6 +245,9 @@ impl Work {
         loop {
             let started = Instant::now();
             let outcome = apply(&mut policy, |policy| self.pass(policy));
+            if outcome.is_ok() {
+                self.gone = Nets::default();
+            }
             let took = started.elapsed();
             self.publish(outcome, took);
             let pause = if self.v4.pressure() || self.v6.pressure() {
@@ -241,38 +255,70 @@ impl Work {
             } else {
                 (PAUSES * took).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
             };
-            let first = match laws.recv_timeout(pause) {
-                Ok(law) => Some(law),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return,
-            };
-            // Only the newest counts.
-            for law in first.into_iter().chain(laws.try_iter()) {
-                match law {
-                    Law::Policy(newer) => policy = Some(newer),
+            let due = Instant::now() + pause;
+            let mut urgent = false;
+            loop {
+                let left = if urgent {
+                    Duration::ZERO
+                } else {
+                    due.saturating_duration_since(Instant::now())
+                };
+                let law = match laws.recv_timeout(left) {
+                    Ok(law) => law,
+                    Err(RecvTimeoutError::Timeout) => break,
+                    Err(RecvTimeoutError::Disconnected) => return,
+                };
+                urgent |= match law {
+                    // Only the newest counts.
+                    Law::Policy(newer) => {
+                        policy = Some(newer);
+                        true
+                    }
                     Law::Addresses(addresses) => {
                         let addresses = Arc::new(addresses);
                         self.v4.know(Arc::clone(&addresses));
                         self.v6.know(addresses);
+                        true
                     }
-                    Law::Owners(owners) => self.owners = owners,
+                    Law::Peers { change, gone } => self.know_peers(change, gone),
                     Law::Left => {
                         if let Err(error) = self.maps.refresh() {
                             tracing::warn!(%error, "the flow table is left as it was some seconds ago");
                         }
                         return;
                     }
-                }
+                };
             }
         }
     }
 
+    /// Takes a change of the peers over; whether flows must end at once, before those of others look like
+    /// them.
+    fn know_peers(&mut self, change: OverlayChange, gone: Vec<IpNet>) -> bool {
+        for net in &change.remove {
+            self.peers.remove(net);
+        }
+        for net in gone {
+            self.gone.insert(net, ());
+        }
+        let mut urgent = false;
+        for (net, peer) in change.set {
+            self.peers.insert(net, peer);
+            urgent |= self.gone.get(&net).is_some();
+        }
+        urgent
+    }
+
     fn pass(&mut self, policy: Option<&Compiled>) -> io::Result<([Tally; 2], Vec<AtLimit>)> {
-        let v4 = self.v4.pass(&mut self.maps.v4, monotonic()?, policy)?;
-        let v6 = self.v6.pass(&mut self.maps.v6, monotonic()?, policy)?;
+        let judge = Judge {
+            policy,
+            gone: Some(&self.gone),
+        };
+        let v4 = self.v4.pass(&mut self.maps.v4, monotonic()?, &judge)?;
+        let v6 = self.v6.pass(&mut self.maps.v6, monotonic()?, &judge)?;
         // The families have no account in common.
-        let mut counted = self.owners.accounts(&v4);
-        counted.extend(self.owners.accounts(&v6));
+        let mut counted = accounts(&self.peers, &v4);
+        counted.extend(accounts(&self.peers, &v6));
         let at_limit = recount(&mut self.maps.sources, &counted, &self.limits)?;
         Ok(([v4, v6], at_limit))
     }
@@ -322,10 +368,10 @@ impl Work {
 /// Has a pass apply `policy`, until one has gone through: a failed one may have left flows that it
 /// forbids.
 fn apply<T>(
-    policy: &mut Option<Arc<Compiled>>,
+    policy: &mut Option<Compiled>,
     pass: impl FnOnce(Option<&Compiled>) -> io::Result<T>,
 ) -> io::Result<T> {
-    let outcome = pass(policy.as_deref());
+    let outcome = pass(policy.as_ref());
     if outcome.is_ok() {
         *policy = None;
     }
@@ -354,7 +400,7 @@ mod tests {
     #[test]
     fn a_policy_is_applied_until_a_pass_goes_through() {
         let compiled = Compiled::new(&Policy::default(), 1).unwrap();
-        let mut policy = Some(Arc::new(compiled));
+        let mut policy = Some(compiled);
         let mut given = Vec::new();
         for outcome in [Err(io::ErrorKind::OutOfMemory.into()), Ok(()), Ok(())] {
             let _ = apply(&mut policy, |policy| {

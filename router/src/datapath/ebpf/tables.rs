@@ -4,7 +4,6 @@ use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use aya::Pod;
 use aya::maps::lpm_trie::Key;
@@ -13,12 +12,12 @@ use aya::util::KernelVersion;
 use ipnet::IpNet;
 use router_ebpf::abi::{self, Address, Prefix, Settings, Way, WayPrefix};
 
-use super::banks::Banks;
-use super::policy::Compiled;
+use super::banks::{Banks, News};
 use super::{failed, routes, take_map};
 use crate::control::Denied;
 use crate::datapath::limits::Limits;
-use crate::datapath::{Error, External, Spec};
+use crate::datapath::policy;
+use crate::datapath::{Error, External, OverlayChange, Spec};
 
 /// Since this kernel a FIB lookup answers with the path's MTU.
 const FIB_MTU_KERNEL: KernelVersion = KernelVersion::new(5, 12, 0);
@@ -28,12 +27,11 @@ pub(super) struct Tables {
     settings: Array<MapData, Settings>,
     /// What is in `settings`.
     current: Settings,
-    policy: Banks,
+    banks: Banks,
     limits: Limits,
-    overlay: Mirror<Prefix, abi::Overlay, LpmTrie<MapData, Address, abi::Overlay>>,
-    routes: Mirror<Prefix, abi::Route, LpmTrie<MapData, Address, abi::Route>>,
-    links: Mirror<u32, abi::Link, HashMap<MapData, u32, abi::Link>>,
-    masquerade: Mirror<WayPrefix, [u8; 16], LpmTrie<MapData, Way, [u8; 16]>>,
+    routes: Mirror<Prefix, abi::Route>,
+    links: Mirror<u32, abi::Link>,
+    masquerade: Mirror<WayPrefix, [u8; 16]>,
 }
 
 impl Tables {
@@ -41,45 +39,22 @@ impl Tables {
     pub(super) fn take(programs: &mut aya::Ebpf, limits: Limits) -> Result<Self, Error> {
         let settings: Array<_, Settings> = take_map(programs, abi::SETTINGS)?;
         let current = settings.get(&0, 0);
+        let routes: LpmTrie<_, Address, abi::Route> = take_map(programs, abi::ROUTES)?;
+        let links: HashMap<_, u32, abi::Link> = take_map(programs, abi::LINKS)?;
+        let masquerade: LpmTrie<_, Way, [u8; 16]> = take_map(programs, abi::MASQUERADE)?;
         Ok(Self {
             settings,
             current: current.map_err(|error| failed("read the eBPF settings", error))?,
-            policy: Banks::take(programs)?,
+            banks: Banks::take(programs)?,
             limits,
-            overlay: Mirror::new(
-                take_map(programs, abi::OVERLAY)?,
-                "overlay CIDRs",
-                abi::MAX_OVERLAY,
-            ),
-            routes: Mirror::new(take_map(programs, abi::ROUTES)?, "routes", abi::MAX_ROUTES),
-            links: Mirror::new(
-                take_map(programs, abi::LINKS)?,
-                "subnet-side NICs",
-                abi::MAX_LINKS,
-            ),
-            masquerade: Mirror::new(
-                take_map(programs, abi::MASQUERADE)?,
-                "external addresses",
-                abi::MAX_MASQUERADE,
-            ),
+            routes: Mirror::new(routes, "routes", abi::MAX_ROUTES),
+            links: Mirror::new(links, "subnet-side NICs", abi::MAX_LINKS),
+            masquerade: Mirror::new(masquerade, "external addresses", abi::MAX_MASQUERADE),
         })
     }
 
-    /// Makes the maps say what `spec` says. Tells the policy if it is another now, and has rules.
-    pub(super) fn install(&mut self, spec: &Spec) -> Result<Option<Arc<Compiled>>, Error> {
-        let overlay = spec
-            .overlay
-            .iter()
-            .map(|(cidr, peer)| {
-                let peer = *peer;
-                (prefix(cidr), abi::Overlay { flags: 0, peer })
-            })
-            // Later ones replace those before.
-            .chain(spec.own.iter().map(|own| {
-                let flags = abi::Overlay::OWN;
-                (Prefix::host(address(*own)), abi::Overlay { flags, peer: 0 })
-            }))
-            .collect();
+    /// Makes the maps say what `spec` says.
+    pub(super) fn install(&mut self, spec: &Spec) -> Result<News, Error> {
         let routes = routes::with_mtus(&spec.routes, &spec.route_mtus);
         let links = spec
             .subnet
@@ -92,26 +67,45 @@ impl Tables {
                 Ok((link.index, link_value(mtu, chosen)))
             })
             .collect::<Result<_, Error>>()?;
-        let bank = self.policy.stage(&spec.policy)?;
-        self.masquerade.install(masquerade(&spec.external))?;
-        self.links.install(links)?;
-        self.routes.install(routes)?;
-        self.overlay.install(overlay)?;
-        // Last: the new generation makes the programs judge by the new tables.
-        let generation = next_generation(self.current.generation);
-        self.write(Settings {
-            generation,
+        let (bank, taken) = self.banks.stage(spec)?;
+        let others = [
+            self.masquerade.install(masquerade(&spec.external))?,
+            self.links.install(links)?,
+            self.routes.install(routes)?,
+        ];
+        let settings = Settings {
+            generation: self.current.generation,
             bank,
             flows_per_source: self.limits.flows_per_source,
             flows_from_subnet: self.limits.flows_from_subnet(),
             ..settings(spec)
-        })?;
-        Ok(self.policy.commit())
+        };
+        // Last: the new generation makes the programs judge by the new tables.
+        if taken || others.contains(&true) || settings != self.current {
+            self.write(Settings {
+                generation: next_generation(self.current.generation),
+                ..settings
+            })?;
+        }
+        Ok(self.banks.commit())
+    }
+
+    /// Changes the peers alone.
+    pub(super) fn change_peers(&mut self, change: &OverlayChange) -> Result<News, Error> {
+        if self.banks.change_peers(change)? {
+            self.bump_generation()?;
+        }
+        Ok(self.banks.commit())
+    }
+
+    /// The peers' allowed IPs as they are in force.
+    pub(super) fn allowed(&self) -> BTreeMap<IpNet, u32> {
+        self.banks.allowed()
     }
 
     /// New flows let through by each rule of the policy in force.
     pub(super) fn rule_hits(&self) -> Result<Vec<u64>, Error> {
-        self.policy.hits()
+        self.banks.hits()
     }
 
     /// Has every flow judged anew, and its next hop found anew, by its next packet.
@@ -198,6 +192,12 @@ fn settings(spec: &Spec) -> Settings {
     if spec.policy.denied == Denied::Reject {
         flags |= Settings::REJECT;
     }
+    if !policy::is_restricted(&spec.policy, true) {
+        flags |= Settings::OPEN_FROM_OVERLAY;
+    }
+    if !policy::is_restricted(&spec.policy, false) {
+        flags |= Settings::OPEN_TO_OVERLAY;
+    }
     Settings {
         abi_version: abi::ABI_VERSION,
         flags,
@@ -252,15 +252,15 @@ fn mtu(name: &str) -> io::Result<u32> {
 }
 
 /// A map of keys and values as [`Mirror`] needs it.
-pub(super) trait Store<K, V> {
+pub(super) trait Store<K, V>: Send + Sync {
     fn put(&mut self, key: &K, value: &V) -> Result<(), MapError>;
     fn delete(&mut self, key: &K) -> Result<(), MapError>;
 }
 
 impl<T, V> Store<Prefix, V> for LpmTrie<T, Address, V>
 where
-    T: Borrow<MapData> + std::borrow::BorrowMut<MapData>,
-    V: Pod,
+    T: Borrow<MapData> + std::borrow::BorrowMut<MapData> + Send + Sync,
+    V: Pod + Send + Sync,
 {
     fn put(&mut self, key: &Prefix, value: &V) -> Result<(), MapError> {
         self.insert(&Key::new(key.len, key.address), value, 0)
@@ -273,8 +273,8 @@ where
 
 impl<T, V> Store<WayPrefix, V> for LpmTrie<T, Way, V>
 where
-    T: Borrow<MapData> + std::borrow::BorrowMut<MapData>,
-    V: Pod,
+    T: Borrow<MapData> + std::borrow::BorrowMut<MapData> + Send + Sync,
+    V: Pod + Send + Sync,
 {
     fn put(&mut self, key: &WayPrefix, value: &V) -> Result<(), MapError> {
         self.insert(&Key::new(key.len, key.way), value, 0)
@@ -287,9 +287,9 @@ where
 
 impl<T, K, V> Store<K, V> for HashMap<T, K, V>
 where
-    T: Borrow<MapData> + std::borrow::BorrowMut<MapData>,
-    K: Pod,
-    V: Pod,
+    T: Borrow<MapData> + std::borrow::BorrowMut<MapData> + Send + Sync,
+    K: Pod + Send + Sync,
+    V: Pod + Send + Sync,
 {
     fn put(&mut self, key: &K, value: &V) -> Result<(), MapError> {
         self.insert(key, value, 0)
@@ -301,54 +301,84 @@ where
 }
 
 /// A map, and what is in it.
-pub(super) struct Mirror<K, V, M> {
-    map: M,
+pub(super) struct Mirror<K, V> {
+    map: Box<dyn Store<K, V>>,
     content: BTreeMap<K, V>,
     what: &'static str,
     max: usize,
 }
 
-impl<K: Ord + Copy, V: PartialEq + Copy, M: Store<K, V>> Mirror<K, V, M> {
-    pub(super) fn new(map: M, what: &'static str, max: usize) -> Self {
+impl<K: Ord + Copy, V: PartialEq + Copy> Mirror<K, V> {
+    pub(super) fn new(map: impl Store<K, V> + 'static, what: &'static str, max: usize) -> Self {
         Self {
-            map,
+            map: Box::new(map),
             content: BTreeMap::new(),
             what,
             max,
         }
     }
 
+    /// What is in the map.
+    pub(super) fn content(&self) -> &BTreeMap<K, V> {
+        &self.content
+    }
+
     /// Makes the map hold `wanted`: what is new or changed first, so that no lookup of an entry
-    /// that stays ever misses it.
-    pub(super) fn install(&mut self, wanted: BTreeMap<K, V>) -> Result<(), Error> {
-        let context = format!("write the eBPF map of {}", self.what);
+    /// that stays ever misses it. Tells whether anything was different.
+    pub(super) fn install(&mut self, wanted: BTreeMap<K, V>) -> Result<bool, Error> {
         if wanted.len() > self.max {
-            let (count, max) = (wanted.len(), self.max);
-            return Err(failed(
-                context,
-                format!("{count} are more than its {max} places"),
-            ));
+            return Err(self.full(wanted.len()));
         }
-        for (key, value) in &wanted {
-            if self.content.get(key) != Some(value) {
-                self.map
-                    .put(key, value)
-                    .map_err(|error| failed(&*context, error))?;
-                self.content.insert(*key, *value);
-            }
+        let stale = self.content.keys().filter(|key| !wanted.contains_key(key));
+        let stale: Vec<K> = stale.copied().collect();
+        let mut changed = !stale.is_empty();
+        for (key, value) in wanted {
+            changed |= self.write(key, value)?;
         }
-        let stale: Vec<K> = self
-            .content
-            .keys()
-            .filter(|key| !wanted.contains_key(key))
-            .copied()
-            .collect();
         for key in stale {
-            self.map
-                .delete(&key)
-                .map_err(|error| failed(&*context, error))?;
+            self.delete(key)?;
+        }
+        Ok(changed)
+    }
+
+    /// Has the map hold one value, and tells whether it was another.
+    pub(super) fn put(&mut self, key: K, value: V) -> Result<bool, Error> {
+        let count = self.content.len() + 1;
+        if count > self.max && !self.content.contains_key(&key) {
+            return Err(self.full(count));
+        }
+        self.write(key, value)
+    }
+
+    fn write(&mut self, key: K, value: V) -> Result<bool, Error> {
+        if self.content.get(&key) == Some(&value) {
+            return Ok(false);
+        }
+        let outcome = self.map.put(&key, &value);
+        outcome.map_err(|error| failed(self.context(), error))?;
+        self.content.insert(key, value);
+        Ok(true)
+    }
+
+    /// Has the map hold nothing for `key`.
+    pub(super) fn delete(&mut self, key: K) -> Result<(), Error> {
+        if self.content.contains_key(&key) {
+            let outcome = self.map.delete(&key);
+            outcome.map_err(|error| failed(self.context(), error))?;
             self.content.remove(&key);
         }
         Ok(())
+    }
+
+    fn context(&self) -> String {
+        format!("write the eBPF map of {}", self.what)
+    }
+
+    fn full(&self, count: usize) -> Error {
+        let max = self.max;
+        failed(
+            self.context(),
+            format!("{count} are more than its {max} places"),
+        )
     }
 }

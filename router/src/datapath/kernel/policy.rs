@@ -208,7 +208,7 @@ mod tests {
                                 port,
                             };
                             // In protocols without ports the kernel may show any number there.
-                            let want = allows(&policy, &flow);
+                            let want = allows(&policy, true, &flow);
                             let got = compiled.allows(source.into(), destination.into(), protocol, port);
                             prop_assert_eq!(got, want, "{:?}", flow);
                         }

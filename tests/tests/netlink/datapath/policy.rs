@@ -288,7 +288,7 @@ fn the_kernel_decides_as_the_policy_says() {
                             protocol: 17,
                             port,
                         };
-                        if router::datapath::policy::allows(&net.spec.policy, &flow) {
+                        if router::datapath::policy::allows(&net.spec.policy, true, &flow) {
                             wanted.push(format!("{round} {source} {to}"));
                         }
                         sender.send_to(format!("{round} {source} {to}").as_bytes(), to)?;

@@ -57,7 +57,7 @@ fn remains(protocol: u8, idle: [u64; 2], tcp: [u8; 2], pressure: bool) -> bool {
     add(&mut flows, &tuple(protocol, 2, 1), idle, tcp);
     let mut sweep = sweep(100);
     sweep.pressure = pressure;
-    let tally = sweep.pass(&mut flows, NOW, None).unwrap();
+    let tally = sweep.pass(&mut flows, NOW, &Judge::default()).unwrap();
     assert_eq!(
         flows.entries.len() as u64,
         2 * tally.flows,
@@ -108,7 +108,7 @@ fn pressure_comes_with_a_full_table_and_goes_with_an_empty_one() {
         for port in 0..count {
             add(flows, &tuple(UDP, 2, port), [1, 1], [0, 0]);
         }
-        sweep.pass(flows, NOW, None).unwrap();
+        sweep.pass(flows, NOW, &Judge::default()).unwrap();
         sweep.pressure()
     };
     let seen = [7, 8, 7, 6, 7].map(|count| pressure_at(&mut flows, count));
@@ -138,7 +138,16 @@ fn what_a_new_policy_does_not_allow_ends() {
     let key = Key4::new(Side::Overlay, &inward);
     flows.entries.get_mut(&key).unwrap().flags = Flow::FROM_SUBNET;
 
-    let tally = sweep(100).pass(&mut flows, NOW, Some(&policy)).unwrap();
+    let tally = sweep(100)
+        .pass(
+            &mut flows,
+            NOW,
+            &Judge {
+                policy: Some(&policy),
+                gone: None,
+            },
+        )
+        .unwrap();
     assert_eq!((tally.flows, tally.denied), (1, 2));
     assert!(
         flows
@@ -146,6 +155,23 @@ fn what_a_new_policy_does_not_allow_ends() {
             .contains_key(&Key4::new(Side::Overlay, &tuple(UDP, 2, 7)))
     );
     assert_eq!(flows.entries.len(), 2);
+}
+
+#[test]
+fn flows_of_addresses_that_were_another_peers_end() {
+    let mut flows = Memory::new(BTreeMap::new());
+    add(&mut flows, &tuple(UDP, 2, 7), [0, 0], [0, 0]);
+    let remains = tuple(UDP, 5, 7);
+    add(&mut flows, &remains, [0, 0], [0, 0]);
+    let gone = [("100.64.0.0/30".parse().unwrap(), ())];
+    let judge = Judge {
+        gone: Some(&gone.into_iter().collect()),
+        ..Judge::default()
+    };
+    let tally = sweep(100).pass(&mut flows, NOW, &judge).unwrap();
+    assert_eq!((tally.flows, tally.denied), (1, 1));
+    let key = Key4::new(Side::Overlay, &remains);
+    assert!(flows.entries.len() == 2 && flows.entries.contains_key(&key));
 }
 
 #[test]
@@ -163,7 +189,7 @@ fn flows_whose_external_address_is_gone_end() {
             sweep.know(Arc::new(own.collect()));
         }
         let now = NOW + after * SECOND;
-        let tally = sweep.pass(&mut flows, now, None).unwrap();
+        let tally = sweep.pass(&mut flows, now, &Judge::default()).unwrap();
         (tally.flows, tally.addressless)
     };
     // Before anybody has told, and while it is there.
@@ -189,17 +215,17 @@ fn an_entry_without_its_partner_goes_but_not_one_that_is_being_made() {
     let made = Key4::new(Side::Overlay, &tuple(UDP, 2, 8));
     let entry = flows.entries.remove(&made).unwrap();
     let mut sweep = sweep(100);
-    let tally = sweep.pass(&mut flows, NOW, None).unwrap();
+    let tally = sweep.pass(&mut flows, NOW, &Judge::default()).unwrap();
     assert_eq!((tally.flows, tally.strays, flows.entries.len()), (1, 0, 3));
     // It is made now.
     flows.entries.insert(made, entry);
-    let tally = sweep.pass(&mut flows, NOW, None).unwrap();
+    let tally = sweep.pass(&mut flows, NOW, &Judge::default()).unwrap();
     assert_eq!((tally.flows, tally.strays, flows.entries.len()), (2, 0, 4));
 
     let overlay = Key4::new(Side::Overlay, &tuple(UDP, 2, 7));
     flows.remove(&overlay).unwrap();
     flows.remove(&partner(&made, &entry)).unwrap();
-    let passes = (0..2 * THOROUGH).map(|_| sweep.pass(&mut flows, NOW, None).unwrap());
+    let passes = (0..2 * THOROUGH).map(|_| sweep.pass(&mut flows, NOW, &Judge::default()).unwrap());
     assert_eq!(passes.map(|tally| tally.strays).sum::<u64>(), 2);
     assert!(flows.entries.is_empty());
 }
@@ -208,9 +234,11 @@ fn an_entry_without_its_partner_goes_but_not_one_that_is_being_made() {
 fn next_hops_in_use_are_told() {
     let mut flows = Memory::new(BTreeMap::new());
     add(&mut flows, &tuple(UDP, 2, 7), [29, 0], [0, 0]);
-    let tally = sweep(100).pass(&mut flows, NOW, None).unwrap();
+    let tally = sweep(100).pass(&mut flows, NOW, &Judge::default()).unwrap();
     assert_eq!(tally.next_hops, HashSet::from([(3, [1; 6])]));
-    let tally = sweep(100).pass(&mut flows, NOW + 2 * SECOND, None).unwrap();
+    let tally = sweep(100)
+        .pass(&mut flows, NOW + 2 * SECOND, &Judge::default())
+        .unwrap();
     assert!(tally.next_hops.is_empty());
 }
 
@@ -231,7 +259,12 @@ fn flows_settle_when_they_are_in_use_and_steady() {
         let mut flows = Memory::new(BTreeMap::new());
         add(&mut flows, &tuple(protocol, 2, 1), idle, tcp);
         let mut sweep = sweep(100);
-        let mut settled = |at| sweep.pass(&mut flows, at, None).unwrap().settled;
+        let mut settled = |at| {
+            sweep
+                .pass(&mut flows, at, &Judge::default())
+                .unwrap()
+                .settled
+        };
         // Not before it is found so twice.
         let settled = [NOW - 5 * SECOND, NOW].map(&mut settled);
         assert_eq!(settled, [0, settles], "{protocol} {idle:?} {tcp:?}");
@@ -245,10 +278,22 @@ fn short_flows_do_not_settle() {
     for n in 0..10 {
         let mut flows = Memory::new(BTreeMap::new());
         add(&mut flows, &tuple(UDP, 2, 100 + n), [0, 0], [0, 0]);
-        assert_eq!(sweep.pass(&mut flows, NOW, None).unwrap().settled, 0);
+        assert_eq!(
+            sweep
+                .pass(&mut flows, NOW, &Judge::default())
+                .unwrap()
+                .settled,
+            0
+        );
         // Still lively, but by the same packet.
         let later = NOW + SECOND;
-        assert_eq!(sweep.pass(&mut flows, later, None).unwrap().settled, 0);
+        assert_eq!(
+            sweep
+                .pass(&mut flows, later, &Judge::default())
+                .unwrap()
+                .settled,
+            0
+        );
     }
 }
 
@@ -257,9 +302,13 @@ fn a_settled_flow_lives_by_what_its_slots_say() {
     let mut flows = Memory::new(BTreeMap::new());
     add(&mut flows, &tuple(UDP, 2, 1), [0, 0], [0, 0]);
     let mut sweep = sweep(100);
-    sweep.pass(&mut flows, NOW - SECOND, None).unwrap();
+    sweep
+        .pass(&mut flows, NOW - SECOND, &Judge::default())
+        .unwrap();
     let mut pass = |flows: &mut Flows, after: u64| {
-        let tally = sweep.pass(flows, NOW + after * SECOND, None).unwrap();
+        let tally = sweep
+            .pass(flows, NOW + after * SECOND, &Judge::default())
+            .unwrap();
         (tally.flows, tally.next_hops.len(), tally.settled)
     };
     assert_eq!(pass(&mut flows, 0), (1, 1, 2));
@@ -294,7 +343,7 @@ proptest! {
             add(&mut flows, &tuple(*protocol, *host, *port), *idle, *tcp);
         }
         prop_assert_eq!(flows.entries.len(), 2 * all.len());
-        let tally = sweep(1000).pass(&mut flows, NOW, None).unwrap();
+        let tally = sweep(1000).pass(&mut flows, NOW, &Judge::default()).unwrap();
         prop_assert_eq!(tally.strays, 0);
         prop_assert_eq!(tally.flows + tally.expired, all.len() as u64);
         for ((protocol, host, port), (idle, tcp)) in &all {
