@@ -16,7 +16,7 @@ use crate::engine::forward::directory::Change;
 use crate::engine::forward::location::Way;
 use crate::engine::forward::port::Content;
 use crate::engine::forward::routes::PeerId;
-use crate::engine::forward::{Forwarder, TICK, port};
+use crate::engine::forward::{Forwarder, port};
 use crate::engine::io::detours::Question;
 use crate::engine::io::exchange::Exchange;
 use crate::engine::io::outlet::Outlet;
@@ -104,12 +104,9 @@ impl Worker {
         let mut receiver = Receiver::new(BUFFERS.0, BUFFERS.1);
         let mut strangers = Receiver::new(STRANGERS.0, STRANGERS.1);
         let mut buffer = vec![0; LEAD + READ + segment::SLACK].into_boxed_slice();
-        let mut next_tick = Duration::ZERO;
         loop {
-            let timeout = self
-                .forwarder
-                .needs_ticks()
-                .then(|| next_tick.saturating_sub(uptime()));
+            let deadline = self.forwarder.deadline();
+            let timeout = deadline.map(|at| at.saturating_sub(uptime()));
             let mut events = [libc::epoll_event { events: 0, u64: 0 }; 6];
             let count = epoll.wait(&mut events, timeout).map_err(Failure::Poll)?;
             let now = uptime();
@@ -160,11 +157,8 @@ impl Worker {
                     receive(forwarder, &mut port, &mut strangers, socket, 1, now);
                 }
             }
-            if self.forwarder.needs_ticks()
-                && now >= next_tick
-                && self.forwarder.tick(now, &mut port)
-            {
-                next_tick = now + TICK;
+            if self.forwarder.deadline().is_some_and(|at| at <= now) {
+                self.forwarder.tick(now, &mut port);
             }
             for (id, way) in self.forwarder.doubtful.drain(..) {
                 if let Some((port, mark)) = self.sockets.sends_as(way.remote.is_ipv4()) {

@@ -49,7 +49,12 @@ pub(super) struct Timers {
     keepalive: Option<Duration>,
     /// More data came while `keepalive` ran.
     more: bool,
+    /// Nothing is due before.
+    soonest: Duration,
 }
+
+/// No time at all.
+const NEVER: Duration = Duration::MAX;
 
 impl Timers {
     /// Nothing is due. `seed` makes the jitter of two tunnels differ.
@@ -62,7 +67,37 @@ impl Timers {
             unanswered: None,
             keepalive: None,
             more: false,
+            soonest: NEVER,
         }
+    }
+
+    /// Nothing is due before; cheap, and perhaps too early.
+    pub(super) fn soonest(&self) -> Duration {
+        self.soonest
+    }
+
+    /// When something is due next, exactly.
+    pub(super) fn next(&mut self) -> Duration {
+        let all = [self.retry, self.unanswered, self.keepalive];
+        self.soonest = all.into_iter().flatten().min().unwrap_or(NEVER);
+        self.soonest
+    }
+
+    /// Whether a handshake is under way.
+    pub(super) fn is_trying(&self) -> bool {
+        self.retry.is_some()
+    }
+
+    /// Whether an initiation may be due.
+    pub(super) fn may_initiate(&self, now: Duration) -> bool {
+        let fired = |timer: Option<Duration>| timer.is_some_and(|at| at <= now);
+        fired(self.retry) && now.saturating_sub(self.asked) < REKEY_ATTEMPT
+            || fired(self.unanswered)
+    }
+
+    fn arm(&mut self, at: Duration) -> Option<Duration> {
+        self.soonest = self.soonest.min(at);
+        Some(at)
     }
 
     fn jitter(&mut self) -> Duration {
@@ -82,14 +117,17 @@ impl Timers {
     /// An initiation goes.
     pub(super) fn initiated(&mut self, now: Duration) {
         self.initiated = Some(now);
-        self.retry = Some(now + REKEY_TIMEOUT + self.jitter());
+        let at = now + REKEY_TIMEOUT + self.jitter();
+        self.retry = self.arm(at);
         self.sent();
     }
 
     /// The sessions and what was sent for them are void. A handshake under way begins again.
     pub(super) fn restart(&mut self) {
         self.initiated = None;
-        self.retry = self.retry.map(|_| Duration::ZERO);
+        if self.retry.is_some() {
+            self.retry = self.arm(Duration::ZERO);
+        }
         self.unanswered = None;
         self.keepalive = None;
         self.more = false;
@@ -108,7 +146,8 @@ impl Timers {
     /// A packet with content goes.
     pub(super) fn data_sent(&mut self, now: Duration) {
         if self.unanswered.is_none() {
-            self.unanswered = Some(now + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT + self.jitter());
+            let at = now + KEEPALIVE_TIMEOUT + REKEY_TIMEOUT + self.jitter();
+            self.unanswered = self.arm(at);
         }
     }
 
@@ -121,7 +160,7 @@ impl Timers {
     pub(super) fn data_received(&mut self, now: Duration) {
         match self.keepalive {
             Some(_) => self.more = true,
-            None => self.keepalive = Some(now + KEEPALIVE_TIMEOUT),
+            None => self.keepalive = self.arm(now + KEEPALIVE_TIMEOUT),
         }
     }
 

@@ -105,9 +105,15 @@ pub(crate) struct Tunnel {
     last_minute: bool,
     /// When keys that nobody uses any more are to be erased.
     erase: Option<Duration>,
+    /// Answers to the last initiation that are worth work.
+    answers: u8,
     /// Both clocks when `tunn` was made.
     made: (SystemTime, Instant),
 }
+
+/// Responses to one initiation that are worth work without asking the limiter: the right one, and some
+/// that somebody who sees the initiation puts before it.
+const ANSWERS: u8 = 3;
 
 /// How far the wall clock may run ahead of what boringtun takes for it.
 const CLOCK_STEP: Duration = Duration::from_secs(2);
@@ -156,6 +162,7 @@ impl Tunnel {
             rekey: false,
             last_minute: false,
             erase: None,
+            answers: 0,
             made,
         }
     }
@@ -191,9 +198,14 @@ impl Tunnel {
         self.renew(local);
     }
 
+    /// Whether it has this private key.
+    pub(crate) fn has_local(&self, local: &LocalKey) -> bool {
+        self.own == local.public
+    }
+
     /// Takes a new private key. Sessions made with the old one end. False when it is not new.
     pub(crate) fn set_local(&mut self, local: &LocalKey) -> bool {
-        if self.own == local.public {
+        if self.has_local(local) {
             return false;
         }
         self.own = local.public;
@@ -415,17 +427,48 @@ impl Tunnel {
         }
     }
 
-    /// An initiation for the peer, unless one went just now: it is repeated until it is answered.
-    pub(crate) fn initiate(&mut self, now: Duration, out: &mut [u8; INITIATION]) -> Option<usize> {
-        if !self.timers.ask(now) {
-            return None;
+    /// A session is wanted. Tells whether an initiation is due at once, with the next
+    /// [`Tunnel::tick`]; when one went just now it is not, for that is repeated until it is answered.
+    pub(crate) fn want(&mut self, now: Duration) -> bool {
+        self.rekey = self.timers.ask(now);
+        self.rekey
+    }
+
+    /// Whether [`Tunnel::tick`] may begin a handshake.
+    pub(crate) fn may_initiate(&self, now: Duration) -> bool {
+        self.rekey || self.timers.may_initiate(now)
+    }
+
+    /// Nothing is due before; cheap, and perhaps too early.
+    pub(crate) fn soonest(&self) -> Duration {
+        if self.rekey {
+            return Duration::ZERO;
         }
-        self.send_initiation(now, out)
+        let erase = self.erase.unwrap_or(Duration::MAX);
+        self.timers.soonest().min(erase)
+    }
+
+    /// When [`Tunnel::tick`] has something to do.
+    pub(crate) fn next(&mut self) -> Duration {
+        if self.rekey {
+            return Duration::ZERO;
+        }
+        let erase = self.erase.unwrap_or(Duration::MAX);
+        self.timers.next().min(erase)
+    }
+
+    /// Whether a response to this index may answer the initiation that is under way. Few may: so what
+    /// they cost is bounded by what we began.
+    pub(crate) fn expects(&mut self, index: u32) -> bool {
+        let expected = self.timers.is_trying() && self.index == index && self.answers > 0;
+        self.answers -= u8::from(expected);
+        expected
     }
 
     fn send_initiation(&mut self, now: Duration, out: &mut [u8; INITIATION]) -> Option<usize> {
         self.turn();
         self.timers.initiated(now);
+        self.answers = ANSWERS;
         self.write_initiation(out)
     }
 
@@ -438,7 +481,7 @@ impl Tunnel {
         Some(message.len())
     }
 
-    /// Does what is due; to be called about every 100 ms while the peer is in use.
+    /// Does what is due; to be called soon after [`Tunnel::next`].
     pub(crate) fn tick(&mut self, now: Duration, out: &mut [u8; INITIATION]) -> Tick {
         let mut tick = Tick {
             message: None,

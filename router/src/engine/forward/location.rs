@@ -41,8 +41,8 @@ pub(crate) struct Location {
     interface: u32,
     /// Packets to it leave by another interface: they take the source that belongs to that one.
     detour: bool,
-    /// When that was last judged.
-    judged: Option<Duration>,
+    /// From when on that may be judged again.
+    judge_after: Duration,
     /// Where it was heard from last, if that is not configured.
     roamed: Option<SocketAddr>,
     /// Initiations since it was heard, or another address was tried.
@@ -136,7 +136,7 @@ impl Location {
         }
         // What was found of the same address of ours holds until it is judged again.
         self.detour &= self.current.is_some_and(|old| old.local == local);
-        self.judged = None;
+        self.judge_after = Duration::ZERO;
         self.interface = interface;
         self.current = Some(heard);
         self.roamed = Some(heard.remote).filter(|at| !self.configured.contains(at));
@@ -187,8 +187,11 @@ impl Location {
     /// The way that packets to the peer take, if it is time to judge again, `pause` after the last
     /// time, whether they leave by the interface that its own come in by.
     pub(crate) fn way_to_judge(&mut self, pause: Duration, now: Duration) -> Option<Way> {
-        let rests = |last: Duration| now.saturating_sub(last) < pause;
-        if self.interface == 0 || self.judged.is_some_and(rests) {
+        if !self.is_doubtful(now) {
+            return None;
+        }
+        self.judge_after = now + pause;
+        if self.interface == 0 {
             return None;
         }
         let Endpoint { remote, local } = self.current?;
@@ -196,13 +199,17 @@ impl Location {
         if matches!(remote, SocketAddr::V6(v6) if v6.scope_id() != 0) {
             return None;
         }
-        self.judged = Some(now);
         Some(Way {
             remote,
             local: local?,
             interface: self.interface,
             detour: self.detour,
         })
+    }
+
+    /// Whether it is time for [`Location::way_to_judge`].
+    pub(crate) fn is_doubtful(&self, now: Duration) -> bool {
+        now >= self.judge_after
     }
 
     /// Takes what has been found of a way.

@@ -4,14 +4,17 @@ pub(crate) mod batch;
 pub(crate) mod directory;
 mod inner;
 pub(crate) mod location;
+mod pace;
 pub(crate) mod peer;
 pub(crate) mod port;
 pub(crate) mod routes;
 mod session;
+mod staged;
 #[cfg(test)]
 mod tests;
+mod wheel;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,9 +25,12 @@ use crate::engine::counters::{Counter, Counters};
 use crate::engine::forward::batch::Batch;
 use crate::engine::forward::directory::{Change, Directory, IndexHasher};
 use crate::engine::forward::location::{Location, Way};
-use crate::engine::forward::peer::{Peer, Peers, STAGED};
+use crate::engine::forward::pace::Pace;
+use crate::engine::forward::peer::{Peer, Peers};
 use crate::engine::forward::port::{Content, Origin, Place, Port};
 use crate::engine::forward::routes::PeerId;
+use crate::engine::forward::staged::Staged;
+use crate::engine::forward::wheel::{NEVER, Wheel};
 use crate::engine::offload::coalesce::{Coalescer, Offload};
 use crate::engine::offload::ip;
 use crate::engine::offload::refusals::Found;
@@ -33,18 +39,10 @@ use crate::engine::offload::vnet;
 use crate::wireguard::message::{self, Kind};
 use crate::wireguard::{Limiter, LocalKey, Packets as _};
 
-/// How often timers are looked at while any peer is in use.
-pub(crate) const TICK: Duration = Duration::from_millis(100);
-/// A peer's timers rest when it has been silent for this long and has no session: every key has
-/// expired by then (REJECT_AFTER_TIME is 180 s).
-const REST_AFTER: Duration = Duration::from_secs(200);
-/// Handshakes begun by timers before packets have their turn. One costs about 0.2 ms.
-const INITIATIONS: usize = 16;
-/// Ways to peers that are judged in one tick, and how long each rests at least after that.
+/// Peers whose timers are looked at before packets have their turn.
+const VISITS: usize = 256;
+/// Ways to peers that are judged before packets have their turn.
 const JUDGED: usize = 16;
-const JUDGE_AFTER: Duration = Duration::from_secs(1);
-/// Packets staged in one worker, all peers together.
-const STAGED_TOTAL: usize = 4096;
 
 /// The state of one worker.
 pub(crate) struct Forwarder {
@@ -56,13 +54,12 @@ pub(crate) struct Forwarder {
     peers: Peers,
     /// Peers by the upper 24 bits of their receiver indices.
     indices: HashMap<u32, PeerId, BuildHasherDefault<IndexHasher>>,
-    /// Peers whose timers run.
-    active: Vec<PeerId>,
-    /// Where in `active` the timers go on.
-    cursor: usize,
-    /// Key exchanges since the timers had their turn.
-    exchanges: usize,
-    staged: usize,
+    /// When the timers of each peer are looked at.
+    wheel: Wheel,
+    /// Peers that wait for their turn to begin a handshake.
+    asking: VecDeque<PeerId>,
+    pace: Pace,
+    staged: Staged,
     /// Ways of peers that somebody should ask the kernel about, and then tell [`Forwarder::judge`].
     pub(crate) doubtful: Vec<(PeerId, Way)>,
     coalescer: Coalescer,
@@ -88,10 +85,10 @@ impl Forwarder {
             limiter: Limiter::new(),
             peers: Peers::default(),
             indices: HashMap::default(),
-            active: Vec::new(),
-            cursor: 0,
-            exchanges: 0,
-            staged: 0,
+            wheel: Wheel::default(),
+            asking: VecDeque::new(),
+            pace: Pace::default(),
+            staged: Staged::default(),
             doubtful: Vec::new(),
             coalescer: Coalescer::new(offload),
             batch: Batch::new(gso),
@@ -105,18 +102,18 @@ impl Forwarder {
         self
     }
 
-    /// Whether [`Forwarder::tick`] has anything to do.
-    pub(crate) fn needs_ticks(&self) -> bool {
-        !self.active.is_empty()
+    /// When [`Forwarder::tick`] has something to do; nothing as long as it is not told.
+    pub(crate) fn deadline(&self) -> Option<Duration> {
+        let asking = (!self.asking.is_empty()).then(|| self.pace.next());
+        [self.wheel.deadline(), asking].into_iter().flatten().min()
     }
 
     /// Applies a change. Removed peers are gone when it returns.
     pub(crate) fn apply(&mut self, change: Change, now: Duration, io: &mut impl Port) {
         for id in change.remove {
             if let Some(peer) = self.peers.remove(id) {
-                self.staged -= peer.staged.len();
+                self.staged.take(id);
                 self.indices.remove(&peer.index);
-                self.active.retain(|active| *active != id);
             }
         }
         if let Some(directory) = change.directory {
@@ -126,8 +123,11 @@ impl Forwarder {
             self.mtu = mtu.into();
         }
         if let Some(local) = change.local {
-            // Tunnels take it at their next use: each costs a key exchange.
+            // Tunnels take it at their next use, or one after the other: each costs a key exchange.
             self.local = local;
+            for (id, peer) in self.peers.iter_mut().filter(|(_, peer)| peer.has_tunnel()) {
+                self.wheel.schedule(id, &mut peer.scheduled, now, now);
+            }
         }
         for setup in change.add {
             let (id, index) = (setup.id, setup.index);
@@ -141,6 +141,8 @@ impl Forwarder {
         for (id, key) in change.preshared_keys {
             if let Some(peer) = self.peers.get_mut(id) {
                 peer.set_preshared_key(key);
+                // Its session must end soon.
+                self.wake(id, now);
             }
         }
         for (id, addresses) in change.configured {
@@ -156,7 +158,6 @@ impl Forwarder {
         for (id, remote) in change.resume {
             if let Some(peer) = self.peers.get_mut(id) {
                 peer.relocate(|location| location.resume(remote));
-                self.wake(id, now);
                 self.initiate(id, now, io);
             }
         }
@@ -297,7 +298,6 @@ impl Forwarder {
         now: Duration,
         io: &mut impl Port,
     ) {
-        self.wake(id, now);
         let Some(peer) = self.peers.get_mut(id) else {
             self.counters.add(Counter::DropNoPeer, 1);
             return;
@@ -320,59 +320,39 @@ impl Forwarder {
             let mut lane = self.batch.lane(io, endpoint, Some(id), ecn, gso);
             let bytes = tunnel.seal(&mut segments, now, &mut lane);
             peer.sent(bytes, now);
+            peer.arm(id, &mut self.wheel, now);
             return;
         }
         while let Some(packet) = segments.next() {
-            let Some(peer) = self.peers.get_mut(id) else {
-                break;
-            };
-            let full = self.staged >= STAGED_TOTAL;
-            let share = STAGED_TOTAL / self.active.len().max(1);
-            let own = peer.staged.len();
-            if own >= STAGED || full && own > share {
-                peer.staged.pop_front();
-            } else if full {
-                // Whoever has most gives way: offline peers must not keep out others.
-                let longest = self
-                    .active
-                    .iter()
-                    .copied()
-                    .max_by_key(|id| self.peers.get(*id).map_or(0, |peer| peer.staged.len()));
-                if let Some(longest) = longest.and_then(|id| self.peers.get_mut(id)) {
-                    longest.staged.pop_front();
-                }
-            } else {
-                self.staged += 1;
-            }
-            if full || own >= STAGED {
-                self.counters.add(Counter::DropStaged, 1);
-            }
-            if let Some(peer) = self.peers.get_mut(id) {
-                peer.staged.push_back(packet.into());
-            }
+            let dropped = self.staged.push(id, packet);
+            self.counters.add(Counter::DropStaged, dropped);
         }
         self.initiate(id, now, io);
     }
 
-    /// Moves the timers of every peer in use. False when some are left for the next call: packets
-    /// have their turn first.
-    pub(crate) fn tick(&mut self, now: Duration, io: &mut impl Port) -> bool {
-        self.exchanges = 0;
-        while self.exchanges < INITIATIONS
-            && let Some(id) = self.active.get(self.cursor).copied()
+    /// Looks at the timers that are due, and begins the handshakes whose turn it is. To be called after
+    /// [`Forwarder::deadline`]; what it leaves for the next call is due at once.
+    pub(crate) fn tick(&mut self, now: Duration, io: &mut impl Port) {
+        while !self.asking.is_empty()
+            && self.pace.take(now)
+            && let Some(id) = self.asking.pop_front()
         {
-            if self.tick_peer(id, now, io) {
-                self.cursor += 1;
-            } else {
-                self.active.swap_remove(self.cursor);
+            if let Some(peer) = self.peers.get_mut(id).filter(|peer| peer.asks) {
+                peer.asks = false;
+                self.visit(id, true, now, io);
+            }
+        }
+        for _ in 0..VISITS {
+            let Some((id, at)) = self.wheel.pop(now) else {
+                break;
+            };
+            let peer = self.peers.get_mut(id);
+            if let Some(peer) = peer.filter(|peer| peer.scheduled == at) {
+                peer.scheduled = NEVER;
+                self.visit(id, false, now, io);
             }
         }
         self.flush(io);
-        let done = self.cursor >= self.active.len();
-        if done {
-            self.cursor = 0;
-        }
-        done
     }
 
     /// Datagrams keep coming: until the next [`Forwarder::flush`] packets toward the TUN device may
@@ -422,7 +402,6 @@ impl Forwarder {
             self.counters.add(Counter::DropIndex, count);
             return;
         };
-        self.wake(id, now);
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };

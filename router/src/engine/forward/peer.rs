@@ -1,6 +1,5 @@
 //! One peer as its worker has it.
 
-use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,16 +9,17 @@ use crate::engine::clock::uptime;
 use crate::engine::forward::batch::Endpoint;
 use crate::engine::forward::location::{Location, Way};
 use crate::engine::forward::routes::PeerId;
+use crate::engine::forward::wheel::{NEVER, Wheel};
 use crate::engine::types::{Nowhere, PeerStats};
 use crate::wireguard::keys::{PresharedKey, PublicKey};
-use crate::wireguard::{LocalKey, Packets, Tunnel};
-
-/// Packets that wait for a peer's handshake; the oldest is dropped for a new one (as in the kernel).
-pub(crate) const STAGED: usize = 128;
+use crate::wireguard::{LocalKey, Tunnel};
 
 /// How long each datagram is a message of its own when the kernel has refused to cut one up. Then it is
 /// asked again: nothing tells when the path becomes wider, and to be refused costs one call, no packet.
 const UNCUT: Duration = Duration::from_secs(10);
+
+/// How long a way to a peer rests after it was judged, at least.
+pub(crate) const JUDGE_AFTER: Duration = Duration::from_secs(1);
 
 /// What the control side reads of a peer while its worker writes.
 #[derive(Debug)]
@@ -100,12 +100,10 @@ pub(crate) struct Peer {
     /// Until then the kernel is not asked to cut up messages on the way to the endpoint.
     uncut_until: Duration,
     pub(crate) keepalive: Option<Duration>,
-    /// Sealable packets, oldest first.
-    pub(crate) staged: VecDeque<Box<[u8]>>,
-    /// Whether its timers run.
-    pub(crate) active: bool,
-    /// When it was last woken or an authentic message last came or went.
-    pub(crate) used: Duration,
+    /// When its timers are looked at.
+    pub(crate) scheduled: Duration,
+    /// It waits for its turn to begin a handshake.
+    pub(crate) asks: bool,
     /// When an authentic message last came or went; none: a persistent keepalive is due at once.
     last_traversal: Option<Duration>,
     shared: Arc<Shared>,
@@ -123,9 +121,8 @@ impl Peer {
             location: Location::default(),
             uncut_until: Duration::ZERO,
             keepalive: setup.keepalive,
-            staged: VecDeque::new(),
-            active: false,
-            used: Duration::ZERO,
+            scheduled: NEVER,
+            asks: false,
             last_traversal: None,
             shared: setup.shared,
         };
@@ -161,10 +158,9 @@ impl Peer {
         self.has_new_key = self.tunnel.is_some();
     }
 
-    /// The session layer, if it has been needed, and whether it took a new key just now.
-    pub(crate) fn existing_tunnel(&mut self, local: &LocalKey) -> Option<(&mut Tunnel, bool)> {
-        let renewed = self.tunnel.as_deref_mut()?.set_local(local) || self.has_new_key;
-        Some((self.tunnel(local), renewed))
+    /// The session layer, if it has been needed.
+    pub(crate) fn existing_tunnel(&mut self, local: &LocalKey) -> Option<&mut Tunnel> {
+        self.has_tunnel().then(|| self.tunnel(local))
     }
 
     /// Whether the session layer has been needed.
@@ -180,6 +176,37 @@ impl Peer {
     /// See [`Location::way_to_judge`].
     pub(crate) fn way_to_judge(&mut self, pause: Duration, now: Duration) -> Option<Way> {
         self.location.way_to_judge(pause, now)
+    }
+
+    /// Has the timers looked at in time, after something has come or gone.
+    pub(crate) fn arm(&mut self, id: PeerId, wheel: &mut Wheel, now: Duration) {
+        let Some(tunnel) = &self.tunnel else {
+            return;
+        };
+        let soonest = tunnel.soonest();
+        if self.location.is_doubtful(now) {
+            wheel.schedule(id, &mut self.scheduled, now, now);
+        } else if soonest < self.scheduled {
+            wheel.schedule(id, &mut self.scheduled, soonest, now);
+        }
+    }
+
+    /// When its timers have something to do.
+    pub(crate) fn next(&mut self) -> Duration {
+        let tunnel = self.tunnel.as_mut().map_or(NEVER, |tunnel| tunnel.next());
+        let keepalive = match (self.keepalive, self.last_traversal) {
+            (Some(interval), Some(last)) => last + interval,
+            (Some(_), None) => Duration::ZERO,
+            (None, _) => NEVER,
+        };
+        tunnel.min(keepalive)
+    }
+
+    /// Whether a look at its timers may cost a key exchange.
+    pub(crate) fn may_exchange(&self, local: &LocalKey, now: Duration) -> bool {
+        self.tunnel.as_ref().is_some_and(|tunnel| {
+            self.has_new_key || !tunnel.has_local(local) || tunnel.may_initiate(now)
+        })
     }
 
     /// Learns something of where it is. True when it is at another address now.
@@ -239,9 +266,8 @@ impl Peer {
         self.touched(now);
     }
 
-    /// Puts off rest and the next persistent keepalive.
+    /// Puts off the next persistent keepalive.
     pub(crate) fn touched(&mut self, now: Duration) {
-        self.used = now;
         self.last_traversal = Some(now);
     }
 
@@ -284,6 +310,12 @@ impl Peers {
         self.0.get_mut(id as usize)?.as_deref_mut()
     }
 
+    /// All, with their numbers.
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (PeerId, &mut Peer)> {
+        let all = (0..).zip(&mut self.0);
+        all.filter_map(|(id, peer)| Some((id, peer.as_deref_mut()?)))
+    }
+
     /// Adds a peer.
     pub(crate) fn insert(&mut self, id: PeerId, peer: Peer) {
         let at = id as usize;
@@ -296,29 +328,6 @@ impl Peers {
     /// Takes a peer away.
     pub(crate) fn remove(&mut self, id: PeerId) -> Option<Box<Peer>> {
         self.0.get_mut(id as usize)?.take()
-    }
-}
-
-/// The packets that waited for a handshake, to be sealed.
-pub(crate) struct Staged<'a> {
-    queue: &'a mut VecDeque<Box<[u8]>>,
-    current: Box<[u8]>,
-}
-
-impl<'a> Staged<'a> {
-    /// Takes from the front of a queue.
-    pub(crate) fn new(queue: &'a mut VecDeque<Box<[u8]>>) -> Self {
-        Self {
-            queue,
-            current: Box::default(),
-        }
-    }
-}
-
-impl Packets for Staged<'_> {
-    fn next(&mut self) -> Option<&[u8]> {
-        self.current = self.queue.pop_front()?;
-        Some(&self.current)
     }
 }
 

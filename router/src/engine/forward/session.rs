@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
-use super::{Forwarder, JUDGE_AFTER, JUDGED, REST_AFTER, TICK};
+use super::{Forwarder, JUDGED};
 use crate::engine::counters::Counter;
 use crate::engine::forward::location::Location;
-use crate::engine::forward::peer::Staged;
+use crate::engine::forward::peer::JUDGE_AFTER;
 use crate::engine::forward::port::{Content, Origin, Port};
 use crate::engine::forward::routes::PeerId;
+use crate::engine::forward::wheel::{NEVER, TICK};
 use crate::wireguard::keys::PublicKey;
 use crate::wireguard::message::{COOKIE, INITIATION};
-use crate::wireguard::{Completed, Packets, Verdict};
+use crate::wireguard::{Completed, Limiter, Packets, Verdict};
 
 impl Forwarder {
     /// A peer has proved itself.
@@ -40,19 +41,19 @@ impl Forwarder {
             peer.completed();
             self.counters.add(Counter::HandshakesCompleted, 1);
         }
-        if peer.staged.is_empty() || !peer.tunnel(&self.local).ready(now) {
+        peer.arm(id, &mut self.wheel, now);
+        if self.staged.is_empty() || !peer.tunnel(&self.local).ready(now) {
             return;
         }
-        let Some(endpoint) = peer.endpoint() else {
-            return;
-        };
-        let mut queue = std::mem::take(&mut peer.staged);
-        self.staged -= queue.len();
-        let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso(now));
-        let mut staged = Staged::new(&mut queue);
-        let tunnel = peer.tunnel(&self.local);
-        let bytes = tunnel.seal(&mut staged, now, &mut lane);
-        peer.sent(bytes, now);
+        if let Some(endpoint) = peer.endpoint()
+            && let Some(mut queue) = self.staged.take(id)
+        {
+            let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso(now));
+            let tunnel = peer.tunnel(&self.local);
+            let bytes = tunnel.seal(&mut queue, now, &mut lane);
+            peer.sent(bytes, now);
+            peer.arm(id, &mut self.wheel, now);
+        }
     }
 
     /// Takes an initiation: judges it, finds out whose it is, and responds or hands it to the
@@ -109,9 +110,27 @@ impl Forwarder {
             return;
         };
         // A cookie reply has no mac1; its own encryption protects it.
-        if message.len() == COOKIE || self.admit(origin, message, now, io) {
+        if message.len() == COOKIE
+            || self.is_expected(id, index, message)
+            || self.admit(origin, message, now, io)
+        {
             self.answer(id, origin, message, now, io);
         }
+    }
+
+    /// Whether this answers an initiation of ours. How many may is bounded by those, so the limit for
+    /// strangers is not asked.
+    fn is_expected(&mut self, id: PeerId, index: u32, message: &[u8]) -> bool {
+        if !Limiter::has_mac(&self.local, message) {
+            return false;
+        }
+        let Some(peer) = self.peers.get_mut(id) else {
+            return false;
+        };
+        let expected = peer.tunnel(&self.local).expects(index);
+        self.counters
+            .add(Counter::HandshakesReceived, expected.into());
+        expected
     }
 
     fn answer(
@@ -122,7 +141,6 @@ impl Forwarder {
         now: Duration,
         io: &mut impl Port,
     ) {
-        self.wake(id, now);
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };
@@ -169,25 +187,34 @@ impl Forwarder {
         counter == Counter::HandshakesReceived
     }
 
-    /// Starts a peer's timers if they rest.
+    /// Has a peer's timers looked at now.
     pub(super) fn wake(&mut self, id: PeerId, now: Duration) {
-        if let Some(peer) = self.peers.get_mut(id)
-            && !peer.active
-        {
-            peer.active = true;
-            peer.used = now;
-            self.active.push(id);
+        if let Some(peer) = self.peers.get_mut(id) {
+            self.wheel.schedule(id, &mut peer.scheduled, now, now);
         }
     }
 
-    /// Moves a peer's timers. False when they may rest.
-    pub(super) fn tick_peer(&mut self, id: PeerId, now: Duration, io: &mut impl Port) -> bool {
+    /// Puts a peer into the queue of those who want to begin a handshake.
+    fn ask(&mut self, id: PeerId) {
+        if let Some(peer) = self.peers.get_mut(id)
+            && !std::mem::replace(&mut peer.asks, true)
+        {
+            self.asking.push_back(id);
+        }
+    }
+
+    /// Looks at a peer's timers. `its_turn`: it has waited for its turn to make a key exchange.
+    pub(super) fn visit(&mut self, id: PeerId, its_turn: bool, now: Duration, io: &mut impl Port) {
         let Some(peer) = self.peers.get_mut(id) else {
-            return false;
+            return;
         };
-        let rest = JUDGE_AFTER.max(TICK * (self.active.len() / JUDGED) as u32);
+        let mut must_wait = || !self.asking.is_empty() || !self.pace.take(now);
+        if !its_turn && peer.may_exchange(&self.local, now) && must_wait() {
+            return self.ask(id);
+        }
+        let pause = JUDGE_AFTER.max(TICK * (self.wheel.len() / JUDGED) as u32);
         if self.doubtful.len() < JUDGED
-            && let Some(way) = peer.way_to_judge(rest, now)
+            && let Some(way) = peer.way_to_judge(pause, now)
         {
             self.doubtful.push((id, way));
         }
@@ -195,20 +222,17 @@ impl Forwarder {
         let mut ready = false;
         let mut due = None;
         let mut unanswered = false;
-        if let Some((tunnel, renewed)) = peer.existing_tunnel(&self.local) {
-            self.exchanges += usize::from(renewed);
+        if let Some(tunnel) = peer.existing_tunnel(&self.local) {
             let tick = tunnel.tick(now, &mut out);
             ready = tunnel.ready(now);
             due = tick.message;
             unanswered = tick.unanswered;
             if tick.gave_up {
-                self.staged -= peer.staged.len();
-                peer.staged.clear();
+                self.staged.take(id);
             }
         }
         if let Some(length) = due {
             if length == INITIATION {
-                self.exchanges += 1;
                 peer.relocate(|location| location.initiates(unanswered, now));
             }
             self.send(id, &out[..length], now, io);
@@ -219,18 +243,14 @@ impl Forwarder {
             } else {
                 self.initiate(id, now, io);
             }
-            return true;
         }
-        let Some(peer) = self.peers.get_mut(id) else {
-            return false;
-        };
-        peer.active =
-            ready || peer.keepalive.is_some() || now.saturating_sub(peer.used) < REST_AFTER;
-        if !peer.active {
-            self.staged -= peer.staged.len();
-            peer.staged.clear();
+        if let Some(peer) = self.peers.get_mut(id) {
+            // Not in the same turn again, whatever is left.
+            let next = peer.next().max(now + Duration::from_millis(1));
+            if next < NEVER {
+                self.wheel.schedule(id, &mut peer.scheduled, next, now);
+            }
         }
-        peer.active
     }
 
     fn seal_keepalive(&mut self, id: PeerId, now: Duration, io: &mut impl Port) {
@@ -247,19 +267,18 @@ impl Forwarder {
         peer.sent(bytes, now);
     }
 
-    /// Sends an initiation, unless one is under way.
+    /// Begins a handshake, unless one is under way: at once, or when it is the peer's turn.
     pub(super) fn initiate(&mut self, id: PeerId, now: Duration, io: &mut impl Port) {
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };
-        let mut out = [0; INITIATION];
-        if peer.endpoint().is_some()
-            && let tunnel = peer.tunnel_to_initiate(&self.local)
-            && let Some(length) = tunnel.initiate(now, &mut out)
-        {
-            self.exchanges += 1;
-            peer.relocate(|location| location.initiates(false, now));
-            self.send(id, &out[..length], now, io);
+        if peer.asks || peer.endpoint().is_none() {
+            return;
+        }
+        if peer.tunnel_to_initiate(&self.local).want(now) {
+            self.visit(id, false, now, io);
+        } else {
+            peer.arm(id, &mut self.wheel, now);
         }
     }
 

@@ -15,8 +15,10 @@ use std::net::{IpAddr, SocketAddr};
 use super::*;
 use crate::engine::forward::batch::{Message, UdpSink};
 use crate::engine::forward::directory::Keys;
-use crate::engine::forward::peer::{Setup, Shared};
+use crate::engine::forward::peer::{JUDGE_AFTER, Setup, Shared};
 use crate::engine::forward::routes::Routes;
+use crate::engine::forward::staged::{STAGED, STAGED_TOTAL};
+use crate::engine::forward::wheel::TICK;
 use crate::engine::offload::coalesce::TunSink;
 use crate::engine::offload::segment::SLACK;
 use crate::engine::packets::Flow;
@@ -206,7 +208,7 @@ impl End {
     /// Lets time pass for this end.
     fn tick(&mut self, later: Duration) {
         self.now += later;
-        while !self.forwarder.tick(self.now, &mut self.wire) {}
+        self.forwarder.tick(self.now, &mut self.wire);
     }
 
     fn count(&self, counter: Counter) -> u64 {

@@ -70,7 +70,8 @@ fn seal(tunnel: &mut Tunnel, packets: &[&[u8]]) -> (u64, Vec<Vec<u8>>) {
 fn connected() -> (Tunnel, Tunnel) {
     let (mut client, mut router) = pair();
     let (mut one, mut two, mut three) = ([0; INITIATION], [0; INITIATION], [0; INITIATION]);
-    let length = client.initiate(START, &mut one).unwrap();
+    assert!(client.want(START));
+    let length = client.tick(START, &mut one).message.unwrap();
     let (length, completed) = router.handshake(&one[..length], START, &mut two).unwrap();
     assert!(
         !completed && !router.ready(START),
@@ -100,7 +101,8 @@ fn packet(serial: u8) -> [u8; 32] {
 fn receiver_indices_begin_with_the_given_bits() {
     let (mut client, mut router) = pair();
     let (mut one, mut two) = ([0; INITIATION], [0; INITIATION]);
-    client.initiate(START, &mut one).unwrap();
+    assert!(client.want(START));
+    client.tick(START, &mut one).message.unwrap();
     let (length, _) = router.handshake(&one, START, &mut two).unwrap();
     assert_eq!(
         message::sender(&one).map(|index| index >> 8),
@@ -139,7 +141,8 @@ fn counters_beyond_the_last_are_refused_before_any_work() {
 fn handshakes_with_keys_of_small_order_are_refused() {
     let (mut client, mut router) = pair();
     let mut one = [0; INITIATION];
-    client.initiate(START, &mut one).unwrap();
+    assert!(client.want(START));
+    client.tick(START, &mut one).message.unwrap();
     one[8..40].fill(0);
     assert_eq!(
         router.handshake(&one, START, &mut [0; INITIATION]),

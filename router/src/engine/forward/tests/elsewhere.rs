@@ -111,7 +111,9 @@ fn a_source_is_not_used_while_packets_leave_by_another_interface() {
     };
     assert_eq!(source(&mut client), client.local);
     for detour in [true, false] {
-        client.tick(JUDGE_AFTER);
+        client.now += JUDGE_AFTER;
+        source(&mut client);
+        client.tick(TICK);
         let (id, way) = client.forwarder.doubtful.pop().unwrap();
         assert_eq!((Some(way.local), way.detour), (client.local, !detour));
         client.forwarder.judge(id, &Way { detour, ..way });

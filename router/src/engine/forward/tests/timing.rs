@@ -3,7 +3,9 @@
 use std::ops::Range;
 
 use super::*;
-use crate::wireguard::clock;
+use crate::engine::forward::pace::BURST;
+use crate::wireguard::message::INITIATION;
+use crate::wireguard::{Tunnel, clock};
 
 const CLIENT: usize = 0;
 const ROUTER: usize = 1;
@@ -277,7 +279,7 @@ fn a_handshake_is_tried_for_ninety_seconds() {
         assert!((5.0..5.0 + JITTER + LATE).contains(&apart), "{times:?}");
     }
     assert!(times.len() >= 16, "{times:?}");
-    assert_eq!(world.ends[CLIENT].forwarder.staged, 0, "given up");
+    assert!(world.ends[CLIENT].forwarder.staged.is_empty(), "given up");
 
     world.cut = [false, false];
     world.send(CLIENT, 4);
@@ -342,4 +344,96 @@ fn a_machine_that_slept_goes_on() {
         world.until(now + 3.0, &[CLIENT]);
         assert_eq!(world.ends[ROUTER].wire.packets.len(), 3, "{hours}");
     }
+}
+
+#[test]
+fn a_quiet_peer_costs_nothing() {
+    let mut world = World::connected();
+    world.until(30.0, &[]);
+    // Until its keys are erased nothing is to be done for it, and after that nothing ever.
+    for end in &world.ends {
+        // The wheel looks at it once a turn.
+        let next = end.forwarder.deadline().unwrap();
+        assert!(next > Duration::from_secs(50), "{next:?}");
+    }
+    world.until(190.0, &[]);
+    for end in &world.ends {
+        assert_eq!(end.forwarder.deadline(), None);
+    }
+}
+
+/// Peers of a router that starts again: each answers at once.
+#[test]
+fn a_thousand_peers_resumed_at_once_are_back_within_three_seconds() {
+    const PEERS: u32 = 1000;
+    let mut router = End::new(1);
+    let key = |id: u32| {
+        let mut bytes = [7; 32];
+        bytes[..4].copy_from_slice(&id.to_le_bytes());
+        PrivateKey::from_bytes(bytes)
+    };
+    let address = |id: u32| SocketAddr::from(([10, 9, (id >> 8) as u8, id as u8], 51820));
+    let mut peers: Vec<_> = (0..PEERS)
+        .map(|id| {
+            let local = LocalKey::new(&key(id));
+            let tunnel = Tunnel::new(&local, &router.key.public(), None, 0x00ab_0000 + id);
+            (local, tunnel)
+        })
+        .collect();
+    let setup = |id: u32| Setup {
+        id,
+        public_key: key(id).public(),
+        preshared_key: None,
+        index: 0x0012_0000 + id,
+        endpoints: Vec::new(),
+        keepalive: None,
+        shared: router.shared.clone(),
+    };
+    let change = Change {
+        add: (0..PEERS).map(setup).collect(),
+        directory: Some(Arc::new(Directory {
+            routes: Routes::new([]),
+            keys: Keys::from_iter((0..PEERS).map(|id| (key(id).public(), id))),
+            owners: vec![0; PEERS as usize],
+        })),
+        resume: (0..PEERS).map(|id| (id, address(id))).collect(),
+        ..Change::default()
+    };
+    router.change(change);
+    let (mut most, mut sent) = (0, 0);
+    loop {
+        let initiations = std::mem::take(&mut router.wire.datagrams);
+        let initiations = initiations.iter().filter(|d| d.bytes.len() == INITIATION);
+        let mut count = 0;
+        for datagram in initiations {
+            count += 1;
+            let SocketAddr::V4(to) = datagram.to else {
+                panic!("an IPv4 address");
+            };
+            let id = u32::from(*to.ip()) & 0xffff;
+            let mut answer = [0; INITIATION];
+            let (_, tunnel) = &mut peers[id as usize];
+            let done = tunnel.handshake(&datagram.bytes, router.now, &mut answer);
+            let (Some(length), false) = done.unwrap() else {
+                panic!("an answer");
+            };
+            router.receive(address(id), &answer[..length], 0);
+        }
+        (most, sent) = (most.max(count), sent + count);
+        match router.forwarder.deadline() {
+            Some(at) if sent < PEERS as usize => {
+                router.now = router.now.max(at);
+                router.tick(Duration::ZERO);
+            }
+            _ => break,
+        }
+    }
+    assert_eq!(sent, PEERS as usize, "one each");
+    assert!(
+        most <= BURST as usize,
+        "{most} before packets have their turn"
+    );
+    assert_eq!(router.count(Counter::HandshakesCompleted), u64::from(PEERS));
+    assert_eq!(router.drops(), []);
+    assert!(router.now < Duration::from_secs(3), "{:?}", router.now);
 }
