@@ -1,6 +1,6 @@
 //! Whose flows are counted together, and who has as many as may be.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
 
@@ -76,46 +76,60 @@ pub(super) fn host(address: &Address) -> IpNet {
     end(address, [0; 2]).ip().into()
 }
 
-/// Sets the number of flows of each account to what was counted, and tells who was at a limit. The programs
-/// count up meanwhile: what is lost thereby, the next pass finds.
+/// The flows of each account, as the programs have counted them.
+pub(super) fn present(store: &mut impl Store<Account, u32>) -> io::Result<HashMap<Account, u32>> {
+    let mut present = HashMap::new();
+    in_batches(store, |_, entries| {
+        present.extend(entries.iter().copied());
+        Ok(())
+    })?;
+    Ok(present)
+}
+
+/// What the count of an account becomes after a pass that has found `found` flows, where the programs' count
+/// was `before` when it began and is `now`. What they have opened meanwhile the pass may have missed.
+fn corrected(found: u32, before: u32, now: u32) -> u32 {
+    let opened = now.saturating_sub(before);
+    now.min(found.saturating_add(opened)).max(found)
+}
+
+/// Corrects the number of flows of each account by what a pass has `counted` since it was `before`, and tells
+/// who was at a limit.
 pub(super) fn recount(
     store: &mut impl Store<Account, u32>,
+    before: &HashMap<Account, u32>,
     counted: &HashMap<Account, u32>,
     limits: &Limits,
 ) -> io::Result<Vec<AtLimit>> {
-    let mut wrong = BTreeMap::new();
-    let (mut known, mut full) = (HashSet::new(), BTreeSet::new());
-    in_batches(store, |_, entries| {
-        for (account, count) in entries {
-            known.insert(*account);
-            let real = counted.get(account).copied().unwrap_or(0);
-            if real != *count || real == 0 {
-                wrong.insert(*account, real);
-            }
-            let limit = match account.kind {
-                Account::SUBNET => limits.flows_from_subnet(),
-                _ => limits.flows_per_source,
-            };
-            if real.max(*count) >= limit {
-                full.insert(AtLimit::new(account, limit));
+    let of = |counts: &HashMap<Account, u32>, account| counts.get(account).copied().unwrap_or(0);
+    let after = |account, now| corrected(of(counted, account), of(before, account), now);
+    let present = present(store)?;
+    let mut full = BTreeSet::new();
+    for (account, count) in &present {
+        let real = after(account, *count);
+        if real != *count || real == 0 {
+            // The programs go on counting: as little time as may be between reading and writing.
+            let now = store.get(account)?.unwrap_or(0);
+            match after(account, now) {
+                0 => store.remove(account)?,
+                real if real != now => store.put(account, &real)?,
+                _ => {}
             }
         }
-        Ok(())
-    })?;
-    for (account, real) in &wrong {
-        if *real == 0 {
-            store.remove(account)?;
-        } else {
-            store.put(account, real)?;
+        let limit = match account.kind {
+            Account::SUBNET => limits.flows_from_subnet(),
+            _ => limits.flows_per_source,
+        };
+        if real.max(*count) >= limit {
+            full.insert(AtLimit::new(account, limit));
         }
     }
     // A daemon before this one has opened them, or the programs had no room for the account.
-    for (account, real) in counted
-        .iter()
-        .filter(|(account, _)| !known.contains(account))
-    {
-        // What there is no room for has no limit of its own.
-        let _ = store.put(account, real);
+    for (account, found) in counted {
+        if !present.contains_key(account) {
+            // What there is no room for has no limit of its own.
+            let _ = store.put(account, found);
+        }
     }
     Ok(full.into_iter().collect())
 }
@@ -172,7 +186,8 @@ mod tests {
             (Account::subnet(&v4), 17),
         ];
         let mut store = Memory::new(before.into());
-        let full = recount(&mut store, &counted, &limits).unwrap();
+        let before = present(&mut store).unwrap();
+        let full = recount(&mut store, &before, &counted, &limits).unwrap();
         assert_eq!(store.entries, wanted.into());
         let at_limit = |opener, limit| AtLimit {
             opener,
@@ -185,5 +200,33 @@ mod tests {
             at_limit(Opener::Subnet, 17),
         ];
         assert_eq!(full, wanted);
+    }
+
+    #[test]
+    fn flows_that_begin_during_a_pass_stay_counted() {
+        let account = Account::peer(1, &address("0.0.0.0"));
+        // Found, counted before and after, and what that makes.
+        let cases = [
+            // Nothing has changed; one has ended; a count of two CPUs at a time was lost.
+            (5, 5, 5, 5),
+            (4, 5, 5, 4),
+            (6, 5, 5, 6),
+            // Five began: the pass has found none of them, some, or all.
+            (5, 5, 10, 10),
+            (7, 5, 10, 10),
+            (10, 5, 10, 10),
+            // Two ended besides.
+            (3, 5, 10, 8),
+            // All are over but one that began.
+            (0, 5, 6, 1),
+            (0, 5, 5, 0),
+        ];
+        for (found, before, now, wanted) in cases {
+            let mut store = Memory::new([(account, now)].into());
+            let (before, counted) = ([(account, before)].into(), [(account, found)].into());
+            recount(&mut store, &before, &counted, &Limits::default()).unwrap();
+            let count = store.entries.get(&account).copied().unwrap_or(0);
+            assert_eq!(count, wanted, "{found} found, {now} counted");
+        }
     }
 }

@@ -11,7 +11,7 @@ use aya::maps::MapError;
 use ipnet::IpNet;
 use router_ebpf::abi::{Account, Address, Key4, Key6};
 
-use super::accounts::{AtLimit, accounts, recount};
+use super::accounts::{AtLimit, accounts, present, recount};
 use super::flows::{Key, Store, Table, in_batches};
 use super::listing::FlowTables;
 use super::policy::Compiled;
@@ -310,6 +310,7 @@ impl Work {
     }
 
     fn pass(&mut self, policy: Option<&Compiled>) -> io::Result<([Tally; 2], Vec<AtLimit>)> {
+        let before = present(&mut self.maps.sources)?;
         let judge = Judge {
             policy,
             gone: Some(&self.gone),
@@ -319,7 +320,7 @@ impl Work {
         // The families have no account in common.
         let mut counted = accounts(&self.peers, &v4);
         counted.extend(accounts(&self.peers, &v6));
-        let at_limit = recount(&mut self.maps.sources, &counted, &self.limits)?;
+        let at_limit = recount(&mut self.maps.sources, &before, &counted, &self.limits)?;
         Ok(([v4, v6], at_limit))
     }
 
