@@ -52,7 +52,11 @@ pub(super) fn problems(
             let toward = facts.egress.get(route);
             toward.is_some_and(|interfaces| interfaces.contains(&link.index))
         };
-        let elsewhere = |route: &&IpNet| !facts.egress.contains_key(route);
+        // What only the default route leads somewhere, nothing leads to this subnet.
+        let elsewhere = |route: &&IpNet| {
+            let mut toward = facts.egress.get(route).into_iter().flatten();
+            toward.all(|interface| Some(*interface) == facts.default_link)
+        };
         let mut routes = routes.iter().map(|route| &route.cidr);
         if !routes.clone().any(leads_there)
             && let Some(cidr) = routes.find(elsewhere)
@@ -152,6 +156,14 @@ mod tests {
             &unreached,
             &["lan", "blue", "ip route add 10.20.0.0/16 dev lan"],
         );
+        // Most machines have a default route.
+        let astray = found(|facts| {
+            facts
+                .egress
+                .values_mut()
+                .for_each(|toward| *toward = [2].into());
+        });
+        names(&astray, &["lan", "ip route add 10.20.0.0/16 dev lan"]);
         let lost = found(|facts| {
             let overlay = "100.64.0.0/24".parse().unwrap();
             facts.vrfs.get_mut(&3).unwrap().astray.push(overlay);
