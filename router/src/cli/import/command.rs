@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::Note;
 use super::conf::note;
-use super::values::{Interface, Peer, Secret, number, parsed, shown};
+use super::values::{Entry, Interface, Peer, Secret, number, parsed, shown};
 use crate::wireguard::keys::PublicKey;
 
 /// What becomes of a command's purpose.
@@ -172,12 +172,17 @@ fn set(
             ));
         };
         let text = value.text.as_str();
+        let entry = |key| Entry {
+            line: at,
+            key,
+            value: text,
+        };
         match (key.text.as_str(), peer.and_then(|peer| peers.get_mut(peer))) {
             ("private-key", None) => interface.private_key = Some(Secret::File(at, path(text)?)),
             ("listen-port", None) => {
                 interface.listen_port = Some(number(text)?).filter(|port| *port > 0);
             }
-            ("fwmark", None) => interface.entry(at, "fwmark", text, &mut notes)?,
+            ("fwmark", None) => interface.entry(entry("fwmark"), &mut notes)?,
             ("peer", _) => {
                 let key: PublicKey = parsed(text)?;
                 let known = peers.iter().position(|peer| peer.public_key == Some(key));
@@ -195,11 +200,11 @@ fn set(
                 if !text.contains(['+', '-']) {
                     peer.allowed_ips.clear();
                 }
-                peer.entry(at, order, "allowedips", text, &mut notes)?;
+                peer.entry(entry("allowedips"), order, &mut notes)?;
             }
-            ("endpoint", Some(peer)) => peer.entry(at, order, "endpoint", text, &mut notes)?,
+            ("endpoint", Some(peer)) => peer.entry(entry("endpoint"), order, &mut notes)?,
             ("persistent-keepalive", Some(peer)) => {
-                peer.entry(at, order, "persistentkeepalive", text, &mut notes)?;
+                peer.entry(entry("persistentkeepalive"), order, &mut notes)?;
             }
             // A secret that stands where it should not has more characters.
             _ if key.text.len() < 24 => {

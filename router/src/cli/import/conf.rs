@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 use zeroize::Zeroizing;
 
-use super::values::{Interface, Peer};
+use super::values::{Entry, Interface, Peer};
 use super::{Note, command, written};
 use crate::wireguard::keys::PublicKey;
 
@@ -208,13 +208,23 @@ impl Reader {
         };
         let key = key.trim();
         let (lower, bare_lower) = (key.to_ascii_lowercase(), bare_key.to_ascii_lowercase());
+        let bare = Entry {
+            line: at,
+            key: &bare_lower,
+            value: bare_value,
+        };
         let notes = &mut self.notes;
         let done = match (self.section, self.peers.last_mut()) {
             (Section::Interface, _) if OF_WG_QUICK.contains(&&*lower) => {
-                self.interface.of_wg_quick(at, &lower, value.trim(), notes)
+                let entry = Entry {
+                    line: at,
+                    key: &lower,
+                    value: value.trim(),
+                };
+                self.interface.of_wg_quick(entry, notes)
             }
-            (Section::Interface, _) => self.interface.entry(at, &bare_lower, bare_value, notes),
-            (Section::Peer, Some(peer)) => peer.entry(at, at, &bare_lower, bare_value, notes),
+            (Section::Interface, _) => self.interface.entry(bare, notes),
+            (Section::Peer, Some(peer)) => peer.entry(bare, at, notes),
             _ => Err("stands before [Interface]".to_owned()),
         };
         if let Err(text) = done {

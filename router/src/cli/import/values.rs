@@ -19,6 +19,16 @@ pub(super) enum Secret<K> {
     File(usize, String),
 }
 
+/// A key of a section, and what stands behind it.
+#[derive(Clone, Copy)]
+pub(super) struct Entry<'a> {
+    pub(super) line: usize,
+    /// In lower case.
+    pub(super) key: &'a str,
+    /// Of a key of wg, without blanks.
+    pub(super) value: &'a str,
+}
+
 #[derive(Default)]
 pub(super) struct Interface {
     pub(super) private_key: Option<Secret<PrivateKey>>,
@@ -49,15 +59,13 @@ pub(super) struct AllowedIp {
 }
 
 impl Interface {
-    /// A key that wg-quick takes for itself, in lower case.
+    /// A key that wg-quick takes for itself.
     pub(super) fn of_wg_quick(
         &mut self,
-        at: usize,
-        key: &str,
-        value: &str,
+        Entry { line, key, value }: Entry<'_>,
         notes: &mut Vec<Note>,
     ) -> Result<(), String> {
-        let mut left_out = |text: &str| notes.push(note(at, text));
+        let mut left_out = |text: &str| notes.push(note(line, text));
         match key {
             "address" => {
                 for text in items(value) {
@@ -91,18 +99,16 @@ impl Interface {
             ),
             "saveconfig" if value.eq_ignore_ascii_case("false") => {}
             "saveconfig" => left_out("SaveConfig is left out: Sluice never writes its own file"),
-            "postup" => self.commands.push((at, Zeroizing::new(value.to_owned()))),
+            "postup" => self.commands.push((line, Zeroizing::new(value.to_owned()))),
             _ => left_out(super::command::purpose(value)),
         }
         Ok(())
     }
 
-    /// A key of wg, in lower case; the value is without blanks.
+    /// A key of wg.
     pub(super) fn entry(
         &mut self,
-        at: usize,
-        key: &str,
-        value: &str,
+        Entry { line, key, value }: Entry<'_>,
         notes: &mut Vec<Note>,
     ) -> Result<(), String> {
         match key {
@@ -118,7 +124,7 @@ impl Interface {
             "listenport" => self.listen_port = Some(number(value)?).filter(|port| *port > 0),
             "fwmark" if matches!(value, "0" | "0x0") || value.eq_ignore_ascii_case("off") => {}
             "fwmark" => notes.push(note(
-                at,
+                line,
                 "FwMark is left out: Sluice has a mark of its own that keeps its packets out of \
                  the tunnel",
             )),
@@ -150,13 +156,11 @@ impl Peer {
         self.keepalive = later.keepalive.or(self.keepalive);
     }
 
-    /// A key of wg, in lower case; the value is without blanks.
+    /// A key of wg; for `order` see [`AllowedIp`].
     pub(super) fn entry(
         &mut self,
-        at: usize,
+        Entry { line, key, value }: Entry<'_>,
         order: usize,
-        key: &str,
-        value: &str,
         notes: &mut Vec<Note>,
     ) -> Result<(), String> {
         match key {
@@ -175,19 +179,15 @@ impl Peer {
                             "{text} is left out: Sluice leads networks into the tunnel, not the \
                              whole internet"
                         );
-                        notes.push(note(at, text));
+                        notes.push(note(line, text));
                     } else {
-                        self.allowed_ips.push(AllowedIp {
-                            line: at,
-                            order,
-                            cidr,
-                        });
+                        self.allowed_ips.push(AllowedIp { line, order, cidr });
                     }
                 }
             }
             "endpoint" => match config::parse_endpoint(value) {
                 Ok(_) => self.endpoint = Some(value.to_owned()),
-                Err(error) => notes.push(note(at, format!("Endpoint is left out: {error}"))),
+                Err(error) => notes.push(note(line, format!("Endpoint is left out: {error}"))),
             },
             "persistentkeepalive" if value.eq_ignore_ascii_case("off") => self.keepalive = Some(0),
             "persistentkeepalive" => self.keepalive = Some(number(value)?),
