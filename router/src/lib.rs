@@ -7,6 +7,7 @@ pub mod control;
 pub mod core;
 pub mod datapath;
 pub mod engine;
+mod files;
 pub mod netlink;
 pub mod runtime;
 pub mod telemetry;

@@ -11,9 +11,9 @@ use anyhow::{Context as _, anyhow, bail};
 use ipnet::IpNet;
 use zeroize::Zeroizing;
 
-use super::files::{Existing, write_atomic};
 use super::keys::warn_if_world_accessible;
 use crate::config::{self, Config};
+use crate::files::{Existing, write_atomic};
 use crate::runtime;
 use crate::wireguard::keys::{PrivateKey, PublicKey};
 

@@ -16,8 +16,8 @@ use anyhow::{Context as _, bail};
 use zeroize::Zeroizing;
 
 use self::conf::Imported;
-use super::files::{Existing, write_atomic};
 use crate::config;
+use crate::files::{Existing, write_atomic};
 
 /// Options of `import`.
 #[derive(Debug, clap::Args)]

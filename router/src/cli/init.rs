@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use zeroize::Zeroizing;
 
-use super::files::{Existing, write_atomic};
+use crate::files::{Existing, write_atomic};
 use crate::wireguard::keys::PrivateKey;
 
 const TEMPLATE: &str = include_str!("init.toml");

@@ -1,7 +1,6 @@
 //! The command line: argument parsing and the subcommands that are not the daemon.
 
 mod add_peer;
-mod files;
 mod import;
 mod init;
 mod keys;

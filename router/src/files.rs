@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// What to do with a file that is there already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Existing {
+pub(crate) enum Existing {
     /// Fail with [`io::ErrorKind::AlreadyExists`].
     Keep,
     /// Replace it; its owner stays.
@@ -16,7 +16,7 @@ pub(super) enum Existing {
 
 /// Writes a file with `mode` so that at every moment, a crash included, `path` is the old file or
 /// the whole new one.
-pub(super) fn write_atomic(
+pub(crate) fn write_atomic(
     path: &Path,
     contents: &[u8],
     mode: u32,
