@@ -10,6 +10,7 @@ pub mod engine;
 mod files;
 pub mod netlink;
 pub mod runtime;
+pub mod tailnet;
 pub mod telemetry;
 pub mod uapi;
 pub mod wireguard;
