@@ -21,6 +21,7 @@
 
 mod capture;
 mod command;
+pub mod control_server;
 mod flood;
 mod footprint;
 pub mod http;

@@ -6,4 +6,5 @@ mod kernels;
 mod lab_itself;
 mod netlink;
 mod router;
+mod tailnet;
 mod wireguard;
