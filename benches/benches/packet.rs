@@ -11,6 +11,7 @@ use router::engine::internals::pieces::{AllowedIps, Merger, cut, with_slack};
 use router_ebpf::abi::{Address, Link, Overlay, Prefix, Route, Settings, Side};
 use router_ebpf::decide::decide;
 use router_ebpf::forward::Forward;
+use router_ebpf::frame::Bytes;
 use router_ebpf::memory::Memory;
 use router_ebpf::packet::{Packet, parse};
 use router_ebpf::rewrite;
@@ -64,7 +65,7 @@ fn world() -> World {
             gateway: [0; 4],
             link: NIC,
             mtu: 1500,
-            hardware: Some([2; 12]),
+            hardware: Some(Bytes([2; 12])),
         })
     });
     world

@@ -7,6 +7,7 @@
 use libfuzzer_sys::fuzz_target;
 use router_ebpf::abi::{Link, Overlay, Prefix, Route, Settings, Side};
 use router_ebpf::forward::Exit;
+use router_ebpf::frame::Bytes;
 use router_ebpf::memory::Memory;
 use router_ebpf::packet::{Packet, parse};
 use router_ebpf::tables::Hop;
@@ -65,7 +66,7 @@ fn world(flags: u8) -> World {
             gateway: [0; 4],
             link: if packet.ttl & 1 == 0 { LINK } else { TUN },
             mtu: if n == 2 { 1300 } else { u32::MAX },
-            hardware: (n != 3).then_some([2; 12]),
+            hardware: (n != 3).then_some(Bytes([2; 12])),
         }),
     });
     world

@@ -126,8 +126,8 @@ impl Side {
 }
 
 /// The data of an LPM key; family and IPv4 address share the first eight bytes, which the kernel
-/// compares in one step.
-#[repr(C)]
+/// compares in one step. Aligned, so that programs copy it word by word.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address {
     /// 4 or 6, then zeros.
@@ -158,7 +158,15 @@ impl Address {
     /// Whether this is an IPv4 address.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
-        self.family[0] == 4
+        // All of it: a byte that is read by itself has LLVM copy the others one by one.
+        u32::from_ne_bytes(self.family) == u32::from_ne_bytes([4, 0, 0, 0])
+    }
+
+    /// The octets as words, in memory's order.
+    #[inline(always)]
+    pub const fn words(&self) -> [u32; 4] {
+        // SAFETY: as many bytes, and any are valid.
+        unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(self.octets) }
     }
 
     /// The IPv4 address; meaningless for IPv6.
@@ -402,13 +410,13 @@ pub struct Counter {
 }
 
 layout! {
-    Address: 20, align 1 { family: 0, octets: 4 }
+    Address: 20, align 4 { family: 0, octets: 4 }
     Prefix: 24, align 8 { len: 0, address: 4 }
     Settings: 40, align 4 {
         abi_version: 0, flags: 4, tun: 8, mtu: 12, generation: 16, bank: 20, flows_per_source: 24,
         kept_ports: 28, ports: 32, flows_from_subnet: 36
     }
-    Way: 24, align 1 { link: 0, toward: 4 }
+    Way: 24, align 4 { link: 0, toward: 4 }
     WayPrefix: 28, align 4 { len: 0, way: 4 }
     Overlay: 16, align 4 { flags: 0, peer: 4, classes: 8 }
     Route: 4, align 4 { flags: 0 }

@@ -4,6 +4,7 @@ use core::cell::UnsafeCell;
 use core::marker::PhantomData;
 
 use crate::abi::{Address, Flow, Side, Tuple};
+use crate::frame::Bytes;
 
 /// An entry of the flow table, in place. What is behind the first [`Flow::V4_LEN`] bytes
 /// of an IPv4 flow may be something else, so it is no reference.
@@ -64,9 +65,9 @@ impl<'a> Entry<'a> {
     }
 
     #[inline(always)]
-    pub(crate) fn set_hardware(self, value: [u8; 12]) {
+    pub(crate) fn set_hardware(self, value: &Bytes<12>) {
         // SAFETY: as for the other fields.
-        unsafe { (*self.0).hardware = value }
+        unsafe { (*self.0).hardware = value.0 }
     }
 
     /// [`Flow::address`]; `v4`: whether it is an IPv4 flow.

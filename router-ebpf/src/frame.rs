@@ -43,9 +43,10 @@ pub trait Frame {
     /// Payload bytes of each segment of a super-packet; zero for a plain packet.
     fn gso_size(&self) -> u32;
 
-    /// `N` bytes at `AT`, if the packet has them. For headers, whose place is known to the compiler
-    /// and to the verifier: the cheap way.
-    fn header<const AT: usize, const N: usize>(&self) -> Option<[u8; N]>;
+    /// Fills `to` with the bytes at `AT`; `false` if the packet does not have them. For headers, whose
+    /// place is known to the compiler and to the verifier: the cheap way. No `Option`: of one that is none,
+    /// LLVM may read the bytes all the same where it does not look at them, and the verifier refuses that.
+    fn header<const AT: usize, const N: usize>(&self, to: &mut [u8; N]) -> bool;
 
     /// `N` bytes at any place, if the packet has them.
     fn read<const N: usize>(&self, at: u32) -> Option<Bytes<N>>;

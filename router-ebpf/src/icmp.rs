@@ -126,7 +126,7 @@ pub(crate) fn concerned<F: Frame, T: Tables>(
     }
     // The packet came through the other program, the other way.
     match quote(side.other(), packet, frame, tables) {
-        Some(quoted) if quoted.source == packet.tuple.destination => {
+        Some(quoted) if quoted.source.words() == packet.tuple.destination.words() => {
             if side == Side::Overlay {
                 match tables.peer(&Prefix::host(quoted.destination)) {
                     Some(concerned) if concerned.peer == peer => {}

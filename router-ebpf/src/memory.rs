@@ -44,8 +44,12 @@ impl Frame for Memory {
         self.gso_size
     }
 
-    fn header<const AT: usize, const N: usize>(&self) -> Option<[u8; N]> {
-        self.read(AT as u32).map(|bytes| bytes.0)
+    fn header<const AT: usize, const N: usize>(&self, to: &mut [u8; N]) -> bool {
+        let bytes = self.read::<N>(AT as u32);
+        if let Some(Bytes(bytes)) = bytes {
+            *to = bytes;
+        }
+        bytes.is_some()
     }
 
     fn read<const N: usize>(&self, at: u32) -> Option<Bytes<N>> {

@@ -197,7 +197,7 @@ impl Packet {
 /// for the stack of a program. [`Verdict::DropMalformed`] if it is not a whole IP packet.
 #[inline(always)]
 pub fn parse<F: Frame>(side: Side, frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
-    let start: [u8; 2] = frame.header::<0, 2>().ok_or(Verdict::DropMalformed)?;
+    let start: [u8; 2] = whole::<F, 0, 2>(frame)?;
     packet.gso_size = frame.gso_size();
     packet.tuple.ports = [[0; 2]; 2];
     packet.tcp_flags = 0;
@@ -223,11 +223,22 @@ pub fn parse<F: Frame>(side: Side, frame: &F, packet: &mut Packet) -> Result<(),
     Ok(())
 }
 
+/// The bytes of a header that every packet has.
+#[inline(always)]
+fn whole<F: Frame, const AT: usize, const N: usize>(frame: &F) -> Result<[u8; N], Verdict> {
+    let mut header = [0; N];
+    if frame.header::<AT, N>(&mut header) {
+        Ok(header)
+    } else {
+        Err(Verdict::DropMalformed)
+    }
+}
+
 /// RFC 791, section 3.1. The header checksum is not verified: an error in it survives the
 /// incremental update, and the next hop drops the packet.
 #[inline(always)]
 fn parse_v4<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
-    let header: [u8; 20] = frame.header::<0, 20>().ok_or(Verdict::DropMalformed)?;
+    let header: [u8; 20] = whole::<F, 0, 20>(frame)?;
     let header_len = 4 * u32::from(header[0] & 0x0f);
     let mut len = u32::from(u16::from_be_bytes([header[2], header[3]]));
     if header_len < 20 || len < header_len {
@@ -277,9 +288,9 @@ fn set_v4(address: &mut Address, octets: &[u8]) {
 #[inline(always)]
 fn parse_v6<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
     // Each address by itself, so that it is in registers: see `entry::by_words`.
-    let destination = frame.header::<24, 16>().ok_or(Verdict::DropMalformed)?;
-    let source = frame.header::<8, 16>().ok_or(Verdict::DropMalformed)?;
-    let header: [u8; 8] = frame.header::<0, 8>().ok_or(Verdict::DropMalformed)?;
+    let destination = whole::<F, 24, 16>(frame)?;
+    let source = whole::<F, 8, 16>(frame)?;
+    let header: [u8; 8] = whole::<F, 0, 8>(frame)?;
     packet.tuple.source = Address::v6(source);
     packet.tuple.destination = Address::v6(destination);
     packet.tuple.protocol = header[6];
@@ -298,9 +309,8 @@ fn parse_v6<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
     }
     if header[6] == IPV6_FRAGMENT {
         packet.transport = Transport::Bad;
-        if packet.len >= 40 + FRAGMENT_HEADER
-            && let Some(header) = frame.header::<40, 8>()
-        {
+        let mut header = [0; FRAGMENT_HEADER as usize];
+        if packet.len >= 40 + FRAGMENT_HEADER && frame.header::<40, _>(&mut header) {
             packet.is_fragment = true;
             packet.tuple.protocol = header[0];
             packet.id = [header[4], header[5], header[6], header[7]];
@@ -320,8 +330,10 @@ fn parse_v6<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
 #[inline(always)]
 fn parse_jumbo<F: Frame>(frame: &F, packet: &mut Packet) -> Result<(), Verdict> {
     packet.len = frame.len();
+    let mut header = [0; 4];
     if packet.transport == Transport::Options
-        && let Some([TCP, 0, 0xc2, 4]) = frame.header::<40, 4>()
+        && frame.header::<40, _>(&mut header)
+        && header == [TCP, 0, 0xc2, 4]
     {
         packet.tuple.protocol = TCP;
         packet.transport = Transport::Tcp;
@@ -356,9 +368,10 @@ fn transport<F: Frame, const AT: usize>(side: Side, frame: &F, packet: &mut Pack
     packet.transport = Transport::Bad;
     match kind {
         Transport::Tcp => {
-            let Some(header) = frame.header::<AT, 14>() else {
+            let mut header = [0; 14];
+            if !frame.header::<AT, _>(&mut header) {
                 return;
-            };
+            }
             packet.tuple.ports = [[header[0], header[1]], [header[2], header[3]]];
             packet.tcp_flags = header[13];
             packet.sequence = [
@@ -371,17 +384,21 @@ fn transport<F: Frame, const AT: usize>(side: Side, frame: &F, packet: &mut Pack
             }
         }
         Transport::Udp if payload >= 8 => {
-            let Some([a, b, c, d]) = frame.header::<AT, 4>() else {
+            let mut header = [0; 4];
+            if !frame.header::<AT, _>(&mut header) {
                 return;
-            };
+            }
+            let [a, b, c, d] = header;
             packet.tuple.ports = [[a, b], [c, d]];
             packet.transport_len = 8;
             packet.transport = kind;
         }
         Transport::Echo if payload >= 8 => {
-            let Some([kind, _, _, _, a, b]) = frame.header::<AT, 6>() else {
+            let mut header = [0; 6];
+            if !frame.header::<AT, _>(&mut header) {
                 return;
-            };
+            }
+            let [kind, _, _, _, a, b] = header;
             packet.transport = message(packet.tuple.protocol, packet.is_v4(), kind);
             if let Some(ports) = echo_ports(side, packet.tuple.protocol, kind, [a, b])
                 && packet.transport == Transport::Echo

@@ -8,11 +8,24 @@ use crate::verdict::Verdict;
 /// The route between the two ends of `tuple` as the program of `side` sees it, and the peer at its end;
 /// else why the fast path has nothing to do with it.
 #[inline(always)]
-pub(crate) fn between<'t, T: Tables>(
+pub(crate) fn between<T: Tables>(
     side: Side,
     tuple: &Tuple,
-    tables: &'t T,
-) -> Result<(Route, &'t Overlay), Verdict> {
+    tables: &T,
+) -> Result<(Route, Overlay), Verdict> {
+    let mut found = (Route { flags: 0 }, Overlay::of(0));
+    search(side, tuple, tables, &mut found)?;
+    Ok(found)
+}
+
+/// [`between`] as a function that the programs have once.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+fn search<T: Tables>(
+    side: Side,
+    tuple: &Tuple,
+    tables: &T,
+    found: &mut (Route, Overlay),
+) -> Result<(), Verdict> {
     let (overlay, subnet) = match side {
         Side::Overlay => (&tuple.source, &tuple.destination),
         Side::Subnet => (&tuple.destination, &tuple.source),
@@ -31,19 +44,21 @@ pub(crate) fn between<'t, T: Tables>(
     }
     check_scope(overlay)?;
     check_scope(subnet)?;
-    Ok((route, peer))
+    *found = (route, *peer);
+    Ok(())
 }
 
 /// Addresses that a router must not forward, or forwards by rules of its own (RFC 1812, RFC 4007).
 #[inline(always)]
 fn check_scope(address: &Address) -> Result<(), Verdict> {
-    let o = &address.octets;
+    let [first, second, third, _] = address.words();
+    let [a, b, ..] = first.to_ne_bytes();
     let special = if address.is_v4() {
         // 0/8, 127/8, 169.254/16, multicast, reserved and limited broadcast.
-        matches!(o[0], 0 | 127 | 224..) || (o[0] == 169 && o[1] == 254)
+        matches!(a, 0 | 127 | 224..) || (a == 169 && b == 254)
     } else {
         // Multicast; fe80::/10; ::/96 with the unspecified and the loopback address.
-        o[0] == 0xff || (o[0] == 0xfe && o[1] & 0xc0 == 0x80) || (o[0] == 0 && o[..12] == [0; 12])
+        a == 0xff || (a == 0xfe && b & 0xc0 == 0x80) || first | second | third == 0
     };
     if special {
         Err(Verdict::SlowScope)

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use crate::abi::{Address, Link, Overlay, Prefix, Route, Settings, Side};
 use crate::craft::{Ip, TCP, frame, sum};
 use crate::forward::Exit;
+use crate::frame::Bytes;
 use crate::memory::Memory;
 use crate::tables::Hop;
 use crate::verdict::Verdict;
@@ -89,7 +90,7 @@ pub(crate) fn router(snat: bool) -> World {
             gateway: [0; 4],
             link: if to_peer { TUN } else { NIC },
             mtu: 1500,
-            hardware: (!to_peer).then_some([6; 12]),
+            hardware: (!to_peer).then_some(Bytes([6; 12])),
         })
     });
     world

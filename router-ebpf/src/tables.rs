@@ -4,6 +4,7 @@ use crate::abi::{
     Account, Flow, Fragment, FragmentKey, Link, Overlay, Prefix, Route, Settings, Side, Tuple, Way,
 };
 use crate::entry::Entry;
+use crate::frame::Bytes;
 use crate::packet::Packet;
 use crate::verdict::Verdict;
 
@@ -43,9 +44,9 @@ pub trait Tables {
     /// A subnet-side NIC; `None` if `from_subnet` is not attached to it.
     fn link(&self, index: u32) -> Option<&Link>;
 
-    /// Writes the address that the kernel's masquerade takes on this way to `taken`, which is all zero;
+    /// Gives `flow`, whose address is all zero, the one that the kernel's masquerade takes on this way;
     /// `false` if there is none.
-    fn masquerade(&self, way: &Way, taken: &mut [u8; 16]) -> bool;
+    fn masquerade(&self, way: &Way, flow: &mut Flow) -> bool;
 
     /// Whether the policy lets a new flow through, and by which clause; its first packet has
     /// `tuple`, and its source is of `class`, or [`crate::policy::BY_ADDRESS`] if the subnet side opens it.
@@ -101,7 +102,7 @@ pub struct Hop {
     pub mtu: u32,
     /// Destination, then source hardware address; `None` while the neighbour is not known, and
     /// toward the TUN device.
-    pub hardware: Option<[u8; 12]>,
+    pub hardware: Option<Bytes<12>>,
 }
 
 /// The verdict of a return code of `bpf_fib_lookup` (`BPF_FIB_LKUP_RET_*` in linux/bpf.h) that is

@@ -233,14 +233,14 @@ impl Tables for View<'_> {
         self.world.links.get(&index)
     }
 
-    fn masquerade(&self, way: &Way, taken: &mut [u8; 16]) -> bool {
+    fn masquerade(&self, way: &Way, flow: &mut Flow) -> bool {
         let toward = Prefix::host(way.toward);
         let table = self.world.masquerade.iter();
         let longest = table
             .filter(|(link, net, _)| link.to_ne_bytes() == way.link && contains(net, &toward))
             .max_by_key(|(_, net, _)| net.len);
         if let Some((.., address)) = longest {
-            *taken = *address;
+            flow.address = *address;
         }
         longest.is_some()
     }

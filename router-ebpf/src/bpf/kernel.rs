@@ -9,7 +9,8 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers;
 use aya_ebpf::programs::TcContext;
-use router_ebpf::abi::{Address, Tuple};
+use router_ebpf::abi::Tuple;
+use router_ebpf::frame::Bytes;
 use router_ebpf::packet::{Packet, TCP, UDP};
 
 use super::work;
@@ -31,12 +32,11 @@ pub(crate) fn ingress(ctx: &TcContext) -> u32 {
 }
 
 /// What the kernel's routing answers.
-#[derive(Default)]
 pub(crate) struct Answer {
     pub(crate) link: u32,
     pub(crate) gateway: [u8; 4],
     pub(crate) mtu: u32,
-    pub(crate) hardware: [u8; 12],
+    pub(crate) hardware: Bytes<12>,
 }
 
 /// Asks the kernel's routing. Types with a niche do not go through the signature: LLVM
@@ -66,8 +66,8 @@ pub(crate) fn ask_fib(ctx: &TcContext, packet: &Packet, len: u32, answer: &mut A
     }
     // SAFETY: every bit pattern is a valid `u16`.
     answer.mtu = u32::from(unsafe { query.__bindgen_anon_1.mtu_result });
-    answer.hardware[..6].copy_from_slice(&query.dmac);
-    answer.hardware[6..].copy_from_slice(&query.smac);
+    answer.hardware.0[..6].copy_from_slice(&query.dmac);
+    answer.hardware.0[6..].copy_from_slice(&query.smac);
     code
 }
 
@@ -88,8 +88,8 @@ pub(crate) fn is_socket(ctx: &TcContext, tuple: &Tuple) -> bool {
         size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1>()
     } else {
         query.__bindgen_anon_1.ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
-            saddr: words(&tuple.source),
-            daddr: words(&tuple.destination),
+            saddr: tuple.source.words(),
+            daddr: tuple.destination.words(),
             sport: source_port,
             dport: destination_port,
         };
@@ -186,18 +186,7 @@ fn ask(query: &mut bpf_fib_lookup, packet: &Packet, len: u32, ingress: u32) {
         query.family = AF_INET6;
         let [version, a, b, c] = packet.first_word;
         query.__bindgen_anon_2.flowinfo = u32::from_ne_bytes([version & 0x0f, a, b, c]);
-        query.__bindgen_anon_3.ipv6_src = words(&packet.tuple.source);
-        query.__bindgen_anon_4.ipv6_dst = words(&packet.tuple.destination);
+        query.__bindgen_anon_3.ipv6_src = packet.tuple.source.words();
+        query.__bindgen_anon_4.ipv6_dst = packet.tuple.destination.words();
     }
-}
-
-#[inline(always)]
-fn words(address: &Address) -> [u32; 4] {
-    let o = &address.octets;
-    [
-        u32::from_ne_bytes([o[0], o[1], o[2], o[3]]),
-        u32::from_ne_bytes([o[4], o[5], o[6], o[7]]),
-        u32::from_ne_bytes([o[8], o[9], o[10], o[11]]),
-        u32::from_ne_bytes([o[12], o[13], o[14], o[15]]),
-    ]
 }

@@ -29,8 +29,9 @@ pub(super) static OVERLAY: LpmTrie<Address, Overlay, MAX_OVERLAY> = LpmTrie::new
 pub(super) static ROUTES: LpmTrie<Address, Route, MAX_ROUTES> = LpmTrie::new();
 #[btf_map]
 pub(super) static LINKS: HashMap<u32, Link, MAX_LINKS> = HashMap::new();
+/// Octets of addresses as words.
 #[btf_map]
-pub(super) static MASQUERADE: LpmTrie<Way, [u8; 16], MAX_MASQUERADE> = LpmTrie::new();
+pub(super) static MASQUERADE: LpmTrie<Way, [u32; 4], MAX_MASQUERADE> = LpmTrie::new();
 #[btf_map]
 static COUNTERS: PerCpuArray<Counter, MAX_COUNTERS> = PerCpuArray::new();
 #[btf_map]

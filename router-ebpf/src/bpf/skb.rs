@@ -146,27 +146,26 @@ impl Frame for Skb<'_> {
     }
 
     #[inline(always)]
-    fn header<const AT: usize, const N: usize>(&self) -> Option<[u8; N]> {
+    fn header<const AT: usize, const N: usize>(&self, to: &mut [u8; N]) -> bool {
         let start = self.ctx.data() + self.offset as usize + AT;
         if start + N > self.ctx.data_end() {
-            return None;
+            return false;
         }
-        let mut bytes = Bytes([0; N]);
         let mut at = 0;
         while at + 4 <= N {
             // By words, for a load of unknown alignment LLVM makes a load of every byte. BPF knows no
             // alignment by itself: where the machine does, the verifier refuses such a load.
             // SAFETY: the bytes lie between `data` and `data_end`, as the verifier checks too.
             let word = unsafe { ((start + at) as *const u32).read() };
-            bytes.0[at..at + 4].copy_from_slice(&word.to_ne_bytes());
+            to[at..at + 4].copy_from_slice(&word.to_ne_bytes());
             at += 4;
         }
         while at < N {
             // SAFETY: as above.
-            bytes.0[at] = unsafe { ((start + at) as *const u8).read() };
+            to[at] = unsafe { ((start + at) as *const u8).read() };
             at += 1;
         }
-        Some(bytes.0)
+        true
     }
 
     #[inline(always)]

@@ -11,6 +11,7 @@ use router_ebpf::abi::{
     WayPrefix,
 };
 use router_ebpf::entry::Entry;
+use router_ebpf::frame::Bytes;
 use router_ebpf::packet::Packet;
 use router_ebpf::tables::{Hop, NO_CLAUSE, Refused, Tables, fib_failure};
 use router_ebpf::verdict::Verdict;
@@ -89,14 +90,15 @@ impl Tables for Maps<'_> {
     }
 
     #[inline(never)]
-    fn masquerade(&self, way: &Way, taken: &mut [u8; 16]) -> bool {
+    fn masquerade(&self, way: &Way, flow: &mut Flow) -> bool {
         let host = WayPrefix::host(*way);
         const _: () = assert!(size_of::<WayPrefix>() == size_of::<Key<Way>>());
         // SAFETY: as in `key`.
         let key: &Key<Way> = unsafe { &*core::ptr::from_ref(&host).cast() };
         match MASQUERADE.get(key) {
             Some(address) => {
-                *taken = *address;
+                // SAFETY: as many bytes, and any are valid.
+                flow.address = unsafe { core::mem::transmute::<[u32; 4], [u8; 16]>(*address) };
                 true
             }
             None => false,
@@ -193,7 +195,12 @@ impl Tables for Maps<'_> {
 
     #[inline(always)]
     fn next_hop(&self, packet: &Packet, len: u32, settings: &Settings) -> Result<Hop, Verdict> {
-        let mut answer = Answer::default();
+        let mut answer = Answer {
+            link: 0,
+            gateway: [0; 4],
+            mtu: 0,
+            hardware: Bytes([0; 12]),
+        };
         let code = kernel::ask_fib(self.ctx, packet, len, &mut answer);
         if code != FIB_SUCCESS && code != FIB_NO_NEIGHBOUR {
             return Err(fib_failure(code));

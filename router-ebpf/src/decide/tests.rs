@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use super::*;
 use crate::abi::{Address, Link, Overlay, Route};
 use crate::craft::{ACK, Ip, frame, mss};
+use crate::frame::Bytes;
 use crate::memory::Memory;
 use crate::tables::{Hop, fib_failure};
 use crate::world::World;
@@ -49,7 +50,7 @@ fn answer(world: &mut World, mtu: u32) {
             gateway: [0; 4],
             link: if to_peer { TUN } else { NIC },
             mtu: if to_peer { u32::MAX } else { mtu },
-            hardware: (!to_peer).then_some(MAC),
+            hardware: (!to_peer).then_some(Bytes(MAC)),
         })
     });
 }
@@ -157,7 +158,7 @@ fn both_directions_agree_on_the_interfaces() {
                 gateway: [0; 4],
                 link,
                 mtu: 1500,
-                hardware: Some(MAC),
+                hardware: Some(Bytes(MAC)),
             })
         })
     };
@@ -200,7 +201,7 @@ fn what_may_be_cut_is_translated_before_the_kernel_cuts_it() {
             if flags == 0 && len > 1280 {
                 return Err(Verdict::SlowMtu);
             }
-            let (link, mtu, hardware) = (NIC, if flags == 0 { 0 } else { 1280 }, Some(MAC));
+            let (link, mtu, hardware) = (NIC, if flags == 0 { 0 } else { 1280 }, Some(Bytes(MAC)));
             Ok(Hop {
                 gateway: [0; 4],
                 link,

@@ -1,10 +1,10 @@
 //! Which external address stands for an overlay address.
 
-use crate::abi::{Address, Link, Tuple, Way};
+use crate::abi::{Address, Flow, Link, Tuple, Way};
 use crate::tables::{Hop, Tables};
 use crate::verdict::Verdict;
 
-/// Writes the external address for a flow by `hop`, whose NIC is `link`, to `chosen`, which is all zero.
+/// Gives `chosen`, whose address is all zero, the external address for a flow by `hop`, whose NIC is `link`.
 /// Of those chosen by hand an overlay address always gets the same one (RFC 4787, REQ-2). There may
 /// be none of the family.
 #[inline(always)]
@@ -13,7 +13,7 @@ pub(super) fn choose<T: Tables>(
     hop: &Hop,
     link: &Link,
     tables: &T,
-    chosen: &mut [u8; 16],
+    chosen: &mut Flow,
 ) -> Result<(), Verdict> {
     let source = &tuple.source;
     let count = if source.is_v4() {
@@ -23,7 +23,7 @@ pub(super) fn choose<T: Tables>(
     };
     if count == 0 {
         let mut way = Way::new(hop.link, tuple.destination);
-        if source.is_v4() && hop.gateway != [0; 4] {
+        if source.is_v4() && u32::from_ne_bytes(hop.gateway) != 0 {
             way.toward = Address::v4(hop.gateway);
         }
         return if tables.masquerade(&way, chosen) {
@@ -35,9 +35,9 @@ pub(super) fn choose<T: Tables>(
     // The mask is for the verifier.
     let slot = slot(source, count.into()) as usize & (link.v4.len() - 1);
     if source.is_v4() {
-        chosen[..4].copy_from_slice(&link.v4[slot]);
+        chosen.address[..4].copy_from_slice(&link.v4[slot]);
     } else {
-        *chosen = link.v6[slot];
+        chosen.address = link.v6[slot];
     }
     Ok(())
 }

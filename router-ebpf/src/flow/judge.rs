@@ -66,7 +66,7 @@ pub fn judge<T: Tables>(
     } else {
         (Side::Overlay, overlay)
     };
-    let class = opening::class(opener, peer, settings);
+    let class = opening::class(opener, &peer, settings);
     tables.permits(class, &first, settings)?;
     if side == Side::Subnet {
         entry.set_generation(generation);
@@ -83,7 +83,7 @@ pub fn judge<T: Tables>(
     entry.set_link(hop.link);
     entry.set_mtu(path_mtu(hop.mtu.min(route.mtu()), link, settings));
     if let Some(hardware) = hop.hardware {
-        entry.set_hardware(hardware);
+        entry.set_hardware(&hardware);
         entry.set_generation(generation);
     }
     Ok(())

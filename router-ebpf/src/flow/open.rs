@@ -1,5 +1,7 @@
 //! The first packet of a flow opens it.
 
+use core::mem::MaybeUninit;
+
 use super::external;
 use super::judge::{generation, path_mtu};
 use crate::abi::{Account, Flow, Route, Settings, Side, Tuple};
@@ -21,6 +23,20 @@ pub struct Draft {
     tuple: Tuple,
     /// Who opens it, and all of that side.
     accounts: [Account; 2],
+}
+
+/// As `*to = *from`, word by word as in [`clear`].
+#[inline(always)]
+fn copy(from: &Tuple, to: &mut Tuple) {
+    const WORDS: usize = size_of::<Tuple>() / size_of::<u64>();
+    let from = core::ptr::from_ref(from).cast::<MaybeUninit<u64>>();
+    let to = core::ptr::from_mut(to).cast::<MaybeUninit<u64>>();
+    let mut word = 0;
+    while word < WORDS {
+        // SAFETY: both are as long, and aligned so; what is padding may stay without a value.
+        unsafe { to.add(word).write_volatile(from.add(word).read_volatile()) };
+        word += 1;
+    }
 }
 
 /// Makes all of an entry zero. Of a value of zeros LLVM makes a call for BPF, which goes byte by byte.
@@ -45,15 +61,13 @@ pub fn open<T: Tables>(
 ) -> Result<(), Verdict> {
     let settings = tables.settings().ok_or(Verdict::DropInternal)?;
     let generation = generation(settings);
-    match packet.transport {
-        Transport::Error => return Err(route::refuse(side, packet, tables, Verdict::SlowNoFlow)),
-        Transport::Fragment => {
-            return Err(route::refuse(side, packet, tables, Verdict::DropFragment));
-        }
-        _ => {}
-    }
     let tuple = &packet.tuple;
     let (route, peer) = route::between(side, tuple, tables)?;
+    match packet.transport {
+        Transport::Error => return Err(Verdict::SlowNoFlow),
+        Transport::Fragment => return Err(Verdict::DropFragment),
+        _ => {}
+    }
     if packet.ttl <= 1 {
         return Err(Verdict::SlowTtl);
     }
@@ -61,7 +75,7 @@ pub fn open<T: Tables>(
     if snat && packet.is_underway(side) {
         return Err(Verdict::SlowNoFlow);
     }
-    let class = opening::class(side, peer, settings);
+    let class = opening::class(side, &peer, settings);
     let clause = tables.permits(class, tuple, settings)?;
     let hop = tables.next_hop(packet, packet.header_len, settings)?;
     let now = tables.now();
@@ -85,7 +99,7 @@ pub fn open<T: Tables>(
             // Without it the flow is opened all the same: the answer to what the kernel carries then
             // comes by this table.
             if let Some(hardware) = hop.hardware {
-                overlay.hardware = hardware;
+                overlay.hardware = hardware.0;
                 overlay.generation = generation;
             }
             subnet.address = tuple.source.octets;
@@ -93,7 +107,7 @@ pub fn open<T: Tables>(
             if snat {
                 overlay.flags = Flow::SNAT;
                 subnet.flags = Flow::SNAT;
-                external::choose(tuple, &hop, link, tables, &mut overlay.address)?;
+                external::choose(tuple, &hop, link, tables, overlay)?;
             } else {
                 overlay.address = tuple.source.octets;
             }
@@ -121,7 +135,7 @@ pub fn open<T: Tables>(
             return Err(Verdict::DropSourceLimit);
         }
     } else {
-        *forward = *tuple;
+        copy(tuple, forward);
         *opener = Account::peer(peer.peer, &tuple.source);
     }
     let added = counted(opener, settings.flows_per_source, tables, || {

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use crate::abi::{Flow, Side, Tuple};
 use crate::craft::{Ip, TCP, UDP};
 use crate::forward::Exit;
+use crate::frame::Bytes;
 use crate::memory::Memory;
 use crate::packet::{ACK, FIN, RST, SYN};
 use crate::site::*;
@@ -241,7 +242,7 @@ fn the_next_hop_is_found_once_a_generation() {
             })
         })
     };
-    world.routing = moved(Some([8; 12]));
+    world.routing = moved(Some(Bytes([8; 12])));
     assert_eq!(run(&mut world).hardware, [6; 12]);
     world.settings.generation += 1;
     assert_eq!(run(&mut world).hardware, [8; 12]);
@@ -252,7 +253,7 @@ fn the_next_hop_is_found_once_a_generation() {
         let forward = run(&mut world);
         assert_eq!((forward.exit, forward.link), (Exit::Neighbour, NIC));
     }
-    world.routing = moved(Some([9; 12]));
+    world.routing = moved(Some(Bytes([9; 12])));
     let forward = run(&mut world);
     assert_eq!((forward.exit, forward.hardware), (Exit::Ethernet, [9; 12]));
 }
@@ -271,7 +272,7 @@ fn a_flow_whose_way_is_elsewhere_keeps_its_translation_or_waits() {
                 gateway: [0; 4],
                 link: NIC + 1,
                 mtu: 1500,
-                hardware: Some([8; 12]),
+                hardware: Some(Bytes([8; 12])),
             })
         });
         world.settings.generation += 1;

@@ -17,6 +17,7 @@ use router_ebpf::abi::{
 };
 use router_ebpf::craft::*;
 use router_ebpf::forward::{Answer, Exit, Forward};
+use router_ebpf::frame::Bytes;
 use router_ebpf::memory::Memory;
 use router_ebpf::packet::Packet;
 use router_ebpf::tables::Hop;
@@ -173,7 +174,7 @@ fn next_hop(
             Some(mtu) if has_fib_mtu() => mtu.into(),
             _ => u32::MAX,
         },
-        hardware: mtu.map(|_| hardware),
+        hardware: mtu.map(|_| Bytes(hardware)),
     };
     // Of IPv6 the first address of a network is every router's (RFC 4291, section 2.6.1).
     let own = [Some(ROUTER), (family == Family::V6).then_some(0)];
