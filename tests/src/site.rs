@@ -309,12 +309,24 @@ pub struct Running {
 impl Running {
     /// Builds it all. Where sources are not translated, the VPC routes the overlay.
     pub fn new(lab: &Lab, arms: Arms, datapath: &'static str, snat: bool) -> anyhow::Result<Self> {
+        Self::with(lab, arms, datapath, snat, |_| {})
+    }
+
+    /// The same with a changed configuration.
+    pub fn with(
+        lab: &Lab,
+        arms: Arms,
+        datapath: &'static str,
+        snat: bool,
+        change: impl FnOnce(&mut Config),
+    ) -> anyhow::Result<Self> {
         let site = Site::new(lab, arms)?;
         if !snat {
             site.route_overlay()?;
         }
         let client = Client::new("laptop", 2)?;
-        let config = config(&[&client], datapath, snat)?;
+        let mut config = config(&[&client], datapath, snat)?;
+        change(&mut config);
         let sluice = site.router.sluice(&config)?;
         let tunnel = client.connect(&site.laptop, &config.key)?;
         Ok(Self {

@@ -36,27 +36,11 @@ fn dropped(sluice: &Sluice) -> anyhow::Result<[u64; 3]> {
 
 /// A running site with the uplink guarded.
 fn guarded(lab: &lab::Lab, arms: Arms, datapath: &'static str) -> anyhow::Result<Running> {
-    let site = Site::new(lab, arms)?;
-    site.route_overlay()?;
-    let client = Client::new("laptop", 2)?;
-    let mut config = site::config(&[&client], datapath, false)?;
-    config.guard = true;
-    let sluice = site.router.sluice(&config)?;
+    let run = Running::with(lab, arms, datapath, false, |config| config.guard = true)?;
     let uplink = if arms == Arms::One { "eth0" } else { "wan" };
-    let status = sluice.status()?;
-    ensure!(
-        status["uplink_guard"]["interface"] == uplink,
-        "{}",
-        status["uplink_guard"]
-    );
-    let tunnel = client.connect(&site.laptop, &config.key)?;
-    Ok(Running {
-        site,
-        client,
-        config,
-        sluice,
-        tunnel,
-    })
+    let guard = &run.sluice.status()?["uplink_guard"];
+    ensure!(guard["interface"] == uplink, "{guard}");
+    Ok(run)
 }
 
 fn downloads(host: &Host) -> anyhow::Result<()> {

@@ -26,22 +26,7 @@ on_every_path!(
 
 /// A running site with a changed configuration.
 fn running(lab: &Lab, path: Path, change: impl FnOnce(&mut Config)) -> anyhow::Result<Running> {
-    let site = Site::new(lab, Arms::Two)?;
-    if !path.snat() {
-        site.route_overlay()?;
-    }
-    let client = Client::new("laptop", 2)?;
-    let mut config = site::config(&[&client], path.datapath(), path.snat())?;
-    change(&mut config);
-    let sluice = site.router.sluice(&config)?;
-    let tunnel = client.connect(&site.laptop, &config.key)?;
-    Ok(Running {
-        site,
-        client,
-        config,
-        sluice,
-        tunnel,
-    })
+    Running::with(lab, Arms::Two, path.datapath(), path.snat(), change)
 }
 
 fn an_idle_connection_survives_what_changes_around_it(path: Path) {

@@ -4,13 +4,13 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Context;
 use lab::packet::Packet;
-use lab::site::{self, Arms, Client, Running, SERVER, Site};
+use lab::site::{Arms, Running, SERVER};
 use lab::{http, poll, wait_until};
 use router_ebpf::craft::Ip;
 
 use super::super::policy::to_vpc;
 use super::super::{Path, SOON, handled, on_every_path, warm_up};
-use super::{BRIEFLY, PORT, discover_mtu, receive, udp_at, udp_to};
+use super::{BRIEFLY, PORT, discover_mtu, receive, udp_at, udp_flow, udp_to};
 
 on_every_path!(
     datagrams_of_all_sizes_cross_both_ways,
@@ -24,11 +24,7 @@ on_every_path!(
 /// must be cut by ours.
 pub(super) fn echo_all_sizes(run: &Running, path: Path) -> anyhow::Result<()> {
     for server in SERVER {
-        let address = SocketAddr::new(server, PORT);
-        let far = udp_at(&run.site.server, address)?;
-        let near = udp_to(&run.site.laptop, address)?;
-        near.send(b"hello")?;
-        receive(&far)?;
+        let (near, far, _) = udp_flow(&run.site, server)?;
         for socket in [&near, &far] {
             discover_mtu(socket, server, libc::IP_PMTUDISC_DONT)?;
         }
@@ -84,21 +80,8 @@ fn datagrams_of_all_sizes_cross_both_ways_under_a_policy(path: Path) {
 }
 
 fn under_a_policy(lab: &lab::Lab, path: Path) -> anyhow::Result<Running> {
-    let site = Site::new(lab, Arms::Two)?;
-    if !path.snat() {
-        site.route_overlay()?;
-    }
-    let client = Client::new("laptop", 2)?;
-    let mut config = site::config(&[&client], path.datapath(), path.snat())?;
-    config.rules = vec![to_vpc("laptop", &format!(":{PORT}"), &["udp"])];
-    let sluice = site.router.sluice(&config)?;
-    let tunnel = client.connect(&site.laptop, &config.key)?;
-    Ok(Running {
-        site,
-        client,
-        config,
-        sluice,
-        tunnel,
+    Running::with(lab, Arms::Two, path.datapath(), path.snat(), |config| {
+        config.rules = vec![to_vpc("laptop", &format!(":{PORT}"), &["udp"])];
     })
 }
 
@@ -152,11 +135,7 @@ fn fragments_too_big_for_a_narrow_link_are_reported(path: Path) {
         let core = run.site.core.as_ref().context("two-armed")?;
         for (server, source) in SERVER.into_iter().zip(run.client.addresses) {
             warm_up(&run.site.laptop, server)?;
-            let address = SocketAddr::new(server, PORT);
-            let far = udp_at(&run.site.server, address)?;
-            let near = udp_to(&run.site.laptop, address)?;
-            near.send(b"hello")?;
-            receive(&far)?;
+            let (near, far, _) = udp_flow(&run.site, server)?;
             core.ip(&format!("link set server mtu {NARROW}"))?;
             // The kernel puts fragments together, and sends others.
             let by_programs = path.datapath() == "ebpf";

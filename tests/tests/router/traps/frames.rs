@@ -10,7 +10,7 @@ use lab::socket::set_option;
 use router_ebpf::craft::{Ip, frame};
 
 use super::super::{HTTP, Path, SOON, on_every_path, serve, warm_up};
-use super::{PORT, receive, udp_at, udp_to};
+use super::{PORT, receive, udp_at, udp_flow, udp_to};
 
 on_every_path!(
     extension_headers_arrive,
@@ -101,11 +101,7 @@ fn strange_frames_disturb_nothing(path: Path) {
         let stranger = Client::new("stranger", 77)?.addresses;
         for (family, server) in SERVER.into_iter().enumerate() {
             warm_up(&run.site.laptop, server)?;
-            let address = SocketAddr::new(server, PORT);
-            let far = udp_at(&run.site.server, address)?;
-            let near = udp_to(&run.site.laptop, address)?;
-            near.send(b"hello")?;
-            let (_, from) = receive(&far)?;
+            let (near, far, from) = udp_flow(&run.site, server)?;
 
             let at_laptop = run.site.laptop.capture(run.tunnel.device())?;
             let to_nic = hardware_address(&run, "lan")?;
@@ -160,11 +156,7 @@ fn priority_tagged_frames_are_taken(path: Path) {
         let core = run.site.core.as_ref().context("two-armed")?;
         for server in SERVER {
             warm_up(&run.site.laptop, server)?;
-            let address = SocketAddr::new(server, PORT);
-            let far = udp_at(&run.site.server, address)?;
-            let near = udp_to(&run.site.laptop, address)?;
-            near.send(b"hello")?;
-            let (_, from) = receive(&far)?;
+            let (near, _far, from) = udp_flow(&run.site, server)?;
             let at_laptop = run.site.laptop.capture(run.tunnel.device())?;
             let to_nic = hardware_address(&run, "lan")?;
             let reply = Ip::udp(server, from.ip(), 400).ports(PORT, from.port());

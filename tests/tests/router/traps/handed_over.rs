@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use anyhow::Context;
-use lab::site::{self, Arms, Client, OVERLAY, ROUTER, Running, SERVER, Site, VPC};
+use lab::site::{self, Arms, OVERLAY, ROUTER, Running, SERVER, VPC};
 use lab::sluice::Rule;
 use lab::socket::set_option;
 use lab::{Lab, http, poll};
@@ -23,24 +23,16 @@ const NARROW: u16 = 1300;
 
 /// The subnet may speak to peers, and no peer to the subnet.
 fn only_the_subnet_may_begin(lab: &Lab, path: Path) -> anyhow::Result<Running> {
-    let site = Site::new(lab, Arms::Two)?;
-    site.route_overlay()?;
-    let client = Client::new("laptop", 2)?;
-    let mut config = site::config(&[&client], path.datapath(), path.snat())?;
-    config.rules = vec![Rule {
-        from: VPC.map(str::to_owned).into(),
-        to: OVERLAY.map(str::to_owned).into(),
-        protocols: Vec::new(),
-    }];
-    let sluice = site.router.sluice(&config)?;
-    let tunnel = client.connect(&site.laptop, &config.key)?;
-    let run = Running {
-        site,
-        client,
-        config,
-        sluice,
-        tunnel,
-    };
+    let run = Running::with(lab, Arms::Two, path.datapath(), path.snat(), |config| {
+        config.rules = vec![Rule {
+            from: VPC.map(str::to_owned).into(),
+            to: OVERLAY.map(str::to_owned).into(),
+            protocols: Vec::new(),
+        }];
+    })?;
+    if path.snat() {
+        run.site.route_overlay()?;
+    }
     // The router cannot know where the laptop is before that one speaks; it need not be answered.
     let _ = run.site.laptop.pings(&ROUTER[0].to_string(), &[])?;
     Ok(run)

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use lab::Host;
+use lab::site::Site;
 use lab::socket::{option, set_option};
 
 use super::SOON;
@@ -56,6 +57,16 @@ fn receive(socket: &UdpSocket) -> anyhow::Result<(Vec<u8>, SocketAddr)> {
     let (len, from) = socket.recv_from(&mut buffer).context("no datagram")?;
     buffer.truncate(len);
     Ok((buffer, from))
+}
+
+/// Both ends of a UDP flow of the laptop to `server` that has begun, and its source as the server sees it.
+fn udp_flow(site: &Site, server: IpAddr) -> anyhow::Result<(UdpSocket, UdpSocket, SocketAddr)> {
+    let address = SocketAddr::new(server, PORT);
+    let far = udp_at(&site.server, address)?;
+    let near = udp_to(&site.laptop, address)?;
+    near.send(b"hello")?;
+    let (_, from) = receive(&far)?;
+    Ok((near, far, from))
 }
 
 /// Both ends of a connection from `host` to `address`, where `server` listens.

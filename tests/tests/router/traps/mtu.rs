@@ -1,7 +1,7 @@
 //! Path MTU discovery: whoever sends too much must be told, by a message that its kernel believes.
 
 use std::io::{Read, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use anyhow::Context;
 use lab::packet::{Packet, UDP};
@@ -10,7 +10,7 @@ use lab::{http, poll};
 
 use super::super::{HTTP, Path, SOON, on_every_path, serve, warm_up};
 use super::{
-    BRIEFLY, PORT, discover_mtu, path_mtu, receive, tcp_pair, udp_at, udp_headers, udp_to,
+    BRIEFLY, PORT, discover_mtu, path_mtu, receive, tcp_pair, udp_at, udp_flow, udp_headers, udp_to,
 };
 
 on_every_path!(
@@ -29,11 +29,7 @@ fn the_server_learns_the_tunnels_mtu(path: Path) {
         let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
         for server in SERVER {
             warm_up(&run.site.laptop, server)?;
-            let address = SocketAddr::new(server, PORT);
-            let far = udp_at(&run.site.server, address)?;
-            let near = udp_to(&run.site.laptop, address)?;
-            near.send(b"hello")?;
-            let (_, from) = receive(&far)?;
+            let (near, far, from) = udp_flow(&run.site, server)?;
             run.site.server.enter(|| far.connect(from))??;
             discover_mtu(&far, server, libc::IP_PMTUDISC_DO)?;
             assert!(path_mtu(&far, server)? > TUNNEL_MTU);
@@ -52,6 +48,20 @@ fn the_server_learns_the_tunnels_mtu(path: Path) {
         }
         Ok(())
     });
+}
+
+/// Waits until the laptop knows by errors that the way to `server` is narrow, and has sent the largest datagram
+/// that fits, which it yields.
+fn learns(near: &UdpSocket, server: IpAddr) -> anyhow::Result<Vec<u8>> {
+    discover_mtu(near, server, libc::IP_PMTUDISC_DO)?;
+    let too_big = vec![0; usize::from(TUNNEL_MTU) - udp_headers(server)];
+    poll(SOON, "the laptop to learn the MTU", || {
+        let _ = near.send(&too_big);
+        path_mtu(near, server).ok().filter(|mtu| *mtu == NARROW)
+    })?;
+    let largest = http::pattern(usize::from(NARROW) - udp_headers(server));
+    poll(SOON, "the errors to end", || near.send(&largest).ok())?;
+    Ok(largest)
 }
 
 /// Behind the next router, and at our own NIC.
@@ -76,16 +86,8 @@ fn the_laptop_learns_the_mtu_of_a_narrow_link(path: Path) {
                 let address = SocketAddr::new(server, PORT);
                 let far = udp_at(&run.site.server, address)?;
                 let near = udp_to(laptop, address)?;
-                discover_mtu(&near, server, libc::IP_PMTUDISC_DO)?;
                 assert_eq!(path_mtu(&near, server)?, TUNNEL_MTU, "{what}");
-                let too_big = vec![0; usize::from(TUNNEL_MTU) - udp_headers(server)];
-                poll(SOON, "the laptop to learn the link's MTU", || {
-                    let _ = near.send(&too_big);
-                    path_mtu(&near, server).ok().filter(|mtu| *mtu == NARROW)
-                })
-                .with_context(|| what.clone())?;
-                let largest = http::pattern(usize::from(NARROW) - udp_headers(server));
-                poll(SOON, "the errors to end", || near.send(&largest).ok())?;
+                let largest = learns(&near, server).with_context(|| what.clone())?;
                 // Before the router knew its NIC's new MTU, larger ones may have come through.
                 poll(SOON, "the largest that fits", || {
                     (receive(&far).ok()?.0 == largest).then_some(())
@@ -111,26 +113,14 @@ fn a_routes_own_mtu_holds(path: Path) {
             let what = format!("{path:?} {server}");
             warm_up(laptop, server)?;
             // More specific than the advertised one, while a flow is there.
-            let address = SocketAddr::new(server, PORT);
-            let far = udp_at(&run.site.server, address)?;
-            let near = udp_to(laptop, address)?;
-            near.send(b"hello")?;
-            let (_, from) = receive(&far)?;
+            let (near, far, from) = udp_flow(&run.site, server)?;
             let net = if server.is_ipv4() {
                 "10.20.0.0/24"
             } else {
                 "2001:db8:20::/64"
             };
             router.ip(&format!("route add {net} via {gateway} mtu {NARROW}"))?;
-            discover_mtu(&near, server, libc::IP_PMTUDISC_DO)?;
-            let too_big = vec![0; usize::from(TUNNEL_MTU) - udp_headers(server)];
-            poll(SOON, "the laptop to learn the route's MTU", || {
-                let _ = near.send(&too_big);
-                path_mtu(&near, server).ok().filter(|mtu| *mtu == NARROW)
-            })
-            .with_context(|| what.clone())?;
-            let largest = http::pattern(usize::from(NARROW) - udp_headers(server));
-            poll(SOON, "the errors to end", || near.send(&largest).ok())?;
+            let largest = learns(&near, server).with_context(|| what.clone())?;
             poll(SOON, "the largest that fits", || {
                 (receive(&far).ok()? == (largest.clone(), from)).then_some(())
             })
@@ -147,7 +137,7 @@ fn a_routes_own_mtu_holds(path: Path) {
             ];
             assert_eq!(announced, [NARROW - headers; 2], "{what}");
             router.ip(&format!("route delete {net} via {gateway}"))?;
-            let wide = http::pattern(too_big.len());
+            let wide = http::pattern(usize::from(TUNNEL_MTU) - udp_headers(server));
             poll(SOON, "the route's MTU to be forgotten", || {
                 for family in ["-4", "-6"] {
                     laptop.ip(&format!("{family} route flush cache")).ok()?;
