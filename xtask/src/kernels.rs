@@ -94,7 +94,7 @@ pub(crate) fn run(release: Option<&str>, inside: Option<&str>) -> Result<ExitCod
     }
     let mut filters = vec![format!("{TESTS}{}", release.unwrap_or_default())];
     if let (Some(release), None) = (release, inside) {
-        filters.push(format!("{TESTS}systemd::{release}"));
+        filters.extend(["beside", "systemd"].map(|of| format!("{TESTS}{of}::{release}")));
     }
     test::by_twos(&mut tests, &filters)
 }

@@ -83,6 +83,7 @@ pub struct Machine {
     files: Vec<(PathBuf, String)>,
     programs: Vec<(PathBuf, String)>,
     taps: Vec<String>,
+    parameters: Vec<String>,
 }
 
 impl Machine {
@@ -94,6 +95,7 @@ impl Machine {
             files: Vec::new(),
             programs: Vec::new(),
             taps: Vec::new(),
+            parameters: Vec::new(),
         }
     }
 
@@ -122,6 +124,12 @@ impl Machine {
         self
     }
 
+    /// Boots its kernel with this parameter.
+    pub fn parameter(mut self, parameter: &str) -> Self {
+        self.parameters.push(parameter.to_owned());
+        self
+    }
+
     /// Boots it, as a process of this host.
     pub fn boot(&self, host: &Host) -> anyhow::Result<Guest> {
         let folder = host.folder();
@@ -136,7 +144,8 @@ impl Machine {
             .arg(self.kernel.folder.join("vmlinuz"))
             .arg("-initrd")
             .arg(&image)
-            .args(["-append", COMMAND_LINE])
+            .arg("-append")
+            .arg(format!("{COMMAND_LINE} {}", self.parameters.join(" ")))
             .args(["-serial", &format!("file:{}", console.display())])
             .args(["-serial", &format!("unix:{},server=on", control.display())])
             .args(self.nics());
