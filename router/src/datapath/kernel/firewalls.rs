@@ -27,9 +27,11 @@ const REST: u32 = 50;
 /// Less than one in so many packets is lost by chance, as when two flows want one port at a time.
 const ONE_IN: u64 = 100;
 
-/// `NF_INET_LOCAL_IN` and `NF_INET_FORWARD`.
+/// `NF_INET_PRE_ROUTING`, `NF_INET_LOCAL_IN`, `NF_INET_FORWARD` and `NF_INET_LOCAL_OUT`.
+const PREROUTING: u32 = 0;
 const INPUT: u32 = 1;
 const FORWARD: u32 = 2;
+const OUTPUT: u32 = 3;
 
 /// Packets of one direction: what our rules have let through, and what of it has left.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +94,8 @@ struct Place {
     tun: Link,
     subnet: Vec<Link>,
     knocked_port: Option<u16>,
+    /// The bit of the underlay's mark.
+    mark: u32,
 }
 
 /// What is known of other firewalls.
@@ -123,6 +127,7 @@ impl Firewalls {
             tun: spec.tun.clone(),
             subnet: spec.subnet.clone(),
             knocked_port: spec.knocked_port,
+            mark: spec.marks.underlay,
         };
         self.measure_due.get_or_insert(now);
         if self.place != place {
@@ -247,19 +252,31 @@ impl Firewalls {
             };
             problems.push(format!("{lost}: {legacy}"));
         }
-        if let Some(port) = self.place.knocked_port {
-            let input = self
-                .suspects
-                .iter()
-                .filter(|suspect| suspect.chain.hook == INPUT);
-            problems.extend(input.filter(|suspect| suspect.surely).map(|suspect| {
-                let path = path(&suspect.chain);
-                format!(
-                    "the firewall chain \"{path}\" drops what comes to UDP port {port}, so that peers \
-                     without a configured endpoint cannot connect: let it in by `nft insert rule \
-                     {path} udp dport {port} accept`, and in that firewall's own configuration"
-                )
-            }));
+        // Nothing is counted in these hooks.
+        for suspect in self.suspects.iter().filter(|suspect| suspect.surely) {
+            let path = path(&suspect.chain);
+            let (what, pass) = match (suspect.chain.hook, self.place.knocked_port) {
+                (PREROUTING, _) => (
+                    "what comes from peers".to_owned(),
+                    format!("iifname \"{tun}\""),
+                ),
+                (INPUT, Some(port)) => (
+                    format!(
+                        "what comes to UDP port {port}, so that peers without a configured endpoint \
+                         cannot connect"
+                    ),
+                    format!("udp dport {port}"),
+                ),
+                (OUTPUT, _) => (
+                    "the router's own datagrams, so that no peer hears it".to_owned(),
+                    format!("meta mark and {0:#x} == {0:#x}", self.place.mark),
+                ),
+                _ => continue,
+            };
+            problems.push(format!(
+                "the firewall chain \"{path}\" drops {what}: let it pass by `nft insert rule {path} \
+                 {pass} accept`, and in that firewall's own configuration"
+            ));
         }
         problems
     }
@@ -313,7 +330,7 @@ fn look(nft: &mut Nft, place: &Place) -> Result<Vec<Suspect>, Error> {
         if outcomes.iter().any(|(_, outcome)| outcome.drops) {
             // Who drops other protocols alone may mean it, and is named when something is lost.
             let surely = outcomes.iter().any(|(protocol, outcome)| {
-                let main = *protocol == TCP || chain.hook == INPUT;
+                let main = *protocol == TCP || matches!(chain.hook, INPUT | OUTPUT);
                 main && outcome.drops && !outcome.passes
             });
             suspects.push(Suspect { chain, surely });
@@ -359,6 +376,18 @@ fn packets<'a>(place: &'a Place, chain: &BaseChain) -> Vec<Packet<'a>> {
             };
             [TCP, UDP, ICMP, ICMPV6].into_iter().flat_map(of).collect()
         }
+        PREROUTING => vec![Packet {
+            from: Device::Among(std::slice::from_ref(&place.tun)),
+            to: Device::None,
+            ..base
+        }],
+        // Who lets out only what answers leaves it to the peers to call.
+        OUTPUT => vec![Packet {
+            from: Device::None,
+            protocol: UDP,
+            state: ESTABLISHED,
+            ..base
+        }],
         INPUT => place
             .knocked_port
             .map(|port| Packet {

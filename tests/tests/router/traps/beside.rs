@@ -61,20 +61,10 @@ fn mend(host: &Host, problem: &str) -> anyhow::Result<()> {
 
 /// A router whose kernel carries all packets.
 fn by_the_kernel(lab: &lab::Lab, datapath: &'static str) -> anyhow::Result<Running> {
-    let site = Site::new(lab, Arms::Two)?;
-    let client = Client::new("laptop", 2)?;
-    let mut config = site::config(&[&client], datapath, true)?;
-    for route in &mut config.routes {
-        route.mode = "stack";
-    }
-    let sluice = site.router.sluice(&config)?;
-    let tunnel = client.connect(&site.laptop, &config.key)?;
-    Ok(Running {
-        site,
-        client,
-        config,
-        sluice,
-        tunnel,
+    Running::with(lab, Arms::Two, datapath, true, |config| {
+        for route in &mut config.routes {
+            route.mode = "stack";
+        }
     })
 }
 
@@ -163,6 +153,60 @@ fn named_firewalls(datapath: &'static str) {
     });
 }
 
+/// What does not come to the forward hook is not counted there.
+#[test]
+fn a_firewall_in_another_hook_is_named() {
+    lab::test(|lab| {
+        let run = by_the_kernel(lab, "kernel")?;
+        let (router, laptop, server) = (&run.site.router, &run.site.laptop, SERVER[0].to_string());
+        for (name, rules) in [
+            (
+                "before",
+                "type filter hook prerouting priority -300; iifname sluice0 drop",
+            ),
+            (
+                "out",
+                "type filter hook output priority 0; policy drop;
+                oifname lo accept
+                tcp sport 22 accept",
+            ),
+        ] {
+            assert!(laptop.pings(&server, &[])?, "{name}");
+            let path = format!("inet host {name}");
+            nft(
+                router,
+                &format!("table inet host {{ chain {name} {{ {rules}\n }}\n }}"),
+            )?;
+            let told = wait_for(&run.sluice, "firewall", &format!("\"{path}\""))?;
+            assert!(!laptop.pings(&server, &[])?, "it does drop them");
+            mend(router, &told)?;
+            wait_for_none(&run.sluice, "firewall")?;
+            assert!(laptop.pings(&server, &[])?, "{path}");
+            nft(router, "delete table inet host")?;
+        }
+        // The usual one.
+        nft(
+            router,
+            "table inet host { chain out { type filter hook output priority 0; policy drop;
+                ct state established,related accept
+                udp sport 51820 accept
+            }
+            chain before { type filter hook prerouting priority -150;
+                ct state invalid drop
+                iifname != lo ip saddr 127.0.0.0/8 drop
+            }
+            chain late { type filter hook forward priority 0; policy drop; }
+            }",
+        )?;
+        let told = wait_for(&run.sluice, "firewall", "\"inet host late\"")?;
+        ensure!(
+            !told.contains("host out") && !told.contains("host before"),
+            "{told}"
+        );
+        Ok(())
+    });
+}
+
 #[test]
 fn a_firewall_that_was_there_before_is_named_too_and_one_that_keeps_clients_out() {
     lab::test(|lab| {
@@ -214,12 +258,15 @@ fn disowned_replies(datapath: &'static str) {
             carries(&near, &far, "up")?;
             let external = far.peer_addr()?;
             let at_server = server.capture("eth0")?;
-            let resets = || {
-                at_server.drain(|p| {
+            let mut resets = 0;
+            let mut reset = || {
+                let seen = at_server.drain(|p| {
                     let flags = *p.payload.get(13)?;
                     let refused = p.protocol == TCP && p.destination == address;
-                    (refused && flags & RST != 0).then_some(flags)
-                })
+                    (refused && flags & RST != 0).then_some(())
+                });
+                resets += seen.len();
+                resets
             };
             // Far outside of the window, wherever that is: what lies before it is a late copy to newer
             // kernels, and passes.
@@ -234,11 +281,11 @@ fn disowned_replies(datapath: &'static str) {
                 server.send_ip(&stray(part << 29).bytes())?;
             }
             wait_until(SOON, "a stray segment to be counted", || {
-                disowned().is_ok_and(|n| n > before)
+                reset() > 0 || disowned().is_ok_and(|n| n > before)
             })?;
             carries(&near, &far, "on")?;
             carries(&far, &near, "back")?;
-            assert_eq!(resets(), [0; 0], "{address}");
+            assert_eq!(reset(), 0, "{address}: the server is refused");
 
             // After the end of the half-closed connection's time.
             for state in ["fin_wait", "close_wait"] {
@@ -257,9 +304,9 @@ fn disowned_replies(datapath: &'static str) {
             let before = disowned()?;
             std::io::Write::write_all(&mut &far, b"late")?;
             wait_until(SOON, "a late segment to be counted", || {
-                disowned().is_ok_and(|n| n > before)
+                reset() > 0 || disowned().is_ok_and(|n| n > before)
             })?;
-            assert_eq!(resets(), [0; 0], "{address}");
+            assert_eq!(reset(), 0, "{address}: the server is refused");
 
             // The router's own sockets have their ports in the same range.
             let own = router.tcp_listener(SocketAddr::new(external.ip(), external.port()))?;
