@@ -18,7 +18,7 @@ const QUICK: Duration = Duration::from_secs(30);
 /// For the router to start: emulated, the verifier of Linux 5.10 takes 16 s on a calm machine, the newer
 /// ones less; 27 s were seen beside two builds.
 const START: Duration = Duration::from_secs(100);
-/// For all tests inside.
+/// For all tests inside, which took 120 s on the slowest kernel, Linux 5.10, beside two builds.
 const INSIDE_ALL: Duration = Duration::from_secs(400);
 
 /// The tests of this very binary that a guest runs unless `SLUICE_INSIDE` says otherwise: of each
