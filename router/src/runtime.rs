@@ -48,7 +48,7 @@ use self::told::Told;
 pub use self::underlay::try_mtu;
 use crate::config;
 use crate::control::file::FileSource;
-use crate::core::{Core, Part, tunnel_mtu};
+use crate::core::{Action, Core, Part, tunnel_mtu};
 use crate::datapath::Link;
 use crate::datapath::kernel::Kernel;
 use crate::engine::{self, Engine};
@@ -227,7 +227,7 @@ impl Daemon {
                 asked = self.doors.asked() => self.answer(asked).await,
                 failure = self.machine.engine.failed() => return Err(Error::EngineFailed(failure)),
                 () = denied::follow(&mut self.machine.denied) => {}
-                robbed = self.machine.kernel.disturbed() => if robbed {
+                disturbed = self.machine.kernel.disturbed() => if disturbed {
                     self.core.invalidate(Part::Datapath);
                 },
                 () = deadline_or_never(deadline) => {}
@@ -281,8 +281,10 @@ impl Daemon {
             {
                 self.machine.renew_next_hops();
             }
-            if part == Part::Peers {
-                self.network.underlay.due = Instant::now();
+            match &action {
+                Action::Peers { .. } => self.network.underlay.due = Instant::now(),
+                Action::PeersChanged { keys, .. } => self.look_at_ways(keys).await,
+                _ => {}
             }
             foreign.extend(self.core.handle_done(action, outcome, Instant::now()));
             if had_programs && self.machine.ebpf.is_none() {

@@ -2,8 +2,10 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, Permissions};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -312,6 +314,19 @@ impl Sluice {
         let enter = ["nsenter", "--mount", "--target"];
         let command = self.host.command(enter).arg(self.id().to_string());
         command.arg("wg").args(words).stdin(stdin).output()
+    }
+
+    /// Has it carry out a `set` in the words of wg(8)'s protocol, without a program between: lines of
+    /// `key=value` with keys in hexadecimal digits.
+    pub fn set(&self, lines: &str) -> anyhow::Result<()> {
+        let socket = self.host.folder().join("run/wireguard/sluice0.sock");
+        let mut stream = UnixStream::connect(&socket).context("wg's socket")?;
+        stream.set_read_timeout(Some(START))?;
+        write!(stream, "set=1\n{}\n\n", lines.trim_end())?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer)?;
+        ensure!(answer == "errno=0\n", "{lines}: {answer}");
+        Ok(())
     }
 
     /// The status document.

@@ -15,6 +15,8 @@ const SUITE: &str = "scale";
 const FLOWS: u32 = 256;
 /// Peers that all talk, and their flows.
 const LIVE: (u16, u32) = (1_000, 100_000);
+/// Rules beside the peers that many come and go among.
+const RULES: u32 = 2_000;
 
 /// The suite, as the command line knows it.
 pub(crate) const ENTRY: SuiteEntry = SuiteEntry {
@@ -42,6 +44,23 @@ fn suite(context: &Context) -> anyhow::Result<Suite> {
                 crowd,
             }));
         }
+    }
+    let (peers, rules, live) = match context.effort {
+        Effort::Smoke => (10, 10, 10),
+        Effort::Quick | Effort::Full => (10_000, RULES, LIVE.0),
+    };
+    let all = Crowd {
+        peers,
+        rules,
+        ..Crowd::ONE
+    };
+    let id = CaseId::new(SUITE, "daemon-all", Implementation::sluice(""));
+    suite.cases.push(Box::new(Daemon { id, crowd: all }));
+    let id = CaseId::new(SUITE, "churn", Implementation::sluice(""));
+    let crowd = Crowd { routes: 0, ..all };
+    match wireguard::churning(context, id.clone(), crowd, live) {
+        Ok(case) => suite.cases.push(case),
+        Err(why) => suite.skipped.push(Skipped { id, why }),
     }
     let mut add = |axis: &str, count: u32, crowd: Crowd, flows: u32, peers: u16| {
         let id = CaseId::new(SUITE, format!("packets-{axis}"), Implementation::sluice(""));

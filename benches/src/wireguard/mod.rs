@@ -3,6 +3,7 @@
 
 mod bed;
 mod blast;
+mod churn;
 pub(crate) mod junk;
 mod latency;
 pub(crate) mod programs;
@@ -281,6 +282,33 @@ pub(crate) fn scaled(
         what: udp(Direction::Up, 64, flows, peers, rate),
         bed: Rc::new(bed),
     }))
+}
+
+/// Peers that come, change and go by `wg set` beside those of `crowd`, while `peers` others carry
+/// packets; or why that cannot be measured here.
+pub(crate) fn churning(
+    context: &Context,
+    id: CaseId,
+    crowd: Crowd,
+    peers: u16,
+) -> Result<Box<dyn Case>, String> {
+    if context.cores.ends.contains(&context.cores.router) {
+        return Err("the router needs a CPU to itself, and there is only one".to_owned());
+    }
+    let client = programs::client().map_err(|why| format!("the client: {why}"))?;
+    let bed = Lazy {
+        program: Program::Sluice {
+            mode: "ebpf",
+            snat: true,
+            guard: false,
+        },
+        client,
+        placement: Placement::Apart(context.cores.clone()),
+        crowd,
+        peers,
+        bed: RefCell::new(None),
+    };
+    Ok(Box::new(churn::Churn { id, peers, bed }))
 }
 
 /// A bed that is built when it is first needed, and again after something broke.

@@ -132,6 +132,14 @@ impl Router {
         ])
     }
 
+    /// Has Sluice carry out a `set` of wg(8)'s protocol.
+    pub(crate) fn set(&self, lines: &str) -> anyhow::Result<()> {
+        match self {
+            Self::Sluice(sluice) => sluice.set(lines),
+            Self::Plain(_) => anyhow::bail!("only Sluice is asked this"),
+        }
+    }
+
     /// Which paths packets took so far; `None` for other programs than Sluice.
     pub(crate) fn paths(&self) -> anyhow::Result<Option<Paths>> {
         let Self::Sluice(sluice) = self else {

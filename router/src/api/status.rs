@@ -92,6 +92,9 @@ pub struct DatapathStatus {
     /// Why the programs' flows end with the daemon; `None`: they outlive it, or there are no
     /// programs.
     pub unkept: Option<String>,
+    /// By what the programs judge flows now: with each new number, every flow is judged anew by its
+    /// next packet. `None` on the kernel datapath.
+    pub generation: Option<u32>,
 }
 
 /// The XDP program that drops on the uplink what cannot be WireGuard for the router.

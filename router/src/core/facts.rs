@@ -5,8 +5,6 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::Plan;
-use super::vrf::Vrf;
 use crate::datapath::Link;
 use crate::datapath::masquerade::{Candidate, Label};
 use crate::netlink::sysctl::Ipv6;
@@ -41,6 +39,15 @@ pub struct Facts {
     pub without_ethernet: BTreeSet<u32>,
     /// The main table's routes and their own MTUs in bytes, or zero; empty when none has one.
     pub route_mtus: BTreeMap<IpNet, u32>,
+}
+
+/// The VRF that an interface is in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Vrf {
+    /// Its name.
+    pub name: String,
+    /// The networks of the overlay whose packets its table does not lead into the TUN device.
+    pub astray: Vec<IpNet>,
 }
 
 /// A way of underlay packets.
@@ -93,17 +100,5 @@ impl Facts {
         });
         let egress = self.egress.get(cidr).into_iter().flatten();
         egress.copied().chain(connected)
-    }
-
-    /// Where packets for routed CIDRs may leave by an interface that `plan` does not serve: the CIDR,
-    /// and the interface's name.
-    pub fn unserved<'a>(&'a self, plan: &'a Plan) -> impl Iterator<Item = (IpNet, &'a str)> {
-        // What the programs leave to the kernel is served too.
-        let served = move |index: &u32| plan.forwarding.iter().any(|link| link.index == *index);
-        self.egress.iter().flat_map(move |(cidr, interfaces)| {
-            let unserved = interfaces.iter().filter(move |index| !served(index));
-            let names = unserved.filter_map(move |index| self.links.get(index));
-            names.map(|link| (*cidr, link.name.as_str()))
-        })
     }
 }

@@ -21,13 +21,12 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
-pub use facts::{Facts, LinkFacts, Path};
+pub use facts::{Facts, LinkFacts, Path, Vrf};
 pub use foreign::{Foreign, PATIENCE};
 pub use mtu::{Narrow, misfit, tunnel_mtu};
 pub use names::{Names, REFRESH, RETRY};
 pub use peers::{overlay_change, peer_change, peer_spec, peer_specs, route_change, tunnel_routes};
 pub use plan::{Overlay, Plan, plan};
-pub use vrf::Vrf;
 
 use self::revisions::Revisions;
 use crate::control::Changed;

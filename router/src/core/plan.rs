@@ -119,6 +119,18 @@ impl Plan {
         self.overlay.has(family) || own.any(|net| Family::of(net.addr()) == family)
     }
 
+    /// Where packets for routed CIDRs may leave by an interface that this plan does not serve: the CIDR,
+    /// and the interface's name.
+    pub fn unserved<'a>(&'a self, facts: &'a Facts) -> impl Iterator<Item = (IpNet, &'a str)> {
+        // What the programs leave to the kernel is served too.
+        let served = move |index: &u32| self.forwarding.iter().any(|link| link.index == *index);
+        facts.egress.iter().flat_map(move |(cidr, interfaces)| {
+            let unserved = interfaces.iter().filter(move |index| !served(index));
+            let names = unserved.filter_map(move |index| facts.links.get(index));
+            names.map(|link| (*cidr, link.name.as_str()))
+        })
+    }
+
     /// What the machine does not let us do for a family, with the mend.
     pub fn without_ipv6(&self) -> Option<String> {
         let name = &self.tun.name;

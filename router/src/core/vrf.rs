@@ -9,15 +9,6 @@ use super::Facts;
 use crate::control::Route;
 use crate::datapath::Link;
 
-/// The VRF that an interface is in.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Vrf {
-    /// Its name.
-    pub name: String,
-    /// The networks of the overlay whose packets its table does not lead into the TUN device.
-    pub astray: Vec<IpNet>,
-}
-
 /// What does not work since the uplink or an interface of the subnet side is in a VRF, with the mend.
 pub(super) fn problems(
     routes: &[Route],
@@ -87,6 +78,7 @@ mod tests {
 
     use super::*;
     use crate::control::RouteMode;
+    use crate::core::Vrf;
 
     fn link(index: u32, name: &str) -> Link {
         Link {

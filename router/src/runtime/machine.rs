@@ -132,7 +132,6 @@ impl Machine {
             Action::Peers { .. } => {
                 let specs = peer_specs(state, wanted.names);
                 let skipped = self.engine.set_peers(&specs).map_err(text)?;
-                self.skipped.clear();
                 self.skip(skipped);
                 let whereabouts = std::mem::take(&mut self.whereabouts);
                 let resumed = self.engine.resume(&whereabouts);
@@ -143,7 +142,6 @@ impl Machine {
                 let again = self.skipped.keys().filter(|key| !keys.contains(key));
                 let change = peer_change(state, wanted.names, keys.iter().chain(again));
                 let skipped = self.engine.change_peers(&change).map_err(text)?;
-                self.skipped.clear();
                 self.skip(skipped);
                 Ok(Vec::new())
             }
@@ -198,9 +196,15 @@ impl Machine {
         RuleSpec::new(TABLE, self.marks.underlay)
     }
 
+    /// Notes all peers that the engine does not take, and says so once of each.
     fn skip(&mut self, skipped: Vec<Skipped>) {
+        let before = std::mem::take(&mut self.skipped);
         for Skipped { public_key, error } in skipped {
-            self.skipped.insert(public_key, error.to_string());
+            let why = error.to_string();
+            if before.get(&public_key) != Some(&why) {
+                tracing::warn!(peer = %public_key, "a peer is left out: {why}");
+            }
+            self.skipped.insert(public_key, why);
         }
     }
 

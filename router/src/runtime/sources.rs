@@ -176,7 +176,9 @@ impl Daemon {
             );
         }
         self.take(&changed);
-        self.replan();
+        if moved || remeasured {
+            self.replan();
+        }
         self.machine.guard.try_again();
         self.guard_uplink();
         Ok(needs_restart)
@@ -211,6 +213,7 @@ impl Daemon {
         if port != self.sources.local.listen_port {
             self.machine.engine.set_listen_port(port)?;
             self.sources.local.listen_port = port;
+            self.replan();
         }
         Ok(())
     }

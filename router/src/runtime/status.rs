@@ -135,6 +135,7 @@ impl Daemon {
                 active: self.machine.active_datapath(),
                 attach: self.machine.ebpf.as_ref().and_then(Ebpf::attach_mode),
                 reason: self.machine.datapath_reason.clone(),
+                generation: self.machine.ebpf.as_ref().map(Ebpf::generation),
                 unkept: self
                     .machine
                     .ebpf

@@ -67,7 +67,7 @@ impl Daemon {
     /// Notes interfaces that the kernel would send routed packets out of and that the router does not
     /// serve, for the status, and says once of each what mends it.
     fn tell_unserved(&mut self, plan: &Plan) {
-        let unserved = self.network.facts.unserved(plan);
+        let unserved = plan.unserved(&self.network.facts);
         let unserved: Vec<String> = unserved
             .map(|(cidr, name)| {
                 format!(

@@ -21,16 +21,14 @@ use crate::wireguard::keys::{PrivateKey, PublicKey};
 impl Daemon {
     /// Carries out a `set`. When this returns it is in force, as far as the machine allows it.
     pub(super) async fn set(&mut self, set: &Set) -> Result<(), Refusal> {
-        let stats = self.machine.engine.peer_stats().into_iter();
+        let engine = &self.machine.engine;
         let present = Present {
             file: &self.sources.config,
             local: &self.sources.local,
             combined: self.sources.combined(),
             names: &self.resolver.names,
             facts: &self.network.facts,
-            whereabouts: stats
-                .filter_map(|stats| Some((stats.public_key, stats.endpoint?)))
-                .collect(),
+            whereabouts: &|key| engine.endpoint_of(key),
         };
         let Some(wanted) = present.after(set)? else {
             return Ok(());
@@ -85,8 +83,8 @@ struct Present<'d> {
     combined: &'d Combined,
     names: &'d Names,
     facts: &'d Facts,
-    /// Where peers are.
-    whereabouts: HashMap<PublicKey, SocketAddr>,
+    /// Where a peer is.
+    whereabouts: &'d dyn Fn(&PublicKey) -> Option<SocketAddr>,
 }
 
 /// What a `set` makes of it.
@@ -128,7 +126,7 @@ impl Present<'_> {
                           syncconf` take it away where their file has none";
             return Err(Refusal::new(Errno::Invalid, reason));
         };
-        let is_there = |(key, endpoint): &_| self.whereabouts.get(key) == Some(endpoint);
+        let is_there = |(key, endpoint): &_| (self.whereabouts)(key).as_ref() == Some(endpoint);
         // Of one that comes anew nothing is known.
         let renewed = &edited.renewed;
         edited
@@ -143,7 +141,7 @@ impl Present<'_> {
                 .map(|(peer, spec)| (peer.public_key, (*peer, spec)))
                 .collect(),
             file: file.map(|peer| (peer.public_key, peer)).collect(),
-            whereabouts: &self.whereabouts,
+            whereabouts: self.whereabouts,
             renewed,
         };
         let peers = edited.interface.specs().into_iter();
@@ -292,7 +290,7 @@ struct Merge<'p> {
     /// What the file says of them.
     file: HashMap<PublicKey, &'p Peer>,
     /// Where they are.
-    whereabouts: &'p HashMap<PublicKey, SocketAddr>,
+    whereabouts: &'p dyn Fn(&PublicKey) -> Option<SocketAddr>,
     /// Peers that went and came again.
     renewed: &'p HashSet<PublicKey>,
 }
@@ -318,8 +316,7 @@ impl Merge<'_> {
         let Some((before, told)) = self.before.get(key) else {
             return anew();
         };
-        let is_same =
-            spec.endpoint == told.endpoint || spec.endpoint.as_ref() == self.whereabouts.get(key);
+        let is_same = spec.endpoint == told.endpoint || spec.endpoint == (self.whereabouts)(key);
         // One that comes anew without an endpoint has none.
         let is_taken = spec.endpoint.is_none() && self.renewed.contains(key);
         if is_same && !is_taken {

@@ -56,8 +56,6 @@ impl Daemon {
         let peers = self.machine.engine.peer_stats();
         let endpoints = peers.iter().filter_map(|peer| Some(peer.endpoint?.ip()));
         let endpoints: BTreeSet<IpAddr> = endpoints.collect();
-        let mut paths = self.network.facts.paths.clone();
-        paths.retain(|to, _| to.is_unspecified() || endpoints.contains(to));
         let (after, before) = match self.network.underlay.last {
             Some(last) => (
                 endpoints.range((Excluded(last), Unbounded)),
@@ -65,25 +63,44 @@ impl Daemon {
             ),
             None => (endpoints.range::<IpAddr, _>(..), None),
         };
-        for address in after.chain(before.into_iter().flatten()).take(AT_ONCE) {
-            self.network.underlay.last = Some(*address);
-            match path(&self.machine.netlink, *address).await {
-                Ok(Some(path)) => _ = paths.insert(*address, path),
-                Ok(None) => _ = paths.remove(address),
+        let turn = after.chain(before.into_iter().flatten()).take(AT_ONCE);
+        let turn: Vec<IpAddr> = turn.copied().collect();
+        self.network.underlay.last = turn.last().copied().or(self.network.underlay.last);
+        let paths = &mut self.network.facts.paths;
+        let all = paths.len();
+        paths.retain(|to, _| to.is_unspecified() || endpoints.contains(to));
+        let fewer = paths.len() < all;
+        self.follow_ways(turn, fewer).await;
+        self.tell_uncut(&peers);
+    }
+
+    /// Looks at the ways to these peers.
+    pub(super) async fn look_at_ways(&mut self, peers: &[PublicKey]) {
+        let engine = &self.machine.engine;
+        let endpoints = peers.iter().filter_map(|key| engine.endpoint_of(key));
+        let addresses = endpoints.map(|endpoint| endpoint.ip()).take(AT_ONCE);
+        self.follow_ways(addresses.collect(), false).await;
+    }
+
+    /// Asks the kernel for the ways to these addresses. Nothing but the tunnel MTU depends on them.
+    async fn follow_ways(&mut self, addresses: Vec<IpAddr>, mut changed: bool) {
+        for address in addresses {
+            let paths = &mut self.network.facts.paths;
+            match path(&self.machine.netlink, address).await {
+                Ok(Some(path)) => changed |= paths.insert(address, path) != Some(path),
+                Ok(None) => changed |= paths.remove(&address).is_some(),
                 Err(error) => tracing::debug!(%error, "the way to a peer"),
             }
         }
-        if paths != self.network.facts.paths {
-            self.network.facts.paths = paths;
-            // Nothing but the MTU depends on them.
-            let (mtu, _) = tunnel_mtu(&self.sources.local, &self.network.facts);
-            if self.core.wanted().is_none_or(|plan| plan.mtu != mtu) {
-                self.replan();
-            } else {
-                self.tell_mtu();
-            }
+        if !changed {
+            return;
         }
-        self.tell_uncut(&peers);
+        let (mtu, _) = tunnel_mtu(&self.sources.local, &self.network.facts);
+        if self.core.wanted().is_none_or(|plan| plan.mtu != mtu) {
+            self.replan();
+        } else {
+            self.tell_mtu();
+        }
     }
 
     /// Says once what has become of the tunnel MTU.

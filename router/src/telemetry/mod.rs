@@ -309,6 +309,7 @@ mod tests {
                 attach: Some("tcx"),
                 reason: String::new(),
                 unkept: None,
+                generation: None,
             },
             uplink_guard: GuardStatus {
                 requested: "auto",

@@ -1,6 +1,7 @@
 //! The router as a whole: a laptop with Debian's wireguard-go, Sluice, and a VPC behind it.
 
 mod beside;
+mod changes;
 mod flood;
 mod guard;
 mod lifecycle;

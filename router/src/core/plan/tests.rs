@@ -205,7 +205,7 @@ fn interfaces_without_an_ethernet_header_are_left_to_the_kernel() {
     assert_eq!(names(&plan.datapath.subnet), ["eth1"]);
     assert_eq!(plan.datapath.external.keys().collect::<Vec<_>>(), [&3]);
     assert_eq!(names(&plan.forwarding), ["sluice0", "eth0", "eth1"]);
-    assert_eq!(facts.unserved(&plan).count(), 0);
+    assert_eq!(plan.unserved(&facts).count(), 0);
     let stack: Vec<Link> = plan.stack_links.into_iter().collect();
     assert_eq!(names(&stack), ["eth0"]);
     let route = route().cidr;
@@ -224,7 +224,7 @@ fn named_interfaces_are_taken_as_named() {
     };
     let plan = plan(&local, &state(), &tun(), &facts());
     let facts = facts();
-    let unserved: Vec<_> = facts.unserved(&plan).collect();
+    let unserved: Vec<_> = plan.unserved(&facts).collect();
     assert_eq!(unserved, [("10.0.0.0/16".parse().unwrap(), "eth0")]);
     assert_eq!(plan.uplink.unwrap().index, 3);
     assert_eq!(

@@ -256,6 +256,11 @@ impl Ebpf {
         })
     }
 
+    /// By what flows are judged now: with each new one, every flow is judged anew by its next packet.
+    pub fn generation(&self) -> u32 {
+        self.tables.generation()
+    }
+
     /// Has every flow judged anew, and its next hop found anew, by its next packet: to be called
     /// when routes, neighbours, links or addresses of the kernel have changed.
     pub fn bump_generation(&mut self) -> Result<(), Error> {

@@ -108,6 +108,11 @@ impl Tables {
         self.banks.hits()
     }
 
+    /// The generation in force.
+    pub(super) fn generation(&self) -> u32 {
+        self.current.generation
+    }
+
     /// Has every flow judged anew, and its next hop found anew, by its next packet.
     pub(super) fn bump_generation(&mut self) -> Result<(), Error> {
         self.write(Settings {

@@ -314,6 +314,11 @@ impl Engine {
             .collect()
     }
 
+    /// Where a peer was last authenticated from, or its configured endpoint.
+    pub fn endpoint_of(&self, key: &PublicKey) -> Option<SocketAddr> {
+        self.state().peers.get(key)?.shared.stats().endpoint
+    }
+
     /// Every counter's label and value since the start, all workers together.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         let overflows = self.state().overflows();

@@ -73,7 +73,7 @@ impl Router {
             combined: &self.combined,
             names: &self.names,
             facts: &self.facts,
-            whereabouts: self.whereabouts.clone(),
+            whereabouts: &|key| self.whereabouts.get(key).copied(),
         };
         present.after(&set)
     }
