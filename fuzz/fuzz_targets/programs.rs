@@ -48,7 +48,11 @@ fn world(flags: u8) -> World {
     world.routes = [[4, 0, 0, 0], [6, 0, 0, 0]]
         .map(|family| everything(family, snat))
         .into();
-    world.overlay = world.routes.iter().map(|(prefix, _)| (*prefix, Overlay::of(1))).collect();
+    world.overlay = world
+        .routes
+        .iter()
+        .map(|(prefix, _)| (*prefix, Overlay::of(1)))
+        .collect();
     world.rules = Box::new(|tuple| (tuple.ports[1][1] < 200).then_some(1));
     let mut link = Link {
         mtu: 1500,

@@ -14,7 +14,9 @@ use anyhow::{Context, Result, bail};
 use crate::run;
 
 /// The targets: file names in `fuzz/fuzz_targets`, each with a corpus of its name.
-const TARGETS: [&str; 6] = ["underlay", "inner", "programs", "config", "uapi", "import"];
+const TARGETS: [&str; 7] = [
+    "underlay", "inner", "programs", "config", "uapi", "import", "tailnet",
+];
 
 /// How long all targets together run in CI.
 pub(crate) const CI: Duration = Duration::from_secs(60);

@@ -16,8 +16,9 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http2::{self, SendRequest};
 use hyper::{Method, Request, Response};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::sync::Mutex;
+use tokio::task::AbortHandle;
 
 pub use tls::{TlsError, client_config};
 pub use url::{ControlUrl, Proxy, ProxyError, UrlError};
@@ -32,6 +33,8 @@ use dial::Dialer;
 const MOST: usize = 1 << 20;
 /// How long one exchange outside Noise may take.
 const OUTSIDE: Duration = Duration::from_secs(15);
+/// What [`Config::keep_alive`] usually is.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// Flow control of HTTP/2: a map of 10,000 nodes is 20 MB.
 const WINDOW: u32 = 4 << 20;
 
@@ -94,12 +97,16 @@ pub struct Config {
     pub proxy: Option<Proxy>,
     /// Its key, if it is known already and need not be asked for.
     pub server_key: Option<MachinePublic>,
+    /// How often the connection is asked whether it lives; it is given up when it does not answer for as long. See
+    /// [`KEEP_ALIVE`].
+    pub keep_alive: Duration,
 }
 
 /// A client of one server. Its requests share one connection, which is made when one is needed.
 pub struct Client {
     dialer: Dialer,
     machine: MachineSecret,
+    keep_alive: Duration,
     state: Mutex<State>,
 }
 
@@ -110,6 +117,7 @@ struct State {
     /// When a connection was made last: soon after, port 80 is taken to be what broke it.
     dialed: Option<Instant>,
     sender: Option<SendRequest<Full<Bytes>>>,
+    connection: Option<AbortHandle>,
 }
 
 impl Client {
@@ -121,6 +129,7 @@ impl Client {
                 ..State::default()
             }),
             dialer: Dialer::new(config.url, config.tls, config.proxy),
+            keep_alive: config.keep_alive,
             machine,
         }
     }
@@ -128,6 +137,15 @@ impl Client {
     /// Where the server is to be found from the next connection on.
     pub async fn set_plan(&self, plan: ControlDialPlan) {
         self.state.lock().await.plan = plan;
+    }
+
+    /// Gives the connection up; the next request makes another one.
+    pub async fn disconnect(&self) {
+        let mut state = self.state.lock().await;
+        state.sender = None;
+        if let Some(connection) = state.connection.take() {
+            connection.abort();
+        }
     }
 
     /// POSTs JSON through Noise. `nodes` are the node keys that it is about, for load balancers. The answer has
@@ -226,13 +244,18 @@ impl Client {
         let (sender, driver) = http2::Builder::new(TokioExecutor::new())
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(WINDOW)
+            .timer(TokioTimer::new())
+            .keep_alive_interval(self.keep_alive)
+            .keep_alive_timeout(self.keep_alive)
+            .keep_alive_while_idle(true)
             .handshake(TokioIo::new(connection))
             .await?;
-        tokio::spawn(async move {
+        let connection = tokio::spawn(async move {
             if let Err(error) = driver.await {
                 tracing::debug!("the connection to the coordination server ended: {error}");
             }
         });
+        state.connection = Some(connection.abort_handle());
         state.sender = Some(sender.clone());
         Ok(sender)
     }

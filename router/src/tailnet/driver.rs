@@ -105,6 +105,10 @@ pub async fn run(
         while let Some(event) = session.poll_event() {
             match &event {
                 Event::DialPlan(plan) => client.set_plan(plan.clone()).await,
+                // The next stream is not to meet what has ended this one.
+                Event::Disconnected(Failure::Silent | Failure::Broken(_)) => {
+                    client.disconnect().await;
+                }
                 Event::Ping(asked) => {
                     // Until something else answers: that nothing can is an answer too.
                     for kind in &asked.kinds {

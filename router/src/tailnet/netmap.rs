@@ -58,6 +58,9 @@ pub struct Netmap {
     own: Option<Node>,
     peers: BTreeMap<NodeId, Node>,
     filters: BTreeMap<String, List<FilterRule>>,
+    /// The capabilities that the filters name as sources. A stream begins with the filters, so it need not be kept.
+    #[serde(skip)]
+    named: BTreeSet<String>,
     derp: DerpMap,
     users: BTreeMap<i64, UserProfile>,
     health: Vec<String>,
@@ -301,21 +304,23 @@ impl Netmap {
         if let Some(old) = old.filter(|old| new.is_none_or(|new| new.key != old.key)) {
             change.removed.insert(old.key);
         }
-        change.filter |= self.names_capability(old, new);
+        change.filter |= self.named.iter().any(|cap| {
+            let held = |node: Option<&Node>| {
+                node.filter(|node| node.caps.contains(cap))
+                    .map(|node| node.addresses.clone())
+            };
+            held(old) != held(new)
+        });
     }
 
-    /// Whether the change of a peer changes who has a capability that the filter names.
-    fn names_capability(&self, old: Option<&Node>, new: Option<&Node>) -> bool {
-        let held = |node: Option<&Node>, cap: &str| {
-            node.filter(|node| node.caps.contains(cap))
-                .map(|node| node.addresses.clone())
-        };
-        self.filters
-            .values()
-            .flat_map(|rules| rules.iter())
+    /// The capabilities that the filter names as sources.
+    fn named_capabilities(&self) -> BTreeSet<String> {
+        let rules = self.filters.values().flat_map(|rules| rules.iter());
+        rules
             .flat_map(|rule| each(&rule.src_ips))
             .filter_map(|source| source.strip_prefix("cap:"))
-            .any(|cap| held(old, cap) != held(new, cap))
+            .map(str::to_owned)
+            .collect()
     }
 
     fn apply_filters(&mut self, response: &MapResponse, first: bool, change: &mut Change) {
@@ -333,6 +338,7 @@ impl Netmap {
             merge(&mut self.filters, named.clone());
         }
         change.filter |= before != self.filters;
+        self.named = self.named_capabilities();
     }
 
     fn apply_derp(&mut self, mut new: DerpMap) -> bool {

@@ -14,8 +14,12 @@ use hyper::body::{Bytes, Frame, Incoming};
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
+use tokio_rustls::TlsAcceptor;
 
 use super::nodes::Node;
 use super::{Shared, noise};
@@ -25,19 +29,51 @@ type Body = BoxBody<Bytes, Infallible>;
 /// Serves connections for ever.
 pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) -> Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
+    let tls = acceptor()?;
     loop {
         let (connection, _) = listener.accept().await?;
         connection.set_nodelay(true)?;
-        let shared = shared.clone();
+        let (shared, tls) = (shared.clone(), tls.clone());
         tokio::spawn(async move {
-            let service = service_fn(move |request| outside(shared.clone(), request));
-            let served = hyper::server::conn::http1::Builder::new()
-                .serve_connection(TokioIo::new(connection), service)
-                .with_upgrades();
-            // Clients go as they like.
-            let _ = served.await;
+            let mut first = [0];
+            connection.peek(&mut first).await?;
+            if first == [TLS_HANDSHAKE] {
+                let inside = tls.accept(connection).await?;
+                shared.state().tls_connections += 1;
+                serve_one(inside, shared).await;
+            } else {
+                serve_one(connection, shared).await;
+            }
+            anyhow::Ok(())
         });
     }
+}
+
+/// Type of the record that begins TLS; no HTTP request begins so.
+const TLS_HANDSHAKE: u8 = 22;
+
+fn acceptor() -> Result<TlsAcceptor> {
+    let certificate = include_bytes!("../../fixtures/tailnet/tls/server.pem");
+    let key = include_bytes!("../../fixtures/tailnet/tls/server.key");
+    let chain = CertificateDer::pem_slice_iter(certificate).collect::<Result<Vec<_>, _>>()?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, PrivateKeyDer::from_pem_slice(key)?)?;
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+async fn serve_one(
+    connection: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    shared: Arc<Shared>,
+) {
+    let service = service_fn(move |request| outside(shared.clone(), request));
+    let served = hyper::server::conn::http1::Builder::new()
+        .serve_connection(TokioIo::new(connection), service)
+        .with_upgrades();
+    // Clients go as they like.
+    let _ = served.await;
 }
 
 /// Requests outside Noise.
@@ -70,7 +106,11 @@ fn upgrade(shared: &Arc<Shared>, mut request: Request<Incoming>) -> Result<Respo
     let header = request.headers().get("X-Tailscale-Handshake");
     let initiation = STANDARD.decode(header.context("no handshake")?)?;
     let (response, machine, session) = noise::respond(&shared.keys.0, &initiation)?;
-    shared.state().connections += 1;
+    let number = {
+        let mut state = shared.state();
+        state.connections += 1;
+        state.connections
+    };
     let early = (!shared.state().faults.no_early_payload).then(|| {
         let payload = json!({"nodeKeyChallenge": text("chalpub:", &[7; 32])}).to_string();
         let length = payload.len() as u32;
@@ -88,7 +128,9 @@ fn upgrade(shared: &Arc<Shared>, mut request: Request<Incoming>) -> Result<Respo
         let mut connection = TokioIo::new(upgraded.await?);
         connection.write_all(&response).await?;
         connection.flush().await?;
-        let inside = noise::inside(connection, session, early);
+        let thaws = shared.clone();
+        let frozen = move || thaws.state().faults.frozen >= number;
+        let inside = noise::inside(connection, session, early, frozen);
         let service = service_fn(move |request| {
             let (shared, machine) = (shared.clone(), text("mkey:", &machine));
             async move { within(shared, machine, request).await }
@@ -348,7 +390,7 @@ fn count_down(left: &mut u32) -> bool {
     is_on
 }
 
-fn text(prefix: &str, key: &[u8]) -> String {
+pub(super) fn text(prefix: &str, key: &[u8]) -> String {
     let digits: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
     format!("{prefix}{digits}")
 }

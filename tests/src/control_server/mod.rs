@@ -1,7 +1,7 @@
 //! A coordination server of our own, for tests: registration, map streams, every fault a switch.
 //!
 //! It shares no code with the router, so that a mistake in how one reads the protocol is not made by both. It
-//! runs on a thread of its own, on any listener: one of a namespace stays there.
+//! runs on a thread of its own, on any listener: one of a namespace stays there. The same port speaks TLS too.
 
 mod http;
 mod nodes;
@@ -17,6 +17,9 @@ use serde_json::{Value, json};
 pub use nodes::Node;
 
 use nodes::Nodes;
+
+/// Who has made the server's certificate for TLS, in PEM.
+pub const CA: &str = include_str!("../../fixtures/tailnet/tls/ca.pem");
 
 /// What the server does wrong, or otherwise than usual.
 #[derive(Clone, Debug, Default)]
@@ -48,6 +51,8 @@ pub struct Faults {
     pub no_early_payload: bool,
     /// Streams open, and nothing comes.
     pub silent: bool,
+    /// Noise sessions up to this number hang: nothing comes from them any more, and they do not end.
+    pub frozen: u64,
     /// The first map does not say who the node is. Counted down.
     pub no_self: u32,
 }
@@ -77,6 +82,7 @@ pub(crate) struct State {
     /// What answers to pings were: URL and body.
     pub(crate) answers: Vec<(String, Vec<u8>)>,
     pub(crate) connections: u64,
+    pub(crate) tls_connections: u64,
     pub(crate) address: SocketAddr,
     /// Nodes that a person has let in, by the end of the URL.
     pub(crate) authorized: Vec<String>,
@@ -114,6 +120,7 @@ impl ControlServer {
                 requests: Vec::new(),
                 answers: Vec::new(),
                 connections: 0,
+                tls_connections: 0,
                 address,
                 authorized: Vec::new(),
                 changed: tokio::sync::watch::channel(0).0,
@@ -148,6 +155,21 @@ impl ControlServer {
     /// The URL for nodes.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
+    }
+
+    /// The URL for nodes that are to use TLS: [`CA`] has made the certificate.
+    pub fn https_url(&self) -> String {
+        format!("https://localhost:{}", self.address.port())
+    }
+
+    /// The key of the Noise sessions, as `mkey:`.
+    pub fn public_key(&self) -> String {
+        http::text("mkey:", &self.shared.keys.1)
+    }
+
+    /// TLS connections so far.
+    pub fn tls_connections(&self) -> u64 {
+        self.shared.state().tls_connections
     }
 
     /// Ends the server and starts another one in its place, with the same keys and nodes; streams break.

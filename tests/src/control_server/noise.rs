@@ -1,5 +1,7 @@
 //! The server's end of a Noise session.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use snow::StatelessTransportState;
 use tokio::io::{
@@ -32,11 +34,13 @@ pub(super) fn respond(
     Ok((response, machine, state.into_stateless_transport_mode()?))
 }
 
-/// What is inside of a session on `connection`: a pipe, and two tasks that seal and open. `early` goes first.
+/// What is inside of a session on `connection`: a pipe, and two tasks that seal and open. `early` goes first. While
+/// it is `frozen`, nothing goes out, and nothing says so.
 pub(super) fn inside(
     connection: impl AsyncRead + AsyncWrite + Send + 'static,
     session: StatelessTransportState,
     early: Option<Vec<u8>>,
+    frozen: impl Fn() -> bool + Send + 'static,
 ) -> DuplexStream {
     let (here, there) = duplex(64 << 10);
     let (mut from, mut to) = split(connection);
@@ -76,6 +80,9 @@ pub(super) fn inside(
             record[0] = 4;
             record[1..3].copy_from_slice(&(part.len() as u16 + 16).to_be_bytes());
             counter += 1;
+            while frozen() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
             to.write_all(&record).await?;
             to.flush().await?;
         }

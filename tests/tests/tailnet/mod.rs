@@ -3,3 +3,4 @@
 mod node;
 mod own;
 mod testcontrol;
+mod ways;

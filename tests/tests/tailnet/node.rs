@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use lab::poll;
-use router::tailnet::client::{Client, Config, client_config};
+use router::tailnet::client::{Client, Config, KEEP_ALIVE, client_config};
 use router::tailnet::driver::{self, Command};
 use router::tailnet::netmap::Netmap;
 use router::tailnet::session::{About, AuthKey, Event, Now, Session, Start};
@@ -66,7 +66,19 @@ impl Node {
             tls: client_config(None)?,
             proxy: None,
             server_key: identity.server_key,
+            keep_alive: KEEP_ALIVE,
         };
+        Self::start_by(config, identity, map, key, about)
+    }
+
+    /// The same by another way to the server.
+    pub(super) fn start_by(
+        config: Config,
+        identity: &Identity,
+        map: Netmap,
+        key: Option<&str>,
+        about: About,
+    ) -> Result<Self> {
         let client = Client::new(config, identity.machine.clone());
         let start = Start {
             about,

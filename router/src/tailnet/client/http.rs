@@ -1,6 +1,6 @@
 //! HTTP/1.1 outside Noise: the server's key, probes, and the upgrade to Noise.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -32,10 +32,7 @@ pub(super) async fn success(response: Response<Incoming>) -> Result<Response<Inc
         return Ok(response);
     }
     let after = response.headers().get(RETRY_AFTER);
-    let after = after.and_then(|value| value.to_str().ok()?.trim().parse().ok());
-    let retry_after = after
-        .filter(|seconds| *seconds > 0)
-        .map(|seconds| Duration::from_secs(seconds).min(MOST_WAIT));
+    let retry_after = after.and_then(|value| wait(value.to_str().ok()?));
     let words = Limited::new(response.into_body(), WORDS).collect().await;
     let words = words.map(|body| body.to_bytes()).unwrap_or_default();
     let words = String::from_utf8_lossy(&words);
@@ -45,6 +42,18 @@ pub(super) async fn success(response: Response<Incoming>) -> Result<Response<Inc
         text: text.collect(),
         retry_after,
     })
+}
+
+/// How long `Retry-After` says to wait: seconds, or a date (RFC 9110 section 10.2.3).
+fn wait(text: &str) -> Option<Duration> {
+    let wait = match text.trim().parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => {
+            let date = httpdate::parse_http_date(text.trim()).ok()?;
+            date.duration_since(SystemTime::now()).ok()?
+        }
+    };
+    (!wait.is_zero()).then_some(wait.min(MOST_WAIT))
 }
 
 /// One exchange on a connection of its own.
@@ -119,4 +128,30 @@ pub(super) async fn upgrade(
     connection.read_exact(&mut payload).await?;
     let session = handshake.finish(kind, &payload)?;
     Ok(NoiseStream::new(connection, session))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_long_to_wait() {
+        let later = SystemTime::now() + Duration::from_secs(120);
+        let later = httpdate::fmt_http_date(later);
+        for (text, least, most) in [
+            ("7", 7, 7),
+            (" 7 ", 7, 7),
+            ("86400", 3600, 3600),
+            (later.as_str(), 1, 120),
+        ] {
+            let found = wait(text).unwrap_or_else(|| panic!("{text}"));
+            assert!(
+                (least..=most).contains(&found.as_secs()),
+                "{text}: {found:?}"
+            );
+        }
+        for text in ["0", "", "soon", "-1", "Sun, 06 Nov 1994 08:49:37 GMT"] {
+            assert_eq!(wait(text), None, "{text}");
+        }
+    }
 }
