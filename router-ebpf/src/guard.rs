@@ -54,13 +54,14 @@ verdicts! {
     DropMalformed Drop "drop_malformed" "A datagram to the listen port that is no WireGuard message: type, reserved bytes or length.";
     DropIndex Drop "drop_index" "A message with a receiver index that no peer has.";
     DropInitiation Drop "drop_initiation" "A handshake initiation of a source that has sent too many.";
+    PassOther Pass "pass_other" "A datagram to the listen port that is no WireGuard message, for the daemon has asked for such.";
 }
 
 /// What the guard must know. All zero: everything passes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// [`Settings::INDICES`].
+    /// [`Settings::INDICES`], [`Settings::OTHERS`].
     pub flags: u32,
     /// The listen port, big-endian; zero for none.
     pub port: [u8; 2],
@@ -71,6 +72,8 @@ pub struct Settings {
 impl Settings {
     /// Flag: [`GUARD_INDICES`] has every index in use, so what is not in it is nobody's.
     pub const INDICES: u32 = 1 << 0;
+    /// Flag: what is no WireGuard message passes.
+    pub const OTHERS: u32 = 1 << 1;
 }
 
 const _: () = {
@@ -234,11 +237,16 @@ fn consider(wire: &impl Wire, tables: &impl Tables) -> Option<Judgement> {
     if !listens || !tables.is_ours(&datagram.destination) {
         return None;
     }
+    let other = if settings.flags & Settings::OTHERS != 0 {
+        Judgement::PassOther
+    } else {
+        Judgement::DropMalformed
+    };
     if datagram.len < 4 {
-        return Some(Judgement::DropMalformed);
+        return Some(other);
     }
     let judgement = match message(wire.read(datagram.payload)?, datagram.len) {
-        None => Judgement::DropMalformed,
+        None => other,
         Some(Message::Initiation) if !tables.may_initiate(datagram.source) => {
             Judgement::DropInitiation
         }

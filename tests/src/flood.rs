@@ -36,6 +36,8 @@ pub enum Forgery {
     },
     /// Data of sessions that nobody has.
     Data,
+    /// Datagrams of every first byte and many lengths, short ones too, that are no WireGuard messages.
+    Junk,
 }
 
 /// What a flood is made of.
@@ -101,7 +103,7 @@ impl Host {
 /// Noise that looks like a message.
 fn forge(random: &mut u64, kind: u8, length: usize) -> Vec<u8> {
     let mut message = vec![0; length];
-    for byte in &mut message[4..] {
+    for byte in message.iter_mut().skip(4) {
         *random ^= *random << 13;
         *random ^= *random >> 7;
         *random ^= *random << 17;
@@ -146,9 +148,10 @@ impl Messages {
             }
             _ => None,
         };
-        let (kind, length) = match flood.forgery {
+        let shape = |at: usize| match flood.forgery {
             Forgery::Initiations { .. } => (1, INITIATION),
             Forgery::Data => (4, DATA),
+            Forgery::Junk => (at as u8, 1 + at / 256 * 16),
         };
         let mut random = 0x9e37_79b9_7f4a_7c15;
         let (first, count) = flood.sources;
@@ -180,8 +183,12 @@ impl Messages {
                 sin_zero: [0; 8],
             },
             messages: (0..FORGED)
-                .map(|_| {
+                .map(|at| {
+                    let (kind, length) = shape(at);
                     let mut message = forge(&mut random, kind, length);
+                    if let (Forgery::Junk, Some(reserved)) = (&flood.forgery, message.get_mut(1)) {
+                        *reserved = 1;
+                    }
                     key.as_deref()
                         .map_or(Ok(()), |key| sign(&mut message, key))?;
                     anyhow::Ok(message)

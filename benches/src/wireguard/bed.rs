@@ -196,10 +196,22 @@ impl Bed {
     }
 
     /// A flood of forged data messages at the uplink, from addresses from `first` on.
-    pub(super) fn blast(&self, first: Ipv4Addr, per_second: u32) -> anyhow::Result<Blast<'_>> {
+    pub(super) fn blast(
+        &self,
+        first: Ipv4Addr,
+        per_second: u32,
+        junk: bool,
+    ) -> anyhow::Result<Blast<'_>> {
         let from = SocketAddr::from((first, PORT));
         let cable = ((&self.client, "eth0"), (&self.host, "wan"));
-        Blast::new(cable.0, cable.1, from, self.endpoint().into(), per_second)
+        Blast::new(
+            cable.0,
+            cable.1,
+            from,
+            self.endpoint().into(),
+            per_second,
+            junk,
+        )
     }
 
     /// How many frames the cable to the router did not take so far.

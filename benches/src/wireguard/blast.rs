@@ -37,7 +37,7 @@ const UDP_CHECKSUM: usize = UDP + 6;
 const MESSAGE: usize = UDP + 8;
 const RECEIVER: usize = MESSAGE + 4;
 
-/// Data messages of sessions that nobody has, from 4,096 addresses.
+/// Data messages of sessions that nobody has, or junk of every first byte, from 4,096 addresses.
 pub(super) struct Blast<'a> {
     host: &'a Host,
     program: OwnedFd,
@@ -48,13 +48,14 @@ pub(super) struct Blast<'a> {
 
 impl<'a> Blast<'a> {
     /// From `device` of `host` over a cable to `nic` of `router`. The first of the sources is
-    /// `from`. A veth as `nic` takes frames from programs while it has GRO.
+    /// `from`. Junk has a random first word too. A veth as `nic` takes frames from programs while it has GRO.
     pub(super) fn new(
         (host, device): (&'a Host, &str),
         (router, nic): (&Host, &str),
         from: SocketAddr,
         to: SocketAddr,
         per_second: u32,
+        junk: bool,
     ) -> anyhow::Result<Self> {
         let (index, ours) = link(host, device)?;
         let (_, theirs) = link(router, nic)?;
@@ -65,7 +66,7 @@ impl<'a> Blast<'a> {
         frame[UDP_CHECKSUM..MESSAGE].fill(0);
         frame[MESSAGE..RECEIVER].copy_from_slice(&[4, 0, 0, 0]);
         let state = Words::new().context("make the flood's map")?;
-        let program = program(&frame, state.fd(), index, per_second);
+        let program = program(&frame, state.fd(), index, per_second, junk);
         let program = bpf::load(bpf::XDP, &program).context("load the flood's program")?;
         Ok(Self {
             host,
@@ -134,7 +135,7 @@ impl Drop for Ends<'_> {
 
 /// The program. Most of its runs find that nothing is due yet; the others send a frame with a random
 /// receiver and source out of the device `index`, by `bpf_redirect`.
-fn program(frame: &[u8], map: i32, index: u32, per_second: u32) -> Vec<u64> {
+fn program(frame: &[u8], map: i32, index: u32, per_second: u32, junk: bool) -> Vec<u64> {
     const LOOKUP: i32 = 1;
     const CLOCK: i32 = 5;
     const RANDOM: i32 = 7;
@@ -193,6 +194,7 @@ fn program(frame: &[u8], map: i32, index: u32, per_second: u32) -> Vec<u64> {
         add(3, frame.len() as i32),
         instruction(0x2d, 3, 2, DROP, 0),
         store32(1, RECEIVER, 0),
+        store32(1, if junk { MESSAGE } else { RECEIVER }, 0),
         // The source: its upper bits.
         instruction(0x74, 0, 0, 0, 32 - SOURCE_BITS),
         add(0, first),

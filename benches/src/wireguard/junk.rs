@@ -18,19 +18,21 @@ use crate::generator::{Direction, Load, Rate, Summary};
 use crate::scale::crowd::Crowd;
 
 const SUITE: &str = "guard";
-const CASE: &str = "junk";
+/// Case, what it is about, forged datagrams per second.
+const CASES: [(&str, &str, u32); 2] = [
+    ("junk", "forged data", 1_000_000),
+    ("noise", "every first byte", 100_000),
+];
 
 /// The suite, for the command line.
 pub(crate) const ENTRY: SuiteEntry = SuiteEntry {
     name: SUITE,
-    about: "a flood of forged data messages against an established tunnel, with and without the guard",
+    about: "a flood of forged data messages, and of junk, against an established tunnel, with and without the guard",
     build,
 };
 
 /// Packets per second through the tunnel: little enough for every router to carry beside a flood.
 const TUNNEL: u32 = 5_000;
-/// Forged datagrams per second.
-const FLOOD: u32 = 1_000_000;
 /// The first of the addresses that they claim to come from.
 const SOURCES: Ipv4Addr = Ipv4Addr::new(198, 19, 0, 1);
 
@@ -41,7 +43,12 @@ fn build(context: &Context) -> anyhow::Result<Suite> {
             name: format!("{SUITE}-cpu"),
             title: "Router CPU per forged datagram, ns (less is better)".to_owned(),
             metric: "router-cpu",
-            kind: ChartKind::Bars(vec![(CASE.to_owned(), "forged data".to_owned())]),
+            kind: ChartKind::Bars(
+                CASES
+                    .iter()
+                    .map(|(case, text, _)| ((*case).to_owned(), (*text).to_owned()))
+                    .collect(),
+            ),
         }],
         ..Suite::default()
     };
@@ -51,12 +58,18 @@ fn build(context: &Context) -> anyhow::Result<Suite> {
         Ok(_) => Err("the router needs a CPU to itself, and there is only one".to_owned()),
         Err(why) => Err(format!("the client: {why}")),
     };
-    for (variant, guard) in [("", false), ("guarded", true)] {
-        let id = CaseId::new(SUITE, CASE, Implementation::sluice(variant));
+    let variants = [("", false), ("guarded", true)];
+    for ((case, _, flood), (variant, guard)) in CASES
+        .into_iter()
+        .flat_map(|case| variants.map(|variant| (case, variant)))
+    {
+        let id = CaseId::new(SUITE, case, Implementation::sluice(variant));
         match &client {
             Ok(client) => suite.cases.push(Box::new(Junk {
                 id,
                 guard,
+                flood,
+                junk: flood < 1_000_000,
                 cores: context.cores.clone(),
                 bed: Rc::new(Lazy {
                     program: Program::Sluice {
@@ -83,6 +96,9 @@ fn build(context: &Context) -> anyhow::Result<Suite> {
 struct Junk {
     id: CaseId,
     guard: bool,
+    /// Forged datagrams per second, and whether their first words are random too.
+    flood: u32,
+    junk: bool,
     cores: Cores,
     bed: Rc<Lazy>,
 }
@@ -121,7 +137,7 @@ impl Junk {
         let _pinned = bed.at_the_ends()?;
         let calm = tunnel(bed, round, || Ok([0; 2]))?;
         let strangers = bed.router().strangers()?;
-        let blast = bed.blast(SOURCES, FLOOD)?;
+        let blast = bed.blast(SOURCES, self.flood, self.junk)?;
         let sent = || Ok([blast.sent()?, bed.not_taken()?]);
         let flooded = blast.during(|| tunnel(bed, round, sent))?;
         let (before, after) = (strangers, bed.router().strangers()?);

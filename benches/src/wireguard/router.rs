@@ -125,10 +125,12 @@ impl Router {
             return Ok([0; 2]);
         };
         let status = sluice.status()?;
-        let guard = &status["uplink_guard"]["frames"]["drop_index"];
+        let guard = &status["uplink_guard"]["frames"];
+        let guard =
+            ["drop_index", "drop_malformed"].map(|label| guard[label].as_u64().unwrap_or(0));
         Ok([
-            guard.as_u64().unwrap_or(0),
-            sluice.engine_counter("drop_index")?,
+            guard.iter().sum(),
+            sluice.engine_counter("drop_index")? + sluice.engine_counter("drop_other")?,
         ])
     }
 

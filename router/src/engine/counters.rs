@@ -42,7 +42,9 @@ counters! {
     CookiesSent = "cookies_sent", "cookie replies sent because of load";
     Roamed = "roamed", "times a peer was heard from a new endpoint";
     HandedOver = "handed_over", "packets handed to the worker that owns their peer";
-    DropMalformed = "drop_malformed", "datagram is no WireGuard message";
+    RxOther = "rx_other", "datagrams that are no WireGuard message, for those who asked for such";
+    DropOther = "drop_other", "datagram is no WireGuard message: nobody asked for such, or it was more than the worker had time for";
+    DropOtherFull = "drop_other_full", "datagram is no WireGuard message: more than those who asked took";
     DropIndex = "drop_index", "datagram names a session that does not exist";
     DropMac = "drop_mac", "handshake message with a wrong mac1";
     DropLimited = "drop_limited", "handshake message beyond the source's rate, under load";
@@ -60,7 +62,7 @@ counters! {
     DropNoEndpoint = "drop_no_endpoint", "peer's endpoint is unknown";
     DropStaged = "drop_staged", "too many packets wait for the peer's handshake";
     DropReceiveFull = "drop_receive_full", "datagram of a session: the worker is too slow, its UDP socket full";
-    DropStrangerFull = "drop_stranger_full", "handshake initiation, or datagram of no known kind: more than the worker had time for";
+    DropStrangerFull = "drop_stranger_full", "handshake initiation: more than the worker had time for";
     DropSendFull = "drop_send_full", "UDP socket full";
     DropSendError = "drop_send_error", "underlay refused a datagram";
     DropHandOver = "drop_hand_over", "the owning worker's queue was full";

@@ -4,7 +4,7 @@
 
 mod fixture;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use fixture::{DEADLINE, Namespace, Pair, echo, lone, noise, rooted, spec, unique, until};
 
@@ -128,6 +128,52 @@ fn a_taken_name_or_port_is_refused_and_the_device_goes_with_the_engine() {
     );
     engine.shutdown();
     drop(lone(&name, &namespace).unwrap());
+}
+
+#[test]
+fn what_is_no_wireguard_message_goes_up_and_down_by_the_same_port() {
+    if !rooted() {
+        return;
+    }
+    let namespace = Namespace::new();
+    namespace.run("ip", "link set lo up");
+    let engine = lone(&unique("sl"), &namespace).unwrap();
+    let client = namespace.inside(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    client.set_read_timeout(Some(DEADLINE)).unwrap();
+    let dropped = || {
+        let counters = engine.counters();
+        let label = Counter::DropOther.label();
+        counters.iter().find(|(name, _)| *name == label).unwrap().1
+    };
+    let ping = |port: u16| {
+        client
+            .send_to(b"TS\xf0\x9f\x92\xac ping", ("127.0.0.1", port))
+            .unwrap()
+    };
+    // Nobody asked.
+    ping(engine.listen_port());
+    until("the datagram to be dropped", || dropped() == 1);
+    let mut datagrams = engine.datagrams().unwrap();
+    for _ in 0..2 {
+        let port = engine.listen_port();
+        ping(port);
+        let datagram = datagrams.blocking_recv().unwrap();
+        assert_eq!(&datagram.bytes[..], b"TS\xf0\x9f\x92\xac ping");
+        assert_eq!(datagram.source, client.local_addr().unwrap());
+        let local = datagram.local.unwrap();
+        engine
+            .send_raw(b"pong", datagram.source, Some(local))
+            .unwrap();
+        let mut answer = [0; 16];
+        let (length, from) = client.recv_from(&mut answer).unwrap();
+        assert_eq!(
+            (&answer[..length], from),
+            (&b"pong"[..], (local, port).into())
+        );
+        // As well after the port has changed.
+        namespace.inside(|| engine.set_listen_port(0)).unwrap();
+    }
+    assert_eq!(dropped(), 1);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What the rest of the daemon gives to the engine and reads of it.
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use ipnet::IpNet;
 
@@ -71,6 +71,21 @@ pub struct Nowhere {
     pub destination: IpAddr,
     /// When it was dropped.
     pub at: SystemTime,
+}
+
+/// A datagram that came to the listen port and is no WireGuard message.
+#[derive(Clone, Debug)]
+pub struct Datagram {
+    /// The sender.
+    pub source: SocketAddr,
+    /// Our address that it was sent to.
+    pub local: Option<IpAddr>,
+    /// Index of the interface that it came in by; 0 if that is not known.
+    pub interface: u32,
+    /// The payload, up to 2,048 bytes.
+    pub bytes: Box<[u8]>,
+    /// When it was taken from the socket.
+    pub received: Instant,
 }
 
 /// How an engine is set up.

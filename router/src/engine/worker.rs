@@ -4,7 +4,10 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver as Inbox, Sender as Done, SyncSender, TryRecvError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::Sender as Channel;
+use tokio::sync::mpsc::error::TrySendError;
 
 use tracing::{debug, trace};
 
@@ -14,7 +17,7 @@ use crate::engine::error::Failure;
 use crate::engine::forward::batch::{Message, UdpSink};
 use crate::engine::forward::directory::Change;
 use crate::engine::forward::location::Way;
-use crate::engine::forward::port::Content;
+use crate::engine::forward::port::{Content, Origin};
 use crate::engine::forward::routes::PeerId;
 use crate::engine::forward::{Forwarder, port};
 use crate::engine::io::detours::Question;
@@ -27,6 +30,7 @@ use crate::engine::io::udp_io::Receiver;
 use crate::engine::offload::coalesce::TunSink;
 use crate::engine::offload::segment;
 use crate::engine::offload::vnet;
+use crate::engine::types::Datagram;
 
 /// Buffers of one receive call, each for a whole GRO run, and their length in bytes.
 const BUFFERS: (usize, usize) = (8, 65_536);
@@ -49,6 +53,10 @@ const TOKEN_V4: u64 = 1;
 const TOKEN_V6: u64 = 2;
 const TOKEN_TUN: u64 = 3;
 const TOKEN_STRANGERS: u64 = 4;
+const TOKEN_OTHERS: u64 = 5;
+
+/// Who takes datagrams that are no WireGuard message.
+pub(super) type Listener = Channel<Datagram>;
 
 /// What the control side asks of a worker.
 pub(super) enum Command {
@@ -56,6 +64,8 @@ pub(super) enum Command {
     Apply(Change, Done<()>),
     /// Talk to the underlay through these sockets, then say so.
     Rebind(Arc<Sockets>, Done<()>),
+    /// Give datagrams that are no WireGuard message to this one, then say so.
+    Listen(Listener, Done<()>),
     /// A way to a peer has been found to be, or not to be, a detour.
     Judge(PeerId, Way),
     /// End the thread.
@@ -88,9 +98,11 @@ impl Worker {
         let watch_sockets = |sockets: &Sockets| {
             let sessions = [(&sockets.v4, TOKEN_V4), (&sockets.v6, TOKEN_V6)];
             let strangers = sockets.strangers.each_ref();
+            let others = sockets.others.each_ref();
             sessions
                 .into_iter()
                 .chain(strangers.map(|socket| (socket, TOKEN_STRANGERS)))
+                .chain(others.map(|socket| (socket, TOKEN_OTHERS)))
                 .filter_map(|(socket, token)| Some((socket.as_ref()?, token)))
                 .try_for_each(|(socket, token)| watch(socket.as_fd(), token))
         };
@@ -100,6 +112,7 @@ impl Worker {
             outlet: Outlet::new(self.sockets.clone(), &self.counters),
             exchange: self.exchange,
             counters: &self.counters,
+            listener: None,
         };
         let mut receiver = Receiver::new(BUFFERS.0, BUFFERS.1);
         let mut strangers = Receiver::new(STRANGERS.0, STRANGERS.1);
@@ -107,14 +120,14 @@ impl Worker {
         loop {
             let deadline = self.forwarder.deadline();
             let timeout = deadline.map(|at| at.saturating_sub(uptime()));
-            let mut events = [libc::epoll_event { events: 0, u64: 0 }; 6];
+            let mut events = [libc::epoll_event { events: 0, u64: 0 }; 8];
             let count = epoll.wait(&mut events, timeout).map_err(Failure::Poll)?;
             let now = uptime();
             for event in &events[..count] {
                 let socket = match event.u64 {
                     TOKEN_V4 => &self.sockets.v4,
                     TOKEN_V6 => &self.sockets.v6,
-                    TOKEN_STRANGERS => continue,
+                    TOKEN_STRANGERS | TOKEN_OTHERS => continue,
                     TOKEN_TUN => {
                         let header = self.vnet;
                         read(&mut self.forwarder, &mut port, &mut buffer, header, now)?;
@@ -148,13 +161,16 @@ impl Worker {
                 }
             }
             // After what belongs to sessions.
-            if events[..count]
-                .iter()
-                .any(|event| event.u64 == TOKEN_STRANGERS)
-            {
-                for socket in self.sockets.strangers.iter().flatten() {
-                    let forwarder = &mut self.forwarder;
-                    receive(forwarder, &mut port, &mut strangers, socket, 1, now);
+            let others = [
+                (TOKEN_STRANGERS, &self.sockets.strangers),
+                (TOKEN_OTHERS, &self.sockets.others),
+            ];
+            for (token, sockets) in others {
+                if events[..count].iter().any(|event| event.u64 == token) {
+                    for socket in sockets.iter().flatten() {
+                        let forwarder = &mut self.forwarder;
+                        receive(forwarder, &mut port, &mut strangers, socket, 1, now);
+                    }
                 }
             }
             if self.forwarder.deadline().is_some_and(|at| at <= now) {
@@ -214,6 +230,10 @@ fn obey(
                 let _ = done.send(());
             }
             Ok(Command::Rebind(sockets, done)) => return Obeyed::Rebind(sockets, done),
+            Ok(Command::Listen(listener, done)) => {
+                port.listener = Some(listener);
+                let _ = done.send(());
+            }
             Ok(Command::Judge(id, way)) => forwarder.judge(id, &way),
             Err(TryRecvError::Empty) => return Obeyed::All,
             Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Obeyed::Stop,
@@ -321,6 +341,8 @@ struct Port<'a> {
     outlet: Outlet<'a>,
     exchange: Exchange,
     counters: &'a Counters,
+    /// Who takes what is no WireGuard message.
+    listener: Option<Listener>,
 }
 
 impl Port<'_> {
@@ -360,6 +382,27 @@ impl UdpSink for Port<'_> {
 }
 
 impl port::Port for Port<'_> {
+    fn other(&mut self, origin: &Origin, bytes: &[u8]) -> Counter {
+        let Some(listener) = &self.listener else {
+            return Counter::DropOther;
+        };
+        let datagram = Datagram {
+            source: origin.remote,
+            local: origin.local,
+            interface: origin.interface,
+            bytes: bytes.into(),
+            received: Instant::now(),
+        };
+        match listener.try_send(datagram) {
+            Ok(()) => Counter::RxOther,
+            Err(TrySendError::Full(_)) => Counter::DropOtherFull,
+            Err(TrySendError::Closed(_)) => {
+                self.listener = None;
+                Counter::DropOther
+            }
+        }
+    }
+
     fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8]) -> bool {
         self.exchange.send(worker, content, bytes)
     }

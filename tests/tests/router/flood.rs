@@ -1,4 +1,4 @@
-//! Handshake initiations that nobody meant: who has a session keeps it, who wants one gets it.
+//! Handshake initiations that nobody meant, and junk: who has a session keeps it, who wants one gets it.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
@@ -63,9 +63,16 @@ fn cpu(sluice: &Sluice) -> anyhow::Result<Duration> {
     Ok(Duration::from_millis(10 * ticks))
 }
 
-/// `key` is whether the attacker knows the router's public key; `sources`, how many addresses it
-/// sends from; `counter`, where its initiations end.
-fn survives(key: bool, sources: u32, counter: &str) {
+/// What the attacker sends.
+enum Attack {
+    /// Initiations, signed as one who knows the router's public key, or not.
+    Initiations { key: bool },
+    /// Anything but WireGuard messages.
+    Junk,
+}
+
+/// `sources` is how many addresses the attacker sends from; `counter`, where its datagrams end.
+fn survives(attack: &Attack, sources: u32, counter: &str) {
     lab::test(|lab| {
         let site = Site::new(lab, Arms::Two)?;
         let (laptop, phone) = (Client::new("laptop", 2)?, Client::new("phone", 3)?);
@@ -91,8 +98,11 @@ fn survives(key: bool, sources: u32, counter: &str) {
         };
         let flooding = attacker.flood(&Flood {
             to: SocketAddrV4::new(*to.ip(), to.port()),
-            forgery: Forgery::Initiations {
-                key: key.then(|| config.key.public.clone()),
+            forgery: match attack {
+                Attack::Initiations { key } => Forgery::Initiations {
+                    key: key.then(|| config.key.public.clone()),
+                },
+                Attack::Junk => Forgery::Junk,
             },
             sources: (Ipv4Addr::new(198, 19, 0, 1), sources),
             rate: RATE,
@@ -115,7 +125,7 @@ fn survives(key: bool, sources: u32, counter: &str) {
                 .unwrap_or(false)
         })?;
         println!(
-            "echoes: {calm} calm, {flooded} flooded of {ECHOES}; {sent} initiations sent, \
+            "echoes: {calm} calm, {flooded} flooded of {ECHOES}; {sent} datagrams sent, \
              {arrived} refused, {} not looked at, {used:?} of CPU; joined after {:?}",
             sluice.engine_counter("drop_stranger_full")?,
             joining.elapsed()
@@ -134,15 +144,20 @@ fn survives(key: bool, sources: u32, counter: &str) {
 
 #[test]
 fn by_strangers() {
-    survives(false, 4096, "drop_mac");
+    survives(&Attack::Initiations { key: false }, 4096, "drop_mac");
 }
 
 #[test]
 fn by_one_who_knows_the_key() {
-    survives(true, 1, "drop_limited");
+    survives(&Attack::Initiations { key: true }, 1, "drop_limited");
 }
 
 #[test]
 fn by_many_who_know_the_key() {
-    survives(true, 4096, "drop_limited");
+    survives(&Attack::Initiations { key: true }, 4096, "drop_limited");
+}
+
+#[test]
+fn by_junk_of_every_first_byte() {
+    survives(&Attack::Junk, 4096, "drop_other");
 }

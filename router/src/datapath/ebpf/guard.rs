@@ -90,6 +90,17 @@ impl Guard {
             .map_err(|error| failed("write the settings of the uplink's guard", error))
     }
 
+    /// Has the program let pass what comes to the port and is no WireGuard message, or, as at first, drop it.
+    pub fn let_others_pass(&mut self, pass: bool) -> Result<(), Error> {
+        let set = self.indices.lock().set(|settings| {
+            settings.flags &= !Settings::OTHERS;
+            if pass {
+                settings.flags |= Settings::OTHERS;
+            }
+        });
+        set.map_err(|error| failed("write the settings of the uplink's guard", error))
+    }
+
     /// Attaches the program to `uplink` and to nothing else. On error it is attached nowhere.
     pub fn attach(&mut self, uplink: &Link) -> Result<(), Error> {
         if self.attached_to() == Some(uplink) {
@@ -213,7 +224,10 @@ impl Indices {
         shared.broken |= outcome.is_err();
         let judge = !shared.broken;
         let set = shared.set(|settings| {
-            settings.flags = if judge { Settings::INDICES } else { 0 };
+            settings.flags &= !Settings::INDICES;
+            if judge {
+                settings.flags |= Settings::INDICES;
+            }
         });
         let context = "tell the uplink's guard of receiver indices";
         outcome.and(set).map_err(|error| failed(context, error))

@@ -1,12 +1,19 @@
 //! What can change while the engine runs, beside the peers and the key: port, mark, MTU, endpoints
 //! that somebody insists on, and who watches.
 
-use std::net::SocketAddr;
-use std::sync::{Arc, mpsc};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
 
 use super::{Bind, Change, Command, Engine, Error, Underlay};
-use crate::engine::types::IndexWatch;
+use crate::engine::io::udp_io::send_one;
+use crate::engine::types::{Datagram, IndexWatch};
 use crate::wireguard::keys::PublicKey;
+
+/// Datagrams that may wait for whoever asked for them.
+const DATAGRAMS: usize = 1024;
 
 impl Engine {
     /// Tells `watch` which receiver indices are in use, now and with every change.
@@ -30,15 +37,36 @@ impl Engine {
         // What comes in from here to their closing is not counted.
         state.overflows = state.overflows();
         state.sockets = underlay.sockets.into_iter().map(Arc::new).collect();
-        let (done, waiting) = mpsc::channel();
-        for (worker, sockets) in self.workers.iter().zip(&state.sockets) {
-            worker.tell(Command::Rebind(sockets.clone(), done.clone()))?;
+        *self.raw() = state.sockets.first().cloned();
+        self.tell_all(|worker, done| Command::Rebind(state.sockets[worker].clone(), done))
+    }
+
+    /// Datagrams that come to the listen port and are no WireGuard message, from now on: as long as nobody
+    /// has asked for them the kernel drops them. Whoever asks last gets them. The channel holds 1,024;
+    /// what it does not take is dropped and counted (`drop_other_full`).
+    pub fn datagrams(&self) -> Result<mpsc::Receiver<Datagram>, Error> {
+        let mut state = self.state();
+        let (listener, datagrams) = mpsc::channel(DATAGRAMS);
+        state.bind.others = true;
+        for sockets in &state.sockets {
+            sockets.take_others().map_err(Error::Start)?;
         }
-        drop(done);
-        for _ in &self.workers {
-            waiting.recv().map_err(|_| Error::Worker)?;
-        }
-        Ok(())
+        self.tell_all(|_, done| Command::Listen(listener.clone(), done))?;
+        Ok(datagrams)
+    }
+
+    /// Sends a datagram as it is from the listen port, and from the address `source` if one is given.
+    /// Does not wait: an error of kind `WouldBlock` means that the socket is full.
+    pub fn send_raw(
+        &self,
+        bytes: &[u8],
+        destination: SocketAddr,
+        source: Option<IpAddr>,
+    ) -> io::Result<()> {
+        let sockets = self.raw().clone().ok_or(io::ErrorKind::NotConnected)?;
+        let socket = sockets.of_family(destination.is_ipv4());
+        let socket = socket.ok_or_else(|| io::Error::from_raw_os_error(libc::EAFNOSUPPORT))?;
+        send_one(socket, bytes, destination, source)
     }
 
     /// Changes the firewall mark of underlay packets (`SO_MARK`); 0 for none. On error the old mark

@@ -23,7 +23,7 @@ use crate::engine::forward::port::Place;
 use crate::engine::io::poll::Waker;
 use crate::engine::io::steer::queues::TunSteering;
 use crate::engine::io::tun::Device;
-use crate::engine::io::udp::{Bind, Underlay};
+use crate::engine::io::udp::{Bind, Sockets, Underlay};
 use crate::engine::io::{detours, exchange};
 use crate::engine::offload::refusals::{Found, Refused};
 use crate::engine::types::{Features, Options, PeerChange, PeerSpec, PeerStats, Skipped};
@@ -42,6 +42,8 @@ pub struct Engine {
     features: Features,
     workers: Vec<Handle>,
     state: Mutex<State>,
+    /// What is sent raw goes out by these, whoever changes the state meanwhile.
+    raw: Mutex<Option<Arc<Sockets>>>,
     failure: watch::Receiver<Option<Arc<Failure>>>,
     refused: Found,
 }
@@ -123,6 +125,7 @@ impl Engine {
             mark: options.fwmark,
             workers,
             gro: options.offloads.udp_gro,
+            others: false,
         };
         let underlay = Underlay::bind(bind)?;
         let udp_gso = underlay.gso && options.offloads.udp_gso;
@@ -137,6 +140,7 @@ impl Engine {
         let (sender, failure) = watch::channel(None);
         let sender = Arc::new(sender);
         let refused = Found::default();
+        let sockets: Vec<_> = underlay.sockets.into_iter().map(Arc::new).collect();
         let mut engine = Self {
             device: device.name,
             index: device.index,
@@ -155,6 +159,7 @@ impl Engine {
             },
             workers: Vec::new(),
             state: Mutex::new(State::new(bind, local.public(), tun_steering)),
+            raw: Mutex::new(sockets.first().cloned()),
             failure,
             refused: refused.clone(),
         };
@@ -164,7 +169,6 @@ impl Engine {
             .map_err(Error::Start)?;
         let exchanges = exchange::connect(&wakers);
         let detours = detours::start().map_err(Error::Start)?;
-        let sockets: Vec<_> = underlay.sockets.into_iter().map(Arc::new).collect();
         engine.state().sockets.clone_from(&sockets);
         let parts = device
             .queues
@@ -330,7 +334,14 @@ impl Engine {
                     Counter::DropStrangerFull => overflows.strangers,
                     _ => {
                         let workers = self.workers.iter();
-                        workers.map(|worker| worker.counters.get(*counter)).sum()
+                        let told: u64 = workers.map(|worker| worker.counters.get(*counter)).sum();
+                        // The sockets drop most of it themselves.
+                        let others = if *counter == Counter::DropOther {
+                            overflows.others
+                        } else {
+                            0
+                        };
+                        told + others
                     }
                 };
                 (counter.label(), value)
@@ -352,15 +363,28 @@ impl Engine {
     /// Ends the workers and takes the device away. The same as dropping the engine.
     pub fn shutdown(self) {}
 
+    fn raw(&self) -> MutexGuard<'_, Option<Arc<Sockets>>> {
+        self.raw.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives each worker its change, then waits for all of them.
     fn apply(&self, changes: Vec<Change>) -> Result<(), Error> {
+        let mut changes = changes.into_iter();
+        self.tell_all(|_, done| Command::Apply(changes.next().unwrap_or_default(), done))
+    }
+
+    /// Gives each worker its command, then waits until all have done it.
+    fn tell_all(
+        &self,
+        mut command: impl FnMut(usize, mpsc::Sender<()>) -> Command,
+    ) -> Result<(), Error> {
         let (done, waiting) = mpsc::channel();
-        for (worker, change) in self.workers.iter().zip(changes) {
-            worker.tell(Command::Apply(change, done.clone()))?;
+        for (at, worker) in self.workers.iter().enumerate() {
+            worker.tell(command(at, done.clone()))?;
         }
         drop(done);
         for _ in &self.workers {

@@ -214,7 +214,8 @@ impl Forwarder {
                     continue;
                 }
                 None => {
-                    self.counters.add(Counter::DropMalformed, 1);
+                    let counter = io.other(origin, run);
+                    self.counters.add(counter, 1);
                     continue;
                 }
             };

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use crate::engine::counters::Counter;
 use crate::engine::forward::batch::{Endpoint, UdpSink};
 use crate::engine::offload::coalesce::TunSink;
 use crate::engine::offload::vnet;
@@ -44,6 +45,9 @@ pub(crate) enum Content {
 /// What a worker's I/O takes: packets for the TUN device, messages for the underlay, and what
 /// belongs to other workers.
 pub(crate) trait Port: TunSink + UdpSink {
+    /// Takes a datagram that is no WireGuard message. Tells what is to be counted.
+    fn other(&mut self, origin: &Origin, bytes: &[u8]) -> Counter;
+
     /// Hands `bytes` to another worker. False when its queue is full.
     fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8]) -> bool;
 }

@@ -50,6 +50,10 @@ struct Wire {
 }
 
 impl Port for Wire {
+    fn other(&mut self, _: &Origin, _: &[u8]) -> Counter {
+        Counter::DropOther
+    }
+
     fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8]) -> bool {
         if !self.stuffed {
             self.handed.push((worker, content, bytes.to_vec()));

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::engine::counters::Counters;
+use crate::engine::counters::{Counter, Counters};
 use crate::engine::forward::Forwarder;
 use crate::engine::forward::batch::{Message, UdpSink};
 use crate::engine::forward::directory::{Change, Directory, Keys};
@@ -33,6 +33,10 @@ struct Wire {
 }
 
 impl Port for Wire {
+    fn other(&mut self, _: &Origin, _: &[u8]) -> Counter {
+        Counter::DropOther
+    }
+
     fn hand_over(&mut self, _: usize, _: Content, _: &[u8]) -> bool {
         unreachable!("there is one worker")
     }

@@ -93,6 +93,7 @@ impl PeerTable {
             mark: 0,
             workers: 2,
             gro: false,
+            others: false,
         };
         let mut state = State::new(bind, PublicKey([9; 32]), None);
         state.change(peers, &[]);

@@ -208,6 +208,7 @@ mod tests {
             mark: 0,
             workers: 1,
             gro: true,
+            others: false,
         })
         .unwrap();
         let sockets = Arc::new(underlay.sockets.remove(0));
@@ -302,6 +303,7 @@ mod tests {
             mark: 0,
             workers: 1,
             gro: false,
+            others: false,
         })
         .unwrap();
         let sockets = Arc::new(underlay.sockets.remove(0));

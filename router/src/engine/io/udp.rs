@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use tracing::info;
 
 use crate::engine::error::Error;
-use crate::engine::io::steer::sockets::by_receiver_index;
+use crate::engine::io::steer::sockets::{by_receiver_index, discard, take_all};
 
 /// Receive and send buffers to ask for, in bytes: some milliseconds at 5 Gbit/s.
 const SOCKET_BUFFER: libc::c_int = 4 << 20;
@@ -151,6 +151,8 @@ pub(crate) struct Sockets {
     /// IPv4 and IPv6 for what names no session, above all handshake initiations, which anyone can
     /// make: a flood of them fills queues of its own. None where the kernel does not steer.
     pub(crate) strangers: [Option<OwnedFd>; 2],
+    /// IPv4 and IPv6 for what is no WireGuard message. None where the kernel does not steer.
+    pub(crate) others: [Option<OwnedFd>; 2],
 }
 
 /// Datagrams that the kernel dropped since the queues of sockets were full.
@@ -158,8 +160,10 @@ pub(crate) struct Sockets {
 pub(crate) struct Overflows {
     /// Datagrams of sessions.
     pub(crate) sessions: u64,
-    /// Handshake initiations, and what nobody knows.
+    /// Handshake initiations.
     pub(crate) strangers: u64,
+    /// What is no WireGuard message: nobody asked for such, or it was too much.
+    pub(crate) others: u64,
 }
 
 impl Overflows {
@@ -167,6 +171,7 @@ impl Overflows {
     pub(crate) fn add(&mut self, sockets: &Sockets) {
         self.sessions += overflows([&sockets.v4, &sockets.v6]);
         self.strangers += overflows(sockets.strangers.each_ref());
+        self.others += overflows(sockets.others.each_ref());
     }
 }
 
@@ -181,9 +186,14 @@ fn overflows(sockets: [&Option<OwnedFd>; 2]) -> u64 {
 }
 
 impl Sockets {
+    /// The one that sends to a family.
+    pub(crate) fn of_family(&self, v4: bool) -> Option<&OwnedFd> {
+        if v4 { &self.v4 } else { &self.v6 }.as_ref()
+    }
+
     /// Port (host byte order) and firewall mark of what they send to a family.
     pub(crate) fn sends_as(&self, v4: bool) -> Option<(u16, u32)> {
-        let socket = if v4 { &self.v4 } else { &self.v6 }.as_ref()?;
+        let socket = self.of_family(v4)?;
         let mark: libc::c_int = get_option(socket, libc::SOL_SOCKET, libc::SO_MARK).ok()?;
         Some((local_port(socket).ok()?, mark as u32))
     }
@@ -194,6 +204,11 @@ impl Sockets {
             .into_iter()
             .flatten()
             .try_for_each(|fd| set_mark(fd, mark))
+    }
+
+    /// Takes what is no WireGuard message too.
+    pub(crate) fn take_others(&self) -> io::Result<()> {
+        self.others.iter().flatten().try_for_each(take_all)
     }
 }
 
@@ -229,6 +244,8 @@ pub(crate) struct Bind {
     pub(crate) workers: usize,
     /// Several datagrams may arrive in one buffer.
     pub(crate) gro: bool,
+    /// What is no WireGuard message is taken too.
+    pub(crate) others: bool,
 }
 
 /// Ports to try when the system chooses: one that is free for IPv4 may be taken for IPv6.
@@ -280,10 +297,14 @@ impl Underlay {
                 v4,
                 v6,
                 strangers: [None, None],
+                others: [None, None],
             });
         }
         for worker in &mut underlay.sockets {
             worker.strangers = open_pair(bind, &mut port, Role::Strangers)?;
+        }
+        for worker in &mut underlay.sockets {
+            worker.others = open_pair(bind, &mut port, Role::Others)?;
         }
         match underlay.steer(bind.workers) {
             Ok(()) => underlay.steered = true,
@@ -292,6 +313,7 @@ impl Underlay {
                 // The kernel would choose among all of them, for datagrams of sessions too.
                 for worker in &mut underlay.sockets {
                     worker.strangers = [None, None];
+                    worker.others = [None, None];
                 }
             }
         }
@@ -321,6 +343,8 @@ enum Role {
     Sessions,
     /// What does not: see [`Sockets::strangers`].
     Strangers,
+    /// What is no WireGuard message.
+    Others,
 }
 
 /// Binds a socket for each family. A `port` of 0 becomes the one that the system chose.
@@ -369,7 +393,7 @@ fn open_one(family: libc::c_int, bind: Bind, port: u16, role: Role) -> io::Resul
         set_option(&fd, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
     }
     let receive = match role {
-        Role::Strangers => STRANGERS_BUFFER,
+        Role::Strangers | Role::Others => STRANGERS_BUFFER,
         Role::Alone | Role::Sessions => SOCKET_BUFFER,
     };
     for (force, plain, bytes) in [
@@ -382,9 +406,13 @@ fn open_one(family: libc::c_int, bind: Bind, port: u16, role: Role) -> io::Resul
         }
     }
     // Strangers' datagrams come one by one, so that the work of a receive call is bounded.
-    if bind.gro && role != Role::Strangers {
+    if bind.gro && matches!(role, Role::Alone | Role::Sessions) {
         // Kernels before 5.0 have no GRO; then each datagram comes alone.
         let _ = set_option(&fd, libc::SOL_UDP, libc::UDP_GRO, 1);
+    }
+    if role == Role::Others && !bind.others {
+        // Where the kernel does not, the worker drops it.
+        let _ = discard(&fd);
     }
     let (address, length) = Address::new(SocketAddr::new(any, port));
     // SAFETY: pointer and length are those of an address that lives for the whole call.

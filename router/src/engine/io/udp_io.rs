@@ -7,7 +7,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
-use crate::engine::forward::batch::{MESSAGES, Message};
+use crate::engine::forward::batch::{Endpoint, MESSAGES, Message};
 use crate::engine::forward::port::Origin;
 use crate::engine::io::udp::Address;
 
@@ -268,6 +268,51 @@ impl Sender {
         }
         Ok(count as usize)
     }
+}
+
+/// Sends one datagram by itself, from `source` if that is given. Does not wait.
+pub(crate) fn send_one(
+    socket: &OwnedFd,
+    bytes: &[u8],
+    remote: SocketAddr,
+    source: Option<IpAddr>,
+) -> io::Result<()> {
+    let message = Message {
+        offset: 0,
+        length: bytes.len(),
+        size: bytes.len(),
+        segments: 1,
+        endpoint: Endpoint {
+            remote,
+            local: source,
+        },
+        peer: None,
+        ecn: 0,
+    };
+    let (mut address, length) = Address::new(remote);
+    let mut control = Control::EMPTY;
+    let used = fill(&mut control, &message);
+    let mut vector = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: msghdr is plain data; all zero is valid.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_name = std::ptr::from_mut(&mut address).cast();
+    header.msg_namelen = length;
+    header.msg_iov = &mut vector;
+    header.msg_iovlen = 1;
+    if used > 0 {
+        header.msg_control = control.0.as_mut_ptr().cast();
+        header.msg_controllen = used as _;
+    }
+    // SAFETY: all pointers lead to values that live for the whole call, with their lengths. The kernel
+    // only reads the data.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &header, libc::MSG_DONTWAIT) };
+    if sent < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Writes a message's control messages; gives their length in bytes.

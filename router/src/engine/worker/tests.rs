@@ -34,6 +34,7 @@ struct Bench {
     waker: Arc<Waker>,
     counters: Arc<Counters>,
     local: Arc<LocalKey>,
+    listener: Option<Listener>,
 }
 
 impl Bench {
@@ -51,6 +52,7 @@ impl Bench {
             mark: 0,
             workers: 1,
             gro: false,
+            others: true,
         })
         .unwrap();
         let client = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -78,6 +80,7 @@ impl Bench {
             exchanges: exchange::connect(&wakers),
             waker: wakers[0].clone(),
             counters,
+            listener: None,
         }
     }
 
@@ -88,6 +91,7 @@ impl Bench {
             outlet: Outlet::new(self.sockets.clone(), &self.counters),
             exchange: self.exchanges.remove(0),
             counters: &self.counters,
+            listener: self.listener.clone(),
         };
         work(&mut self.forwarder, &mut port);
         self.exchanges.insert(0, port.exchange);
@@ -282,13 +286,16 @@ fn a_turn_at_a_socket_is_bounded() {
     let mut bench = Bench::new();
     let sockets = bench.sockets.clone();
     let mut taken = 0;
-    for (kind, socket, (buffers, length), calls) in [
-        (4, &sockets.v4, BUFFERS, RECEIVES),
-        (1, &sockets.strangers[0], STRANGERS, 1),
+    for (kind, size, socket, (buffers, length), calls) in [
+        (4, 40, &sockets.v4, BUFFERS, RECEIVES),
+        (1, INITIATION, &sockets.strangers[0], STRANGERS, 1),
+        (1, 40, &sockets.others[0], STRANGERS, 1),
     ] {
         let turn = buffers * calls;
+        let mut datagram = vec![0; size];
+        datagram[0] = kind;
         for _ in 0..turn + MORE {
-            bench.client.send(&[kind; 40]).unwrap();
+            bench.client.send(&datagram).unwrap();
         }
         let mut receiver = Receiver::new(buffers, length);
         for expected in [turn, MORE] {
@@ -326,4 +333,35 @@ fn a_turn_at_what_others_hand_over_is_bounded_and_more_is_not_forgotten() {
         let woken = unsafe { libc::poll(&mut poll, 1, 0) };
         assert_eq!(woken == 1, expected == PARCELS);
     }
+}
+
+#[test]
+fn what_is_no_message_goes_to_whoever_asked_and_never_in_front_of_sessions() {
+    let mut bench = Bench::new();
+    let sockets = bench.sockets.clone();
+    let mut receiver = Receiver::new(STRANGERS.0, STRANGERS.1);
+    let mut turn = |bench: &mut Bench, counter| {
+        bench.client.send(b"TS\xf0\x9f\x92\xac of disco").unwrap();
+        bench.work(counter, |forwarder, port| {
+            let socket = sockets.others[0].as_ref().unwrap();
+            receive(forwarder, port, &mut receiver, socket, 1, NOW);
+        })
+    };
+    assert_eq!(turn(&mut bench, Counter::DropOther), 1);
+    let (sender, mut datagrams) = tokio::sync::mpsc::channel(2);
+    bench.listener = Some(sender);
+    assert_eq!(turn(&mut bench, Counter::RxOther), 1);
+    assert_eq!(turn(&mut bench, Counter::RxOther), 2);
+    assert_eq!(
+        turn(&mut bench, Counter::DropOtherFull),
+        1,
+        "nobody took them"
+    );
+    let datagram = datagrams.try_recv().unwrap();
+    assert_eq!(&datagram.bytes[..6], [0x54, 0x53, 0xf0, 0x9f, 0x92, 0xac]);
+    assert_eq!(datagram.source, bench.client.local_addr().unwrap());
+    assert_eq!(datagram.local, Some([127, 0, 0, 1].into()));
+    assert_ne!(datagram.interface, 0);
+    drop(datagrams);
+    assert_eq!(turn(&mut bench, Counter::DropOther), 2);
 }

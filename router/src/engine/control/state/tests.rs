@@ -29,6 +29,7 @@ fn state() -> State {
         mark: 0,
         workers: 2,
         gro: false,
+        others: false,
     };
     State::new(bind, OWN, None)
 }
