@@ -106,7 +106,10 @@ fn explain(errno: i32, message: Option<&str>) -> String {
         libc::EMSGSIZE => {
             "it is larger than the socket buffers here allow; raise net.core.wmem_max".to_owned()
         }
-        libc::EEXIST => "it is there already, and not from Sluice".to_owned(),
+        libc::EEXIST => {
+            "it is there already, and not from Sluice; remove that one, and Sluice adds its own"
+                .to_owned()
+        }
         _ => {
             let text = std::io::Error::from_raw_os_error(errno).to_string();
             match text.rsplit_once(" (os error") {

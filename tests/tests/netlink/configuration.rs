@@ -201,7 +201,7 @@ fn routes_are_changed_where_they_differ_and_others_stay() {
                 .to_string();
             assert!(error.contains("add route 10.8.0.0/16 in table"), "{error}");
             assert!(
-                error.contains("there already, and not from Sluice"),
+                error.contains("there already, and not from Sluice; remove"),
                 "{error}"
             );
 
