@@ -6,7 +6,7 @@ mod open;
 mod track;
 
 pub use judge::{judge, probe_mtu};
-pub use open::{Draft, open};
+pub use open::{Draft, draft, enter};
 pub(crate) use track::touch;
 pub use track::{is_routers, look_across};
 

@@ -23,7 +23,7 @@ pub trait Steps: Tables {
         frame: &F,
     ) -> Result<bool, Self::Stop>;
 
-    /// [`crate::flow::open`].
+    /// [`crate::flow::draft`], then [`crate::flow::enter`].
     fn open(&self, side: Side, packet: &Packet) -> Result<(), Self::Stop>;
 
     /// [`crate::flow::judge`].

@@ -338,7 +338,9 @@ impl Steps for View<'_> {
     }
 
     fn open(&self, side: Side, packet: &Packet) -> Result<(), Verdict> {
-        flow::open(side, packet, self, &mut Draft::default())
+        let draft = &mut Draft::default();
+        flow::draft(side, packet, self, draft)?;
+        flow::enter(side, draft, self)
     }
 
     fn judge(&self, side: Side, packet: &Packet, entry: Entry<'_>) -> Result<(), Verdict> {

@@ -32,9 +32,14 @@ global! {
         }
     }
 
-    /// [`flow::open`].
-    sluice_open(ctx, work, from) {
-        number(flow::open(side(from), &work.packet, &Maps::new(ctx), &mut work.draft))
+    /// [`flow::draft`].
+    sluice_draft(ctx, work, from) {
+        number(flow::draft(side(from), &work.packet, &Maps::new(ctx), &mut work.draft))
+    }
+
+    /// [`flow::enter`].
+    sluice_enter(ctx, work, from) {
+        number(flow::enter(side(from), &mut work.draft, &Maps::new(ctx)))
     }
 
     /// [`flow::judge`].
@@ -193,7 +198,10 @@ pub(crate) fn find_flow(ctx: &TcContext, side: Side) -> u32 {
 #[inline(always)]
 pub(crate) fn open(ctx: &TcContext, side: Side) -> Result<(), Verdict> {
     // SAFETY: as above.
-    result(unsafe { sluice_open(ctx.skb.skb, side as u32) })
+    unsafe {
+        result(sluice_draft(ctx.skb.skb, side as u32))?;
+        result(sluice_enter(ctx.skb.skb, side as u32))
+    }
 }
 
 #[inline(always)]

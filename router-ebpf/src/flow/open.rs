@@ -21,8 +21,10 @@ pub struct Draft {
     subnet: Flow,
     /// That of packets from the overlay.
     tuple: Tuple,
-    /// Who opens it, and all of that side.
+    /// Who opens it, and all of that side, if it is the subnet's.
     accounts: [Account; 2],
+    /// Number of the clause of the policy that lets it through.
+    clause: u16,
 }
 
 /// As `*to = *from`, word by word as in [`clear`].
@@ -51,9 +53,9 @@ fn clear(entry: &mut Flow) {
     }
 }
 
-/// Opens the flow that `packet` is the first of.
+/// Judges the flow that `packet` is the first of, and fills `draft`, of which [`enter`] opens it.
 #[inline(always)]
-pub fn open<T: Tables>(
+pub fn draft<T: Tables>(
     side: Side,
     packet: &Packet,
     tables: &T,
@@ -76,7 +78,7 @@ pub fn open<T: Tables>(
         return Err(Verdict::SlowNoFlow);
     }
     let class = opening::class(side, &peer, settings);
-    let clause = tables.permits(class, tuple, settings)?;
+    draft.clause = tables.permits(class, tuple, settings)?;
     let hop = tables.next_hop(packet, packet.header_len, settings)?;
     let now = tables.now();
     let Draft {
@@ -84,6 +86,7 @@ pub fn open<T: Tables>(
         subnet,
         tuple: forward,
         accounts: [opener, all],
+        ..
     } = draft;
     for entry in [&mut *overlay, &mut *subnet] {
         clear(entry);
@@ -126,57 +129,57 @@ pub fn open<T: Tables>(
         }
     }
     // What the subnet opens is not on the peer's account: it has no say in who sends to it.
-    let from_subnet = side == Side::Subnet;
-    if from_subnet {
+    if side == Side::Subnet {
         *forward = tuple.reversed();
         *opener = Account::host(&tuple.source);
         *all = Account::subnet(&tuple.source);
-        if !tables.take_place(all, settings.flows_from_subnet) {
-            return Err(Verdict::DropSourceLimit);
-        }
     } else {
         copy(tuple, forward);
         *opener = Account::peer(peer.peer, &tuple.source);
     }
-    let added = counted(opener, settings.flows_per_source, tables, || {
-        add(forward, overlay, subnet, tables, settings)
-    });
-    if from_subnet && added != Ok(true) {
-        tables.give_place_back(all);
-    }
-    added?;
-    tables.count_clause(clause, settings);
     Ok(())
 }
 
-/// Runs `add`, which says whether it has added a flow, with one more counted for `account`.
+/// Opens the flow of `draft`, which was made for a packet of `side`: counts it, and adds its entries.
 #[inline(always)]
-fn counted<T: Tables>(
-    account: &Account,
-    limit: u32,
-    tables: &T,
-    add: impl FnOnce() -> Result<bool, Verdict>,
-) -> Result<bool, Verdict> {
-    if !tables.take_place(account, limit) {
+pub fn enter<T: Tables>(side: Side, draft: &mut Draft, tables: &T) -> Result<(), Verdict> {
+    let settings = tables.settings().ok_or(Verdict::DropInternal)?;
+    let from_subnet = side == Side::Subnet;
+    let [opener, all] = draft.accounts;
+    if from_subnet && !tables.take_place(&all, settings.flows_from_subnet) {
         return Err(Verdict::DropSourceLimit);
     }
-    let added = add();
-    if added != Ok(true) {
-        tables.give_place_back(account);
+    let (mut is_new, mut outcome) = (false, Err(Verdict::DropSourceLimit));
+    if tables.take_place(&opener, settings.flows_per_source) {
+        outcome = add(draft, tables, settings, &mut is_new);
+        if !is_new {
+            tables.give_place_back(&opener);
+        }
     }
-    added
+    if from_subnet && !is_new {
+        tables.give_place_back(&all);
+    }
+    outcome?;
+    tables.count_clause(draft.clause, settings);
+    Ok(())
 }
 
-/// Adds both entries of a flow whose packets from the overlay have `tuple`. The reply's entry comes
-/// first: whoever gets it in owns the translation. `false` if another CPU has just opened the flow.
+/// Adds both entries of a flow. The reply's comes first: whoever gets it in owns the translation.
+/// `is_new` stays `false` if another CPU has just opened the flow. By itself, for the verifier refuses
+/// what LLVM makes of an error that may hold one.
 #[inline(always)]
 fn add<T: Tables>(
-    tuple: &Tuple,
-    overlay: &mut Flow,
-    subnet: &Flow,
+    draft: &mut Draft,
     tables: &T,
     settings: &Settings,
-) -> Result<bool, Verdict> {
+    is_new: &mut bool,
+) -> Result<(), Verdict> {
+    let Draft {
+        overlay,
+        subnet,
+        tuple,
+        ..
+    } = draft;
     let mut reply = overlay.other(Side::Overlay, tuple).1;
     if overlay.flags & Flow::SNAT == 0 {
         match tables.add_flow(Side::Subnet, &reply, subnet) {
@@ -191,13 +194,16 @@ fn add<T: Tables>(
         overlay.port = reply.ports[1];
     }
     match tables.add_flow(Side::Overlay, tuple, overlay) {
-        Ok(()) => Ok(true),
+        Ok(()) => {
+            *is_new = true;
+            Ok(())
+        }
         Err(refused) => {
             if overlay.flags & Flow::SNAT != 0 {
                 tables.remove_flow(Side::Subnet, &reply);
             }
             match refused {
-                Refused::Exists => Ok(false),
+                Refused::Exists => Ok(()),
                 Refused::Full => Err(Verdict::DropTableFull),
             }
         }
