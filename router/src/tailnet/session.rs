@@ -32,6 +32,9 @@ use crate::tailnet::wire::{
 const WATCHDOG: Duration = Duration::from_secs(120);
 /// Most that the server can ask the node to do nothing.
 const MOST_SLEEP: Duration = Duration::from_secs(300);
+/// A stream that has lived so long has not failed: the next one is tried soon. One that brings a map and breaks is not
+/// asked for that map again and again.
+const STEADY: Duration = Duration::from_secs(30);
 /// When a server that has too much to do names no time.
 const BUSY: Duration = Duration::from_secs(7);
 /// Clocks that differ by less are taken to agree.
@@ -109,8 +112,12 @@ pub enum Event {
     Refused(String),
     /// The node's key has ended and another one is asked for.
     Expired,
-    /// The node is logged out, or was when it asked.
-    LoggedOut,
+    /// The node is logged out here. On the server too, if that has heard it; else the node stays there until somebody
+    /// removes it, or its key ends.
+    LoggedOut {
+        /// The server has heard it.
+        heard: bool,
+    },
     /// The first map of a stream is here.
     Connected,
     /// The stream has ended, and why. It is tried again.
@@ -196,6 +203,8 @@ enum Stream {
     Open {
         /// No map yet.
         first: bool,
+        /// When it was opened.
+        since: Instant,
         /// Dead from then on.
         deadline: Instant,
         /// Nothing is read before.
@@ -373,6 +382,7 @@ impl Session {
             first,
             deadline,
             paused,
+            ..
         } = &mut self.stream
         else {
             return;
@@ -418,7 +428,6 @@ impl Session {
         match self.map.apply(response, *first, now.clock) {
             Ok(change) => {
                 if std::mem::take(first) {
-                    self.retry.succeeded();
                     self.events.push_back(Event::Connected);
                 }
                 if !change.is_empty() {
@@ -452,6 +461,12 @@ impl Session {
     fn stream_ended(&mut self, failure: Failure, now: Now) {
         let refused = matches!(&failure, Failure::Status { status, .. }
             if (400..500).contains(status) && !matches!(status, 408 | 429));
+        if let Stream::Open { first, since, .. } = &self.stream
+            && !first
+            && now.instant.duration_since(*since) >= STEADY
+        {
+            self.retry.succeeded();
+        }
         let again = match failure.wait() {
             Some(wait) => now.instant + wait + self.retry.spread(wait / 8),
             None => self.retry.next(now.instant),
@@ -471,6 +486,7 @@ impl Session {
         self.streams += 1;
         self.stream = Stream::Open {
             first: true,
+            since: now.instant,
             deadline: now.instant + WATCHDOG,
             paused: None,
         };

@@ -327,7 +327,9 @@ fn an_ephemeral_node_is_gone_when_it_leaves() -> Result<()> {
     node.wait_connected()?;
     ensure!(server.nodes()[0].ephemeral);
     node.command(Command::LogOut);
-    node.wait_event("the end", |event| matches!(event, Event::LoggedOut))?;
+    node.wait_event("the end", |event| {
+        matches!(event, Event::LoggedOut { heard: true })
+    })?;
     ensure!(server.nodes().is_empty());
     Ok(())
 }

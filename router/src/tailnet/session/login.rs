@@ -82,7 +82,7 @@ impl Session {
     pub fn log_out(&mut self, now: Now) {
         if !self.registered {
             self.login = Login::Stopped;
-            self.events.push_back(Event::LoggedOut);
+            self.events.push_back(Event::LoggedOut { heard: true });
             return;
         }
         self.login = Login::Asking(Box::new(Asking {
@@ -115,13 +115,13 @@ impl Session {
         }
         asking.due = None;
         let key = asking.fresh.as_ref().unwrap_or(&self.node).public();
-        let old = asking.fresh.as_ref().filter(|_| self.registered);
+        let replaces = asking.fresh.is_some();
         let without = asking.leaving || asking.confirming;
         let auth = self.auth_key.as_ref().filter(|_| !without);
         let request = RegisterRequest {
             version: Some(CAPABILITY_VERSION),
             node_key: Some(key.to_string()),
-            old_node_key: old.map(|_| self.node.public().to_string()),
+            old_node_key: replaces.then(|| self.node.public().to_string()),
             auth: auth.map(|key| RegisterAuth {
                 auth_key: Some(key.expose().to_owned()),
             }),
@@ -152,7 +152,7 @@ impl Session {
             return;
         }
         if asking.leaving {
-            return self.left();
+            return self.left(result.is_ok());
         }
         let response = match result {
             Ok(response) => response,
@@ -200,7 +200,6 @@ impl Session {
         }
         let fresh = asking.fresh.take();
         self.login = Login::Settled;
-        self.retry.succeeded();
         self.registered = true;
         let new_key = fresh.is_some();
         if let Some(key) = fresh {
@@ -218,15 +217,15 @@ impl Session {
         self.handle_timeout(now);
     }
 
-    /// The node has asked to leave. Whether the server has heard it cannot be waited for any longer.
-    fn left(&mut self) {
+    /// The node has asked to leave. Whoever ends it does not wait for a server that does not hear.
+    fn left(&mut self, heard: bool) {
         self.login = Login::Stopped;
         self.registered = false;
         if matches!(self.stream, Stream::Open { .. }) {
             self.transmits.push_back(Transmit::CloseStream);
         }
         self.streams += 1;
-        self.events.push_back(Event::LoggedOut);
+        self.events.push_back(Event::LoggedOut { heard });
     }
 
     /// When the node's key ends, as long as nothing is done about it yet.

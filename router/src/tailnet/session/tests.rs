@@ -342,7 +342,7 @@ fn leaving_ends_everything() {
     assert_eq!(request.auth, None);
     bench.registered(json!({}));
     assert_eq!(bench.transmits(), [Transmit::CloseStream]);
-    assert_eq!(bench.events(), [Event::LoggedOut]);
+    assert_eq!(bench.events(), [Event::LoggedOut { heard: true }]);
     assert!(!bench.session.is_registered());
     bench.pass(Duration::from_secs(10_000));
     assert!(bench.transmits().is_empty());
@@ -385,6 +385,55 @@ fn a_first_map_without_the_node_ends_the_stream() {
     );
     assert!(bench.wait() > Duration::ZERO);
     bench.opened();
+}
+
+#[test]
+fn a_stream_that_breaks_behind_its_first_map_is_tried_ever_later() {
+    let (mut bench, mut stream) = Bench::connected(None);
+    let mut waits = Vec::new();
+    for _ in 0..8 {
+        let broken = Failure::Broken("no JSON".to_owned());
+        bench.session.handle_stream_ended(stream, broken, bench.now);
+        bench.transmits();
+        waits.push(bench.wait());
+        stream = bench.opened().0;
+        let own = bench.own();
+        bench.map(stream, json!({"Node": own}));
+    }
+    assert!(waits.last() > Some(&Duration::from_secs(10)), "{waits:?}");
+    // One that has lived is tried soon.
+    for _ in 0..40 {
+        bench.pass(Duration::from_secs(1));
+        bench.map(stream, json!({"KeepAlive": true}));
+    }
+    let broken = Failure::Broken("cut".to_owned());
+    bench.session.handle_stream_ended(stream, broken, bench.now);
+    bench.transmits();
+    assert!(bench.wait() < Duration::from_secs(1));
+}
+
+#[test]
+fn a_key_that_ended_while_the_router_was_away_is_replaced() {
+    let mut bench = Bench::new(true, Some("tskey-auth-a"));
+    let (stream, _) = bench.opened();
+    bench
+        .session
+        .handle_stream_ended(stream, status(401, None), bench.now);
+    bench.wait();
+    let old = bench.registration().node_key;
+    bench.registered(json!({"NodeKeyExpired": true}));
+    let request = bench.registration();
+    assert_eq!(request.old_node_key, old, "else it would be another node");
+    assert_ne!(request.node_key, old);
+}
+
+#[test]
+fn leaving_a_server_that_does_not_hear_says_so() {
+    let (mut bench, _) = Bench::connected(None);
+    bench.session.log_out(bench.now);
+    bench.registration();
+    bench.failed(Failure::Broken("away".to_owned()));
+    assert_eq!(bench.events(), [Event::LoggedOut { heard: false }]);
 }
 
 #[test]
@@ -470,7 +519,7 @@ fn what_changes_here_is_told_once_at_a_time() {
 /// soon after, and no request was made twice at once.
 #[test]
 fn whatever_a_server_does_the_node_comes_back() {
-    for seed in 0..300 {
+    for seed in 0..60 {
         let mut bench = Bench::new(seed % 2 == 0, (seed % 3 == 0).then_some("tskey-auth-a"));
         let mut random = Backoff::new(seed);
         let mut pick = |n: u64| (random.spread(Duration::from_secs(1)).as_nanos() as u64) % n;

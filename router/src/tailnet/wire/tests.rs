@@ -134,12 +134,31 @@ fn every_field_is_spelt_as_go_does() {
 
 #[test]
 fn nothing_that_is_missing_fails() {
+    fn shape(value: &Value) -> String {
+        match value {
+            Value::Object(map) => {
+                let inner = map
+                    .iter()
+                    .map(|(key, value)| format!("{key}{}", shape(value)));
+                format!("{{{}}}", inner.collect::<Vec<_>>().join(","))
+            }
+            Value::Array(list) => format!("[{}]", list.first().map_or(String::new(), shape)),
+            _ => String::new(),
+        }
+    }
+    let mut seen = std::collections::BTreeSet::new();
     for (name, body) in conversation() {
+        // Many messages differ in values alone.
+        let kind = name.rsplit('-').next().unwrap().to_owned();
+        if !seen.insert((kind, shape(&body))) {
+            continue;
+        }
         let mut check = |changed: &Value, place: &str| {
             read(&name, changed).unwrap_or_else(|error| panic!("{name} without {place}: {error}"));
         };
         at_each_place(&body, &mut check);
     }
+    assert!(seen.len() > 20, "{}", seen.len());
 }
 
 #[test]
