@@ -1,6 +1,6 @@
 //! The control protocol's JSON, as Tailscale's `tailcfg` spells it.
 //!
-//! These types are tolerant by construction: the macro [`wire!`] makes every field optional, a null is an
+//! These types are tolerant by construction: the macro `wire!` makes every field optional, a null is an
 //! absent field, null elements of lists are passed over, and fields that are not named here are
 //! ignored. Strings stay text; what they mean is found out where they are used, so that one address of an
 //! unknown form costs that address and not the whole response.
