@@ -179,6 +179,7 @@ fn change_peers(c: &mut Criterion) {
             endpoint: None,
             others: Vec::new(),
             keepalive: None,
+            roaming: true,
         }
     };
     let mut group = c.benchmark_group("engine/change");

@@ -243,8 +243,11 @@ fn page(status: &Value) -> String {
         let _ = writeln!(out, "  {} {label}", text(&peer["public_key"]));
         let _ = writeln!(
             out,
-            "    endpoint {}  handshake {}  received {} B  sent {} B  allowed {}",
-            text(&peer["endpoint"]),
+            "    {}  handshake {}  received {} B  sent {} B  allowed {}",
+            match peer["relay"].as_u64() {
+                Some(relay) => format!("relay {relay}"),
+                None => format!("endpoint {}", text(&peer["endpoint"])),
+            },
             ago(&peer["last_handshake"]),
             text(&peer["rx_bytes"]),
             text(&peer["tx_bytes"]),

@@ -134,6 +134,8 @@ pub struct PeerStatus {
     pub public_key: String,
     /// Where it is, as far as known.
     pub endpoint: Option<SocketAddr>,
+    /// Number of the relay that it is reached through instead.
+    pub relay: Option<u32>,
     /// Overlay CIDRs that are this peer's.
     pub allowed_ips: Vec<IpNet>,
     /// When the last handshake completed, in seconds since the Unix epoch.

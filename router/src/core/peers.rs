@@ -27,6 +27,7 @@ pub fn peer_spec(peer: &Peer, names: &Names) -> PeerSpec {
         endpoint: endpoints.next(),
         others: endpoints.collect(),
         keepalive: peer.keepalive,
+        roaming: true,
     }
 }
 

@@ -42,6 +42,9 @@ counters! {
     CookiesSent = "cookies_sent", "cookie replies sent because of load";
     Roamed = "roamed", "times a peer was heard from a new endpoint";
     HandedOver = "handed_over", "packets handed to the worker that owns their peer";
+    RxRelayed = "rx_relayed", "datagrams that came through a relay";
+    TxRelayed = "tx_relayed", "datagrams handed to relays";
+    DropRelay = "drop_relay", "datagram that goes through a relay, and nobody takes it there as fast as they come";
     RxOther = "rx_other", "datagrams that are no WireGuard message, for those who asked for such";
     DropOther = "drop_other", "datagram is no WireGuard message: nobody asked for such, or it was more than the worker had time for";
     DropOtherFull = "drop_other_full", "datagram is no WireGuard message: more than those who asked took";

@@ -5,14 +5,18 @@
 mod fixture;
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::time::Duration;
 
 use fixture::{DEADLINE, Namespace, Pair, echo, lone, noise, rooted, spec, unique, until};
 
 use crate::engine::control::Engine;
 use crate::engine::counters::Counter;
 use crate::engine::error::{Error, Failure};
+use crate::engine::path::{Path, RelayId};
 use crate::engine::types::{Offloads, Options, PeerChange, PeerSpec};
 use crate::wireguard::keys::{PresharedKey, PrivateKey, PublicKey};
+use crate::wireguard::message::INITIATION;
+use crate::wireguard::{LocalKey, Tunnel};
 
 fn ping(pair: &Pair) {
     pair.laptop.run("ping", "-c 3 -i 0.2 -W 10 10.9.0.1");
@@ -49,7 +53,7 @@ fn speaks_with_wireguard_go() {
         "{stats:?}"
     );
     assert_eq!(
-        stats[0].endpoint.unwrap().ip(),
+        stats[0].endpoint().unwrap().ip(),
         IpAddr::from([192, 0, 2, 2])
     );
     // Super-packets did the work: far fewer writes than packets.
@@ -177,6 +181,43 @@ fn what_is_no_wireguard_message_goes_up_and_down_by_the_same_port() {
 }
 
 #[test]
+fn a_peer_joins_through_a_relay() {
+    if !rooted() {
+        return;
+    }
+    let namespace = Namespace::new();
+    let engine = lone(&unique("sl"), &namespace).unwrap();
+    let peer = spec(7, "10.0.0.7/32");
+    engine.set_peers(std::slice::from_ref(&peer)).unwrap();
+    let mut relayed = engine.relayed().unwrap();
+    let local = LocalKey::new(&PrivateKey::from_bytes([7; 32]));
+    let mut tunnel = Tunnel::new(&local, &PrivateKey::from_bytes([1; 32]).public(), None, 5);
+    let mut message = [0; INITIATION];
+    tunnel.initiate_again(&mut message);
+    let (relay, key) = (RelayId(4), peer.public_key);
+    assert!(!engine.receive_relayed(relay, key, b"no message"));
+    assert!(engine.receive_relayed(relay, key, &message));
+    let response = relayed.blocking_recv().unwrap();
+    assert_eq!((response.relay, response.peer), (relay, key));
+    let now = Duration::ZERO;
+    let (length, done) = tunnel
+        .handshake(&response.bytes, now, &mut message)
+        .unwrap();
+    assert!(done);
+    assert!(engine.receive_relayed(relay, key, &message[..length.unwrap()]));
+    until("the handshake to be complete", || {
+        engine.peer_stats()[0].last_handshake.is_some()
+    });
+    assert_eq!(engine.peer_stats()[0].path, Some(Path::Relay(relay)));
+    let direct = Path::Udp(([192, 0, 2, 7], 7).into());
+    assert!(engine.set_path(&key, direct).unwrap());
+    until("the path to be direct", || {
+        engine.peer_stats()[0].path == Some(direct)
+    });
+    assert!(!engine.set_path(&PublicKey([8; 32]), direct).unwrap());
+}
+
+#[test]
 fn deleting_the_device_is_noticed() {
     if !rooted() {
         return;
@@ -242,7 +283,7 @@ fn peers_change_without_touching_others() {
         .iter()
         .find(|stats| stats.public_key == a.public_key)
         .unwrap();
-    assert_eq!(stats.endpoint, moved.endpoint);
+    assert_eq!(stats.endpoint(), moved.endpoint);
 
     // Another preshared key is no reason to forget where the peer is.
     let rekeyed = PeerSpec {
@@ -252,7 +293,7 @@ fn peers_change_without_touching_others() {
     engine.set_peers(&[rekeyed, c.clone()]).unwrap();
     let stats = engine.peer_stats();
     let rekeyed = stats.iter().find(|stats| stats.public_key == a.public_key);
-    assert_eq!(rekeyed.unwrap().endpoint, moved.endpoint);
+    assert_eq!(rekeyed.unwrap().endpoint(), moved.endpoint);
     for bytes in [[0; 32], PrivateKey::from_bytes([1; 32]).public().0] {
         let spec = PeerSpec {
             public_key: PublicKey(bytes),
@@ -291,7 +332,7 @@ fn the_laptop_may_move_and_is_answered_from_the_address_it_asked() {
         let stats = pair.engine.peer_stats();
         stats
             .iter()
-            .find_map(|stats| stats.endpoint)
+            .find_map(|stats| stats.endpoint())
             .map(|endpoint| endpoint.ip())
     };
     reach(&pair);

@@ -19,6 +19,7 @@ mod forward;
 pub mod internals;
 mod io;
 mod offload;
+mod path;
 mod types;
 mod worker;
 
@@ -31,6 +32,7 @@ pub use control::Engine;
 pub use counters::Counter;
 pub use error::{Error, Failure};
 pub use offload::refusals::Refused;
+pub use path::{Path, PathError, RelayId, Relayed};
 pub use types::{
     Features, IndexWatch, Nowhere, Offloads, Options, PeerChange, PeerSpec, PeerStats, Skipped,
 };

@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime};
 use ipnet::IpNet;
 
 use crate::engine::error::Error;
+use crate::engine::path::Path;
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 
 /// A peer as the engine needs it: endpoint already resolved.
@@ -23,6 +24,9 @@ pub struct PeerSpec {
     pub others: Vec<SocketAddr>,
     /// Interval of persistent keepalives in seconds.
     pub keepalive: Option<u16>,
+    /// It is where it was heard from last, and is looked for when it does not answer. Otherwise it is
+    /// where somebody else says it is, and no packet changes that.
+    pub roaming: bool,
 }
 
 /// A change of the peers.
@@ -49,8 +53,9 @@ pub struct Skipped {
 pub struct PeerStats {
     /// Static public key.
     pub public_key: PublicKey,
-    /// Where it was last authenticated from, or its configured endpoint.
-    pub endpoint: Option<SocketAddr>,
+    /// The way to it: where it was last authenticated from, its configured endpoint, or what
+    /// [`Engine::set_path`](crate::engine::Engine::set_path) has said.
+    pub path: Option<Path>,
     /// When the last handshake completed.
     pub last_handshake: Option<SystemTime>,
     /// Underlay bytes received from it, as `wg show` counts them.
@@ -62,6 +67,13 @@ pub struct PeerStats {
     pub uncut: bool,
     /// The last packet for it that was dropped because nobody knows where it is.
     pub nowhere: Option<Nowhere>,
+}
+
+impl PeerStats {
+    /// The address that is sent to, if the way is not by a relay.
+    pub fn endpoint(&self) -> Option<SocketAddr> {
+        self.path.and_then(Path::endpoint)
+    }
 }
 
 /// A packet for a peer that nobody knows the endpoint of.

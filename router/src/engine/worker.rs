@@ -30,6 +30,7 @@ use crate::engine::io::udp_io::Receiver;
 use crate::engine::offload::coalesce::TunSink;
 use crate::engine::offload::segment;
 use crate::engine::offload::vnet;
+use crate::engine::path::Relayed;
 use crate::engine::types::Datagram;
 
 /// Buffers of one receive call, each for a whole GRO run, and their length in bytes.
@@ -66,6 +67,8 @@ pub(super) enum Command {
     Rebind(Arc<Sockets>, Done<()>),
     /// Give datagrams that are no WireGuard message to this one, then say so.
     Listen(Listener, Done<()>),
+    /// Give messages that go through relays to this one, then say so.
+    Relay(Channel<Relayed>, Done<()>),
     /// A way to a peer has been found to be, or not to be, a detour.
     Judge(PeerId, Way),
     /// End the thread.
@@ -232,6 +235,10 @@ fn obey(
             Ok(Command::Rebind(sockets, done)) => return Obeyed::Rebind(sockets, done),
             Ok(Command::Listen(listener, done)) => {
                 port.listener = Some(listener);
+                let _ = done.send(());
+            }
+            Ok(Command::Relay(carrier, done)) => {
+                port.outlet.carrier = Some(carrier);
                 let _ = done.send(());
             }
             Ok(Command::Judge(id, way)) => forwarder.judge(id, &way),

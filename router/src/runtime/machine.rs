@@ -1,7 +1,6 @@
 //! Puts in force what the core has decided: the one part of the runtime that changes the machine.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 
 use super::denied::DeniedLog;
 use super::fastpath::discard_pins;
@@ -39,7 +38,7 @@ pub(super) struct Machine {
     pub(super) marks: Marks,
     pub(super) guard: UplinkGuard,
     /// Where peers were when the daemon before ended, until the engine has been told.
-    pub(super) whereabouts: Vec<(PublicKey, SocketAddr)>,
+    pub(super) whereabouts: Vec<(PublicKey, engine::Path)>,
     /// Peers that the engine does not take, and why.
     pub(super) skipped: BTreeMap<PublicKey, String>,
 }

@@ -13,7 +13,7 @@ impl Daemon {
         let now = SystemTime::now();
         let stats = self.machine.engine.peer_stats().into_iter();
         let missing = stats
-            .filter(|stats| stats.endpoint.is_none())
+            .filter(|stats| stats.path.is_none())
             .filter_map(|stats| {
                 let nowhere = stats.nowhere?;
                 let recent = now.duration_since(nowhere.at).unwrap_or_default() < MEMORY;

@@ -304,7 +304,11 @@ impl Daemon {
             PeerStatus {
                 name: peer.name.clone(),
                 public_key: peer.public_key.to_string(),
-                endpoint: stats.and_then(|stats| stats.endpoint),
+                endpoint: stats.and_then(|stats| stats.endpoint()),
+                relay: stats.and_then(|stats| match stats.path {
+                    Some(engine::Path::Relay(relay)) => Some(relay.0),
+                    _ => None,
+                }),
                 allowed_ips: peer.allowed_ips.clone(),
                 last_handshake: stats
                     .and_then(|stats| stats.last_handshake)
@@ -313,7 +317,7 @@ impl Daemon {
                 rx_bytes: stats.map_or(0, |stats| stats.rx_bytes),
                 tx_bytes: stats.map_or(0, |stats| stats.tx_bytes),
                 path_mtu: stats
-                    .and_then(|stats| self.network.facts.paths.get(&stats.endpoint?.ip())?.mtu),
+                    .and_then(|stats| self.network.facts.paths.get(&stats.endpoint()?.ip())?.mtu),
                 uncut: stats.is_some_and(|stats| stats.uncut),
             }
         });

@@ -59,7 +59,7 @@ impl Daemon {
             PeerState {
                 public_key: peer.public_key,
                 preshared_key: peer.preshared_key.clone(),
-                endpoint: stats.and_then(|stats| stats.endpoint),
+                endpoint: stats.and_then(|stats| stats.endpoint()),
                 last_handshake: stats.and_then(|stats| stats.last_handshake),
                 tx_bytes: stats.map_or(0, |stats| stats.tx_bytes),
                 rx_bytes: stats.map_or(0, |stats| stats.rx_bytes),

@@ -54,7 +54,7 @@ impl Daemon {
     pub(super) async fn look_at_underlay(&mut self) {
         self.network.underlay.due = Instant::now() + PAUSE;
         let peers = self.machine.engine.peer_stats();
-        let endpoints = peers.iter().filter_map(|peer| Some(peer.endpoint?.ip()));
+        let endpoints = peers.iter().filter_map(|peer| Some(peer.endpoint()?.ip()));
         let endpoints: BTreeSet<IpAddr> = endpoints.collect();
         let (after, before) = match self.network.underlay.last {
             Some(last) => (
@@ -142,7 +142,7 @@ impl Daemon {
         let named = |stats: &&PeerStats| {
             let peer = self.sources.state().peers.get(&stats.public_key);
             let name = peer.and_then(|peer| peer.name.clone());
-            let carries = stats.endpoint.and_then(|endpoint| {
+            let carries = stats.endpoint().and_then(|endpoint| {
                 let mtu = self.network.facts.paths.get(&endpoint.ip())?.mtu?;
                 Some(format!(
                     " (the path to {} carries {mtu} bytes)",

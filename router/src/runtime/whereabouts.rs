@@ -3,12 +3,11 @@
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write as _};
-use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::engine::PeerStats;
+use crate::engine::{self, PeerStats};
 use crate::wireguard::keys::PublicKey;
 
 /// As long as a session lasts (REJECT_AFTER_TIME): whoever has none was not waiting for anything.
@@ -19,10 +18,10 @@ pub(super) fn leave(path: &Path, peers: &[PeerStats]) -> io::Result<()> {
     let mut text = String::new();
     for peer in peers {
         let age = peer.last_handshake.and_then(|time| time.elapsed().ok());
-        if let Some(endpoint) = peer.endpoint
+        if let Some(path) = peer.path
             && age.is_some_and(|age| age < SESSION)
         {
-            text += &format!("{} {endpoint}\n", peer.public_key);
+            text += &format!("{} {path}\n", peer.public_key);
         }
     }
     if text.is_empty() {
@@ -39,7 +38,7 @@ pub(super) fn leave(path: &Path, peers: &[PeerStats]) -> io::Result<()> {
 }
 
 /// Reads what the daemon before has written, and removes it: next time it would be old.
-pub(super) fn take(path: &Path) -> Vec<(PublicKey, SocketAddr)> {
+pub(super) fn take(path: &Path) -> Vec<(PublicKey, engine::Path)> {
     let Ok(text) = fs::read_to_string(path) else {
         return Vec::new();
     };
@@ -47,8 +46,8 @@ pub(super) fn take(path: &Path) -> Vec<(PublicKey, SocketAddr)> {
         tracing::warn!(%error, path = %path.display(), "where peers were is not forgotten");
     }
     let peers = text.lines().filter_map(|line| {
-        let (key, endpoint) = line.split_once(' ')?;
-        Some((key.parse().ok()?, endpoint.parse().ok()?))
+        let (key, path) = line.split_once(' ')?;
+        Some((key.parse().ok()?, path.parse().ok()?))
     });
     peers.collect()
 }
@@ -68,7 +67,7 @@ mod tests {
         let now = SystemTime::now();
         let peer = |n: u8, endpoint: Option<&str>, age: Option<u64>| PeerStats {
             public_key: PublicKey([n; 32]),
-            endpoint: endpoint.map(|text| text.parse().unwrap()),
+            path: endpoint.map(|text| text.parse().unwrap()),
             last_handshake: age.map(|age| now - Duration::from_secs(age)),
             rx_bytes: 0,
             tx_bytes: 0,
@@ -78,18 +77,19 @@ mod tests {
         let peers = [
             peer(1, Some("192.0.2.1:5"), Some(20)),
             peer(2, Some("[2001:db8::2]:6"), Some(170)),
+            peer(6, Some("relay:9"), Some(9)),
             peer(3, Some("192.0.2.3:7"), Some(200)),
             peer(4, Some("192.0.2.4:8"), None),
             peer(5, None, Some(1)),
         ];
         leave(&path, &peers).unwrap();
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-        let wanted = [(1, "192.0.2.1:5"), (2, "[2001:db8::2]:6")]
+        let wanted = [(1, "192.0.2.1:5"), (2, "[2001:db8::2]:6"), (6, "relay:9")]
             .map(|(n, endpoint)| (PublicKey([n; 32]), endpoint.parse().unwrap()));
         assert_eq!(take(&path), wanted);
         assert_eq!(take(&path), []);
 
-        leave(&path, &peers[2..]).unwrap();
+        leave(&path, &peers[3..]).unwrap();
         assert!(!path.exists());
         fs::write(&path, "junk\n\nmore junk here\n").unwrap();
         assert_eq!(take(&path), []);

@@ -322,6 +322,7 @@ mod tests {
                 name: Some("a \"quoted\" name".into()),
                 public_key: "pk=".into(),
                 endpoint: None,
+                relay: None,
                 allowed_ips: vec![],
                 last_handshake: Some(1_000_000_000),
                 rx_bytes: 5,

@@ -219,6 +219,7 @@ impl Interface {
                 endpoint: peer.endpoint,
                 others: Vec::new(),
                 keepalive: Some(peer.keepalive).filter(|seconds| *seconds > 0),
+                roaming: true,
             })
             .collect()
     }
@@ -234,7 +235,7 @@ impl Interface {
             PeerState {
                 public_key: *key,
                 preshared_key: peer.preshared_key.clone(),
-                endpoint: stats.map_or(peer.endpoint, |stats| stats.endpoint),
+                endpoint: stats.map_or(peer.endpoint, |stats| stats.endpoint()),
                 last_handshake: stats.and_then(|stats| stats.last_handshake),
                 tx_bytes: stats.map_or(0, |stats| stats.tx_bytes),
                 rx_bytes: stats.map_or(0, |stats| stats.rx_bytes),

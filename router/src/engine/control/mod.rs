@@ -2,10 +2,10 @@
 
 mod allowed;
 mod live;
+mod relay;
 pub(crate) mod state;
 
 use std::collections::HashSet;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -20,12 +20,14 @@ use crate::engine::error::{Error, Failure};
 use crate::engine::forward::Forwarder;
 use crate::engine::forward::directory::Change;
 use crate::engine::forward::port::Place;
+use crate::engine::io::exchange::Entrance;
 use crate::engine::io::poll::Waker;
 use crate::engine::io::steer::queues::TunSteering;
 use crate::engine::io::tun::Device;
 use crate::engine::io::udp::{Bind, Sockets, Underlay};
 use crate::engine::io::{detours, exchange};
 use crate::engine::offload::refusals::{Found, Refused};
+use crate::engine::path::Path;
 use crate::engine::types::{Features, Options, PeerChange, PeerSpec, PeerStats, Skipped};
 use crate::engine::worker::{Command, Worker};
 use crate::wireguard::LocalKey;
@@ -44,6 +46,7 @@ pub struct Engine {
     state: Mutex<State>,
     /// What is sent raw goes out by these, whoever changes the state meanwhile.
     raw: Mutex<Option<Arc<Sockets>>>,
+    entrance: Option<Entrance>,
     failure: watch::Receiver<Option<Arc<Failure>>>,
     refused: Found,
 }
@@ -159,6 +162,7 @@ impl Engine {
             },
             workers: Vec::new(),
             state: Mutex::new(State::new(bind, local.public(), tun_steering)),
+            entrance: None,
             raw: Mutex::new(sockets.first().cloned()),
             failure,
             refused: refused.clone(),
@@ -167,7 +171,8 @@ impl Engine {
         let wakers = wakers
             .collect::<Result<Vec<_>, _>>()
             .map_err(Error::Start)?;
-        let exchanges = exchange::connect(&wakers);
+        let (exchanges, entrance) = exchange::connect(&wakers);
+        engine.entrance = Some(entrance);
         let detours = detours::start().map_err(Error::Start)?;
         engine.state().sockets.clone_from(&sockets);
         let parts = device
@@ -276,16 +281,16 @@ impl Engine {
         applied.map(|()| outcome.skipped)
     }
 
-    /// Begins sessions with peers that were at these addresses before the engine was started; who is
+    /// Begins sessions with peers to whom these were the ways before the engine was started; who is
     /// known to be elsewhere by now is asked there.
-    pub fn resume(&self, whereabouts: &[(PublicKey, SocketAddr)]) -> Result<(), Error> {
+    pub fn resume(&self, whereabouts: &[(PublicKey, Path)]) -> Result<(), Error> {
         let state = self.state();
         let mut changes: Vec<Change> = self.workers.iter().map(|_| Change::default()).collect();
-        for (key, endpoint) in whereabouts {
+        for (key, path) in whereabouts {
             if let Some(known) = state.peers.get(key)
                 && let Some(change) = changes.get_mut(known.worker)
             {
-                change.resume.push((known.id, *endpoint));
+                change.resume.push((known.id, *path));
             }
         }
         self.apply(changes)
@@ -320,7 +325,7 @@ impl Engine {
 
     /// Where a peer was last authenticated from, or its configured endpoint.
     pub fn endpoint_of(&self, key: &PublicKey) -> Option<SocketAddr> {
-        self.state().peers.get(key)?.shared.stats().endpoint
+        self.state().peers.get(key)?.shared.stats().endpoint()
     }
 
     /// Every counter's label and value since the start, all workers together.

@@ -240,6 +240,7 @@ impl State {
             index,
             endpoints: addresses(spec),
             keepalive: interval(spec),
+            roaming: spec.roaming,
             shared: shared.clone(),
         });
         let known = Known {
@@ -322,6 +323,9 @@ impl Known {
         }
         if interval(spec) != interval(&self.spec) {
             change.keepalives.push((self.id, interval(spec)));
+        }
+        if spec.roaming != self.spec.roaming {
+            change.roaming.push((self.id, spec.roaming));
         }
         if spec.preshared_key != self.spec.preshared_key {
             let key = spec.preshared_key.clone();

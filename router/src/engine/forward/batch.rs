@@ -4,7 +4,9 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::engine::forward::routes::PeerId;
+use crate::engine::path::{Path, RelayId};
 use crate::wireguard::Arena;
+use crate::wireguard::keys::PublicKey;
 
 /// Bytes of sealed datagrams before they are sent. Larger ones fall out of the cache.
 const ARENA: usize = 4 * 65_536;
@@ -24,6 +26,33 @@ pub(crate) struct Endpoint {
     pub(crate) local: Option<IpAddr>,
 }
 
+/// Where a message goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Destination {
+    /// Out of our sockets.
+    Udp(Endpoint),
+    /// Through a relay, to whoever has this key.
+    Relay(RelayId, PublicKey),
+}
+
+impl Destination {
+    /// The address, if it goes out of our sockets.
+    pub(crate) fn endpoint(&self) -> Option<&Endpoint> {
+        match self {
+            Self::Udp(endpoint) => Some(endpoint),
+            Self::Relay(..) => None,
+        }
+    }
+
+    /// The way, for those outside.
+    pub(crate) fn path(&self) -> Path {
+        match self {
+            Self::Udp(endpoint) => Path::Udp(endpoint.remote),
+            Self::Relay(relay, _) => Path::Relay(*relay),
+        }
+    }
+}
+
 /// One message: datagrams of equal size, the last of them perhaps shorter, contiguous in the arena.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Message {
@@ -36,7 +65,7 @@ pub(crate) struct Message {
     /// Number of datagrams.
     pub(crate) segments: usize,
     /// Where to.
-    pub(crate) endpoint: Endpoint,
+    pub(crate) to: Destination,
     /// Which peer's; none for a reply to a stranger.
     pub(crate) peer: Option<PeerId>,
     /// ECN bits of the underlay packets.
@@ -85,24 +114,25 @@ impl Batch {
         self.used = 0;
     }
 
-    /// Opens the batch for datagrams to one endpoint. Without `gso` each is a message.
+    /// Opens the batch for datagrams to one destination. Without `gso` each is a message.
     pub(crate) fn lane<'a, S: UdpSink>(
         &'a mut self,
         sink: &'a mut S,
-        endpoint: Endpoint,
+        to: Destination,
         peer: Option<PeerId>,
         ecn: u8,
         gso: bool,
     ) -> Lane<'a, S> {
         let gso = gso && self.gso;
         let extend = gso
-            && self.messages.last().is_some_and(|last| {
-                last.peer == peer && last.ecn == ecn && last.endpoint == endpoint
-            });
+            && self
+                .messages
+                .last()
+                .is_some_and(|last| last.peer == peer && last.ecn == ecn && last.to == to);
         Lane {
             batch: self,
             sink,
-            endpoint,
+            to,
             peer,
             ecn,
             gso,
@@ -111,16 +141,16 @@ impl Batch {
     }
 }
 
-/// A batch open for one endpoint.
+/// A batch open for one destination.
 #[derive(Debug)]
 pub(crate) struct Lane<'a, S> {
     batch: &'a mut Batch,
     sink: &'a mut S,
-    endpoint: Endpoint,
+    to: Destination,
     peer: Option<PeerId>,
     ecn: u8,
     gso: bool,
-    /// Whether the last message has the same endpoint.
+    /// Whether the last message has the same destination.
     extend: bool,
 }
 
@@ -161,7 +191,7 @@ impl<S: UdpSink> Arena for Lane<'_, S> {
                     length,
                     size: length,
                     segments: 1,
-                    endpoint: self.endpoint,
+                    to: self.to,
                     peer: self.peer,
                     ecn: self.ecn,
                 });
@@ -177,7 +207,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[derive(Default)]
-    struct Sent(Vec<(Endpoint, u8, Vec<u8>)>, usize);
+    struct Sent(Vec<(Destination, u8, Vec<u8>)>, usize);
 
     impl UdpSink for Sent {
         fn send(&mut self, arena: &[u8], messages: &[Message]) {
@@ -189,18 +219,17 @@ mod tests {
                 assert_eq!(datagrams.len(), message.segments);
                 self.1 += 1;
                 for datagram in datagrams {
-                    self.0
-                        .push((message.endpoint, message.ecn, datagram.to_vec()));
+                    self.0.push((message.to, message.ecn, datagram.to_vec()));
                 }
             }
         }
     }
 
-    fn endpoint(host: u8) -> Endpoint {
-        Endpoint {
+    fn endpoint(host: u8) -> Destination {
+        Destination::Udp(Endpoint {
             remote: SocketAddr::from(([192, 0, 2, host], 51820)),
             local: None,
-        }
+        })
     }
 
     proptest! {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::engine::forward::peer::Setup;
 use crate::engine::forward::routes::{PeerId, Routes};
+use crate::engine::path::Path;
 use crate::wireguard::LocalKey;
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 
@@ -85,7 +86,11 @@ pub(crate) struct Change {
     /// Where peers are, as somebody insists.
     pub(crate) endpoints: Vec<(PeerId, SocketAddr)>,
     /// Where peers were last: sessions with them begin at once.
-    pub(crate) resume: Vec<(PeerId, SocketAddr)>,
+    pub(crate) resume: Vec<(PeerId, Path)>,
+    /// The ways to peers from now on.
+    pub(crate) paths: Vec<(PeerId, Path)>,
+    /// Whether peers are where they are heard from.
+    pub(crate) roaming: Vec<(PeerId, bool)>,
     /// New keepalive intervals.
     pub(crate) keepalives: Vec<(PeerId, Option<Duration>)>,
     /// New preshared keys.

@@ -4,11 +4,14 @@
 //! address that its packets came to (as the kernel's `wg_socket_clear_peer_endpoint_src`), then, after
 //! unanswered initiations, on its address. A name may stand for several addresses, of which some are
 //! dead: they are tried in turn, and so is the one that the peer was heard from last.
+//!
+//! Of a peer that does not roam none of this holds: somebody else says where it is.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crate::engine::forward::batch::Endpoint;
+use crate::engine::path::{Path, RelayId};
 
 /// Unanswered initiations after which the next address is tried. One may get lost, or meet a peer
 /// that is busy and wants a cookie first.
@@ -37,6 +40,10 @@ pub(crate) struct Location {
     configured: Vec<SocketAddr>,
     /// Where it is taken to be.
     current: Option<Endpoint>,
+    /// It is reached through a relay instead.
+    relay: Option<RelayId>,
+    /// Somebody else says where it is: no packet and no silence changes that.
+    is_told: bool,
     /// Index of the interface that its packets come in by; 0: it has not been heard there.
     interface: u32,
     /// Packets to it leave by another interface: they take the source that belongs to that one.
@@ -79,9 +86,37 @@ impl Location {
         Some(endpoint)
     }
 
+    /// The relay that it is reached through.
+    pub(crate) fn relay(&self) -> Option<RelayId> {
+        self.relay
+    }
+
+    /// Whether the peer is where it was heard from last.
+    pub(crate) fn set_roaming(&mut self, roaming: bool) {
+        self.is_told = !roaming;
+    }
+
+    /// This is the way to the peer from now on.
+    pub(crate) fn set_path(&mut self, path: Path) {
+        match path {
+            Path::Udp(remote) if self.is_at(canonical(remote)) => self.relay = None,
+            Path::Udp(remote) => self.move_to(remote),
+            Path::Relay(relay) => {
+                self.relay = Some(relay);
+                self.tries = 0;
+                self.silent = None;
+            }
+        }
+    }
+
+    fn is_at(&self, remote: SocketAddr) -> bool {
+        self.current.is_some_and(|current| current.remote == remote)
+    }
+
     /// The peer is at this address and nowhere else, whoever says so. It has yet to be heard there.
     pub(crate) fn move_to(&mut self, remote: SocketAddr) {
         self.go_to(canonical(remote));
+        self.relay = None;
         self.tries = 0;
         self.silent = None;
         self.searching = false;
@@ -97,11 +132,12 @@ impl Location {
     }
 
     /// Where the peer was before we were started.
-    pub(crate) fn resume(&mut self, remote: SocketAddr) {
-        if self.current.is_none() {
-            self.move_to(remote);
-            self.roamed = Some(canonical(remote));
+    pub(crate) fn resume(&mut self, path: Path) {
+        if self.current.is_some() || self.relay.is_some() {
+            return;
         }
+        self.set_path(path);
+        self.roamed = path.endpoint().map(canonical);
     }
 
     /// Takes new addresses, best first. A peer stays where it is if it may still be there, and
@@ -131,6 +167,12 @@ impl Location {
             remote: canonical(remote),
             local,
         };
+        if self.is_told && !self.is_at(heard.remote) {
+            return;
+        }
+        if !self.is_told {
+            self.relay = None;
+        }
         if self.current == Some(heard) && self.interface == interface {
             return;
         }
@@ -140,6 +182,15 @@ impl Location {
         self.interface = interface;
         self.current = Some(heard);
         self.roamed = Some(heard.remote).filter(|at| !self.configured.contains(at));
+    }
+
+    /// Something authentic came through a relay. Whoever is nowhere else is there.
+    pub(crate) fn heard_through(&mut self, relay: RelayId) {
+        self.tries = 0;
+        self.silent = None;
+        if !self.is_told && (self.current.is_none() || self.relay.is_some()) {
+            self.relay = Some(relay);
+        }
     }
 
     /// The kernel refuses our address that the peer's packets came to, or nothing comes back that
@@ -154,6 +205,9 @@ impl Location {
     pub(crate) fn initiates(&mut self, unanswered: bool, now: Duration) {
         if unanswered || self.tries > 0 {
             self.forget_source();
+        }
+        if self.is_told || self.relay.is_some() {
+            return;
         }
         let silent = now.saturating_sub(*self.silent.get_or_insert(now));
         let has_roamed = self.roamed.is_some() && self.roamed == self.current.map(|e| e.remote);
@@ -191,7 +245,7 @@ impl Location {
             return None;
         }
         self.judge_after = now + pause;
-        if self.interface == 0 {
+        if self.interface == 0 || self.relay.is_some() {
             return None;
         }
         let Endpoint { remote, local } = self.current?;
@@ -386,5 +440,49 @@ mod tests {
         let link_local = at("[fe80::1%2]:1");
         location.heard(link_local, other, 2);
         assert_eq!(location.way_to_judge(seconds(1), seconds(9)), None);
+    }
+
+    #[test]
+    fn a_peer_that_does_not_roam_is_where_it_is_said_to_be() {
+        let mut location = Location::new(vec![at(V4), at(V6)]);
+        location.set_roaming(false);
+        location.heard(at(ROAMED), local(), 2);
+        assert_eq!(
+            tried(&mut location, 0, 50),
+            [V4; 50],
+            "not even silence moves it"
+        );
+        // From where it is said to be it tells our address, as anyone.
+        location.heard(at(V4), local(), 2);
+        assert_eq!(location.endpoint().unwrap().local, local());
+        location.set_path(Path::Udp(at(V4)));
+        assert_eq!(location.endpoint().unwrap().local, local(), "no news");
+        location.set_path(Path::Relay(RelayId(7)));
+        location.heard(at(V4), local(), 2);
+        location.heard_through(RelayId(8));
+        assert_eq!(
+            location.relay(),
+            Some(RelayId(7)),
+            "a late packet decides nothing"
+        );
+        location.set_path(Path::Udp(at(V6)));
+        assert_eq!(
+            (location.relay(), location.endpoint().unwrap().remote),
+            (None, at(V6))
+        );
+    }
+
+    #[test]
+    fn a_peer_that_roams_leaves_a_relay_for_an_address_it_is_heard_from() {
+        let mut location = Location::new(vec![]);
+        location.heard_through(RelayId(1));
+        assert_eq!(location.relay(), Some(RelayId(1)));
+        location.heard(at(V4), local(), 2);
+        assert_eq!(
+            (location.relay(), location.endpoint().unwrap().remote),
+            (None, at(V4))
+        );
+        location.heard_through(RelayId(1));
+        assert_eq!(location.relay(), None);
     }
 }

@@ -155,9 +155,19 @@ impl Forwarder {
                 peer.relocate(|location| location.move_to(remote));
             }
         }
-        for (id, remote) in change.resume {
+        for (id, roaming) in change.roaming {
             if let Some(peer) = self.peers.get_mut(id) {
-                peer.relocate(|location| location.resume(remote));
+                peer.relocate(|location| location.set_roaming(roaming));
+            }
+        }
+        for (id, path) in change.paths {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.relocate(|location| location.set_path(path));
+            }
+        }
+        for (id, path) in change.resume {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.relocate(|location| location.resume(path));
                 self.initiate(id, now, io);
             }
         }
@@ -273,6 +283,8 @@ impl Forwarder {
                 }
             }
             Content::Datagrams(origin, stride) => {
+                self.counters
+                    .add(Counter::RxRelayed, origin.relay.is_some().into());
                 self.datagrams(&origin, &buffer[..length], stride, now, io);
             }
             Content::Initiation(origin, key) => {
@@ -303,7 +315,7 @@ impl Forwarder {
             self.counters.add(Counter::DropNoPeer, 1);
             return;
         };
-        let Some(endpoint) = peer.endpoint() else {
+        let Some(to) = peer.destination() else {
             self.counters.add(Counter::DropNoEndpoint, 1);
             if let Some(destination) = ip::destination(buffer) {
                 peer.is_nowhere(destination);
@@ -318,7 +330,7 @@ impl Forwarder {
         let gso = peer.gso(now);
         let tunnel = peer.tunnel(&self.local);
         if tunnel.ready(now) {
-            let mut lane = self.batch.lane(io, endpoint, Some(id), ecn, gso);
+            let mut lane = self.batch.lane(io, to, Some(id), ecn, gso);
             let bytes = tunnel.seal(&mut segments, now, &mut lane);
             peer.sent(bytes, now);
             peer.arm(id, &mut self.wheel, now);

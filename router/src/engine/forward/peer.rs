@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::engine::clock::uptime;
-use crate::engine::forward::batch::Endpoint;
+use crate::engine::forward::batch::Destination;
 use crate::engine::forward::location::{Location, Way};
 use crate::engine::forward::routes::PeerId;
 use crate::engine::forward::wheel::{NEVER, Wheel};
+use crate::engine::path::Path;
 use crate::engine::types::{Nowhere, PeerStats};
 use crate::wireguard::keys::{PresharedKey, PublicKey};
 use crate::wireguard::{LocalKey, Tunnel};
@@ -32,7 +33,7 @@ pub(crate) struct Shared {
     /// [`Peer::uncut_until`] in nanoseconds.
     uncut_until: AtomicU64,
     /// Locked by the worker only when the peer moves.
-    endpoint: Mutex<Option<SocketAddr>>,
+    path: Mutex<Option<Path>>,
     /// Locked by the worker only for packets that it drops.
     nowhere: Mutex<Option<Nowhere>>,
 }
@@ -46,7 +47,7 @@ impl Shared {
             tx_bytes: AtomicU64::new(0),
             last_handshake: AtomicU64::new(0),
             uncut_until: AtomicU64::new(0),
-            endpoint: Mutex::new(None),
+            path: Mutex::new(None),
             nowhere: Mutex::new(None),
         }
     }
@@ -56,7 +57,7 @@ impl Shared {
         let nanos = self.last_handshake.load(Ordering::Relaxed);
         PeerStats {
             public_key: self.public_key,
-            endpoint: *self.endpoint.lock().unwrap_or_else(PoisonError::into_inner),
+            path: *self.path.lock().unwrap_or_else(PoisonError::into_inner),
             last_handshake: (nanos != 0).then(|| UNIX_EPOCH + Duration::from_nanos(nanos)),
             rx_bytes: self.rx_bytes.load(Ordering::Relaxed),
             tx_bytes: self.tx_bytes.load(Ordering::Relaxed),
@@ -84,6 +85,8 @@ pub(crate) struct Setup {
     /// Where it may be, best first.
     pub(crate) endpoints: Vec<SocketAddr>,
     pub(crate) keepalive: Option<Duration>,
+    /// See [`PeerSpec::roaming`](crate::engine::PeerSpec::roaming).
+    pub(crate) roaming: bool,
     pub(crate) shared: Arc<Shared>,
 }
 
@@ -126,7 +129,10 @@ impl Peer {
             last_traversal: None,
             shared: setup.shared,
         };
-        peer.relocate(|location| location.configure(setup.endpoints));
+        peer.relocate(|location| {
+            location.set_roaming(setup.roaming);
+            location.configure(setup.endpoints);
+        });
         peer
     }
 
@@ -168,9 +174,12 @@ impl Peer {
         self.tunnel.is_some()
     }
 
-    /// Where it is.
-    pub(crate) fn endpoint(&self) -> Option<Endpoint> {
-        self.location.endpoint()
+    /// Where to send.
+    pub(crate) fn destination(&self) -> Option<Destination> {
+        match self.location.relay() {
+            None => self.location.endpoint().map(Destination::Udp),
+            Some(relay) => Some(Destination::Relay(relay, self.public_key)),
+        }
     }
 
     /// See [`Location::way_to_judge`].
@@ -209,23 +218,25 @@ impl Peer {
         })
     }
 
-    /// Learns something of where it is. True when it is at another address now.
+    /// Learns something of where it is. True when it is elsewhere now.
     pub(crate) fn relocate(&mut self, learn: impl FnOnce(&mut Location)) -> bool {
-        let remote = |location: &Location| location.endpoint().map(|endpoint| endpoint.remote);
-        let old = remote(&self.location);
+        let old = self.path();
         learn(&mut self.location);
-        let new = remote(&self.location);
+        let new = self.path();
         if old == new {
             return false;
         }
         self.set_uncut(Duration::ZERO);
-        let mut shared = self
+        *self
             .shared
-            .endpoint
+            .path
             .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *shared = new;
+            .unwrap_or_else(PoisonError::into_inner) = new;
         true
+    }
+
+    fn path(&self) -> Option<Path> {
+        self.destination().map(|to| to.path())
     }
 
     /// A packet to `destination` is dropped, for nobody knows where the peer is.
@@ -347,6 +358,7 @@ mod tests {
             index: 0,
             endpoints: vec![at(1)],
             keepalive: None,
+            roaming: true,
             shared: shared.clone(),
         });
         let now = uptime();

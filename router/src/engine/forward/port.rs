@@ -3,9 +3,10 @@
 use std::net::{IpAddr, SocketAddr};
 
 use crate::engine::counters::Counter;
-use crate::engine::forward::batch::{Endpoint, UdpSink};
+use crate::engine::forward::batch::{Destination, Endpoint, UdpSink};
 use crate::engine::offload::coalesce::TunSink;
 use crate::engine::offload::vnet;
+use crate::engine::path::RelayId;
 use crate::wireguard::keys::PublicKey;
 
 /// Where a buffer of datagrams came from.
@@ -19,14 +20,33 @@ pub(crate) struct Origin {
     pub(crate) interface: u32,
     /// ECN bits of the underlay packets.
     pub(crate) ecn: u8,
+    /// It came through a relay, from whom that says has this key. The address above is then none, but
+    /// another one for each key.
+    pub(crate) relay: Option<(RelayId, PublicKey)>,
 }
 
 impl Origin {
-    /// The sender, and our address that it knows.
-    pub(crate) fn endpoint(&self) -> Endpoint {
-        Endpoint {
-            remote: self.remote,
-            local: self.local,
+    /// From whom a relay says that it comes. The address that stands for the sender is one of its own for
+    /// each key, for the limiter counts by address (an IPv6 network of 64 bits).
+    pub(crate) fn relayed(relay: RelayId, key: PublicKey) -> Self {
+        let address = key.0.first_chunk::<16>().copied().unwrap_or_default();
+        Self {
+            remote: SocketAddr::new(IpAddr::from(address), 0),
+            local: None,
+            interface: 0,
+            ecn: 0,
+            relay: Some((relay, key)),
+        }
+    }
+
+    /// Where an answer goes.
+    pub(crate) fn destination(&self) -> Destination {
+        match self.relay {
+            None => Destination::Udp(Endpoint {
+                remote: self.remote,
+                local: self.local,
+            }),
+            Some((relay, key)) => Destination::Relay(relay, key),
         }
     }
 }

@@ -32,9 +32,13 @@ impl Forwarder {
             remote,
             local,
             interface,
+            relay,
             ..
         } = *origin;
-        if peer.relocate(|location| location.heard(remote, local, interface)) {
+        if peer.relocate(|location| match relay {
+            None => location.heard(remote, local, interface),
+            Some((relay, _)) => location.heard_through(relay),
+        }) {
             self.counters.add(Counter::Roamed, 1);
         }
         if completed {
@@ -45,10 +49,10 @@ impl Forwarder {
         if self.staged.is_empty() || !peer.tunnel(&self.local).ready(now) {
             return;
         }
-        if let Some(endpoint) = peer.endpoint()
+        if let Some(to) = peer.destination()
             && let Some(mut queue) = self.staged.take(id)
         {
-            let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso(now));
+            let mut lane = self.batch.lane(io, to, Some(id), 0, peer.gso(now));
             let tunnel = peer.tunnel(&self.local);
             let bytes = tunnel.seal(&mut queue, now, &mut lane);
             peer.sent(bytes, now);
@@ -176,7 +180,7 @@ impl Forwarder {
         {
             Verdict::Pass => Counter::HandshakesReceived,
             Verdict::Cookie(length) => {
-                let mut lane = self.batch.lane(io, origin.endpoint(), None, 0, true);
+                let mut lane = self.batch.lane(io, origin.destination(), None, 0, true);
                 lane.push(&reply[..length]);
                 Counter::CookiesSent
             }
@@ -257,10 +261,10 @@ impl Forwarder {
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };
-        let Some(endpoint) = peer.endpoint() else {
+        let Some(to) = peer.destination() else {
             return;
         };
-        let mut lane = self.batch.lane(io, endpoint, Some(id), 0, peer.gso(now));
+        let mut lane = self.batch.lane(io, to, Some(id), 0, peer.gso(now));
         let mut keepalive = Keepalive(false);
         let tunnel = peer.tunnel(&self.local);
         let bytes = tunnel.seal(&mut keepalive, now, &mut lane);
@@ -272,7 +276,7 @@ impl Forwarder {
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };
-        if peer.asks || peer.endpoint().is_none() {
+        if peer.asks || peer.destination().is_none() {
             return;
         }
         if peer.tunnel_to_initiate(&self.local).want(now) {
@@ -287,12 +291,12 @@ impl Forwarder {
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };
-        let Some(endpoint) = peer.endpoint() else {
+        let Some(to) = peer.destination() else {
             return;
         };
         peer.sent(message.len() as u64, now);
         self.batch
-            .lane(io, endpoint, Some(id), 0, peer.gso(now))
+            .lane(io, to, Some(id), 0, peer.gso(now))
             .push(message);
     }
 }

@@ -7,6 +7,7 @@ mod change;
 mod elsewhere;
 mod handshake;
 mod hostile;
+mod relay;
 mod simulation;
 mod timing;
 
@@ -22,6 +23,7 @@ use crate::engine::forward::wheel::TICK;
 use crate::engine::offload::coalesce::TunSink;
 use crate::engine::offload::segment::SLACK;
 use crate::engine::packets::Flow;
+use crate::engine::path::Path;
 use crate::wireguard::keys::{PresharedKey, PrivateKey};
 
 const OFFLOAD: Offload = Offload {
@@ -44,6 +46,7 @@ struct Datagram {
 struct Wire {
     packets: Vec<Vec<u8>>,
     datagrams: Vec<Datagram>,
+    relayed: Vec<(Path, Vec<u8>)>,
     handed: Vec<(usize, Content, Vec<u8>)>,
     /// Other workers take nothing.
     stuffed: bool,
@@ -78,10 +81,16 @@ impl UdpSink for Wire {
     fn send(&mut self, arena: &[u8], messages: &[Message]) {
         for message in messages {
             let bytes = &arena[message.offset..message.offset + message.length];
+            let Some(endpoint) = message.to.endpoint() else {
+                let relayed = bytes.chunks(message.size).map(<[u8]>::to_vec);
+                self.relayed
+                    .extend(relayed.map(|bytes| (message.to.path(), bytes)));
+                continue;
+            };
             for datagram in bytes.chunks(message.size) {
                 self.datagrams.push(Datagram {
-                    to: message.endpoint.remote,
-                    local: message.endpoint.local,
+                    to: endpoint.remote,
+                    local: endpoint.local,
                     bytes: datagram.to_vec(),
                     ecn: message.ecn,
                 });
@@ -149,6 +158,7 @@ impl End {
             index: 0x0012_3400 + 2 * u32::from(self.key.public().0[0]),
             endpoints: endpoint.then_some(them.address).into_iter().collect(),
             keepalive: keepalive.map(Duration::from_secs),
+            roaming: true,
             shared: self.shared.clone(),
         };
         self.change(Change {
@@ -168,6 +178,7 @@ impl End {
             index: id,
             endpoints: vec![SocketAddr::from(([192, 0, 2, id as u8 + 1], 51820))],
             keepalive,
+            roaming: true,
             shared: self.shared.clone(),
         };
         let directory = Directory {
@@ -202,6 +213,7 @@ impl End {
             local: self.local,
             interface: u32::from(self.local.is_some()),
             ecn,
+            relay: None,
         };
         let (now, stride) = (self.now, datagram.len());
         self.forwarder

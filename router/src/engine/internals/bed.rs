@@ -119,6 +119,7 @@ impl Bed {
                 index: INDEX,
                 endpoints: Vec::new(),
                 keepalive: None,
+                roaming: true,
                 shared: Arc::new(Shared::new(peer.public())),
             }],
             directory: Some(Arc::new(Directory {
@@ -165,6 +166,7 @@ impl Bed {
             local: None,
             interface: 0,
             ecn: 3,
+            relay: None,
         };
         let (now, wire) = (self.now, &mut self.wire);
         wire.datagrams.clear();
@@ -184,6 +186,7 @@ impl Bed {
             local: None,
             interface: 0,
             ecn: 0,
+            relay: None,
         };
         for (at, datagram) in sealed.all.iter().enumerate() {
             let (now, wire) = (self.now, &mut self.wire);

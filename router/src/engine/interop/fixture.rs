@@ -226,6 +226,7 @@ impl Pair {
             endpoint: None,
             others: Vec::new(),
             keepalive: None,
+            roaming: true,
         });
         engine.set_peers(&peers).unwrap();
         Self {
@@ -329,5 +330,6 @@ pub(super) fn spec(seed: u8, allowed: &str) -> PeerSpec {
         endpoint: None,
         others: Vec::new(),
         keepalive: None,
+        roaming: true,
     }
 }

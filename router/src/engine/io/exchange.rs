@@ -24,7 +24,35 @@ pub(crate) struct Parcel {
     pub(crate) buffer: Box<[u8]>,
     /// Bytes of it in the buffer.
     pub(crate) length: usize,
-    from: usize,
+    /// Whose buffer it is: a worker's, or nobody's.
+    from: Option<usize>,
+}
+
+/// Parcels of several datagrams that may wait for a worker from outside.
+const ENTERING: usize = 256;
+
+/// Where datagrams enter that no socket of ours has received.
+#[derive(Debug)]
+pub(crate) struct Entrance(Vec<(SyncSender<Parcel>, Arc<Waker>)>);
+
+impl Entrance {
+    /// Gives a datagram to a worker. False when that has too much to do.
+    pub(crate) fn send(&self, worker: usize, content: Content, bytes: &[u8]) -> bool {
+        let Some((parcels, waker)) = self.0.get(worker) else {
+            return false;
+        };
+        let parcel = Parcel {
+            content,
+            buffer: [bytes, &[0; SLACK]].concat().into(),
+            length: bytes.len(),
+            from: None,
+        };
+        let went = parcels.try_send(parcel).is_ok();
+        if went {
+            waker.wake();
+        }
+        went
+    }
 }
 
 struct Neighbour {
@@ -39,28 +67,34 @@ struct Neighbour {
 pub(crate) struct Exchange {
     worker: usize,
     parcels: Receiver<Parcel>,
+    /// From outside.
+    entering: Receiver<Parcel>,
     empties: Receiver<Box<[u8]>>,
     neighbours: Vec<Neighbour>,
     /// Buffers of ours that are here.
     spare: Vec<Box<[u8]>>,
 }
 
-/// Connects workers, given what wakes each.
-pub(crate) fn connect(wakers: &[Arc<Waker>]) -> Vec<Exchange> {
+/// Connects workers with each other and with the outside, given what wakes each.
+pub(crate) fn connect(wakers: &[Arc<Waker>]) -> (Vec<Exchange>, Entrance) {
     let workers = wakers.len();
     let (mut senders, mut receivers) = (Vec::new(), Vec::new());
+    let mut entrances = Vec::new();
     for waker in wakers {
         let (parcels, parcels_in) = sync_channel(BUFFERS * workers);
         let (empties, empties_in) = sync_channel(BUFFERS);
+        let (entrance, entering) = sync_channel(ENTERING);
         senders.push((parcels, empties, waker));
-        receivers.push((parcels_in, empties_in));
+        receivers.push((parcels_in, empties_in, entering));
+        entrances.push((entrance, Arc::clone(waker)));
     }
-    receivers
+    let exchanges = receivers
         .into_iter()
         .enumerate()
-        .map(|(worker, (parcels, empties))| Exchange {
+        .map(|(worker, (parcels, empties, entering))| Exchange {
             worker,
             parcels,
+            entering,
             empties,
             neighbours: senders
                 .iter()
@@ -78,7 +112,8 @@ pub(crate) fn connect(wakers: &[Arc<Waker>]) -> Vec<Exchange> {
                 Vec::new()
             },
         })
-        .collect()
+        .collect();
+    (exchanges, Entrance(entrances))
 }
 
 impl Exchange {
@@ -98,7 +133,7 @@ impl Exchange {
             content,
             buffer,
             length: bytes.len(),
-            from: self.worker,
+            from: Some(self.worker),
         };
         match neighbour.parcels.try_send(parcel) {
             Ok(()) => {
@@ -127,12 +162,15 @@ impl Exchange {
 
     /// The next parcel for this worker.
     pub(crate) fn receive(&mut self) -> Option<Parcel> {
-        self.parcels.try_recv().ok()
+        let parcel = self.parcels.try_recv().ok();
+        parcel.or_else(|| self.entering.try_recv().ok())
     }
 
     /// Sends a parcel's buffer back.
     pub(crate) fn give_back(&mut self, parcel: Parcel) {
-        if let Some(neighbour) = self.neighbours.get(parcel.from) {
+        if let Some(from) = parcel.from
+            && let Some(neighbour) = self.neighbours.get(from)
+        {
             // There is room for every buffer of that worker, unless it has ended.
             let _ = neighbour.empties.try_send(parcel.buffer);
         }
@@ -148,7 +186,7 @@ mod tests {
 
     fn pair() -> [Exchange; 2] {
         let wakers: Vec<_> = (0..2).map(|_| Arc::new(Waker::new().unwrap())).collect();
-        connect(&wakers).try_into().ok().unwrap()
+        connect(&wakers).0.try_into().ok().unwrap()
     }
 
     #[test]
@@ -176,5 +214,31 @@ mod tests {
             assert!(!a.send(2, CONTENT, &[0]));
         }
         assert!(a.send(1, CONTENT, &[0]));
+    }
+
+    #[test]
+    fn what_enters_is_bounded_and_takes_no_room_from_workers() {
+        let wakers: Vec<_> = (0..2).map(|_| Arc::new(Waker::new().unwrap())).collect();
+        let (exchanges, entrance) = connect(&wakers);
+        let [mut a, mut b]: [Exchange; 2] = exchanges.try_into().ok().unwrap();
+        for _ in 0..ENTERING {
+            assert!(entrance.send(1, CONTENT, &[7; 100]));
+        }
+        assert!(
+            !entrance.send(1, CONTENT, &[7; 100]),
+            "nobody has taken anything yet"
+        );
+        assert!(
+            !entrance.send(2, CONTENT, &[7; 100]),
+            "there is no such worker"
+        );
+        assert!(a.send(1, CONTENT, &[8]));
+        for at in 0..=ENTERING {
+            let parcel = b.receive().unwrap();
+            assert_eq!(parcel.buffer[0], if at == 0 { 8 } else { 7 });
+            assert!(parcel.buffer.len() >= parcel.length + SLACK);
+            b.give_back(parcel);
+        }
+        assert!(b.receive().is_none());
     }
 }

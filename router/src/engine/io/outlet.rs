@@ -4,13 +4,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
 use tracing::trace;
 
 use crate::engine::counters::{Counter, Counters};
-use crate::engine::forward::batch::{Message, UdpSink};
+use crate::engine::forward::batch::{Destination, Message, UdpSink};
 use crate::engine::forward::routes::PeerId;
 use crate::engine::io::udp::Sockets;
 use crate::engine::io::udp_io::Sender;
+use crate::engine::path::Relayed;
 
 /// What hands messages to a socket.
 pub(crate) trait SendMessages {
@@ -30,6 +32,8 @@ pub(crate) struct Outlet<'a, S = Sender> {
     sockets: Arc<Sockets>,
     sender: S,
     counters: &'a Counters,
+    /// Carries messages to relays, if there is anybody who does.
+    pub(crate) carrier: Option<mpsc::Sender<Relayed>>,
     /// Peers whose sticky source the kernel refused.
     pub(crate) stale: Vec<PeerId>,
     /// Peers whose messages the kernel will not cut: the path is too narrow, or the device cannot.
@@ -49,6 +53,7 @@ impl<'a, S: SendMessages> Outlet<'a, S> {
             sockets,
             sender,
             counters,
+            carrier: None,
             stale: Vec::new(),
             uncut: Vec::new(),
         }
@@ -71,14 +76,14 @@ impl<'a, S: SendMessages> Outlet<'a, S> {
                     Some(libc::EINTR) => {}
                     // Waiting would hold up every other peer.
                     Some(libc::EAGAIN | libc::ENOBUFS) => {
-                        let same = |message: &&Message| message.endpoint == first.endpoint;
+                        let same = |message: &&Message| message.to == first.to;
                         let count = messages.iter().take_while(same).count();
                         let (full, rest) = messages.split_at(count);
                         self.dropped(Counter::DropSendFull, full);
                         messages = rest;
                     }
                     _ => {
-                        trace!(%error, remote = %first.endpoint.remote, "send to the underlay");
+                        trace!(%error, to = %first.to.path(), "send to the underlay");
                         if first.segments > 1 {
                             self.send_uncut(socket, arena, *first, &error);
                         } else {
@@ -120,7 +125,7 @@ impl<'a, S: SendMessages> Outlet<'a, S> {
                     self.uncut.extend(message.peer);
                 }
             } else if self.send_sourceless(socket, arena, single) {
-                message.endpoint.local = None;
+                forget_source(&mut message);
             } else {
                 let rest = Message {
                     segments: message.segments - at - 1,
@@ -135,8 +140,7 @@ impl<'a, S: SendMessages> Outlet<'a, S> {
     /// The kernel refused a datagram: our source address may be gone. Tries without, once; true
     /// when that went.
     fn send_sourceless(&mut self, socket: &OwnedFd, arena: &[u8], mut single: Message) -> bool {
-        let went = single.endpoint.local.take().is_some()
-            && self.sender.send(socket, arena, &[single]).is_ok();
+        let went = forget_source(&mut single) && self.sender.send(socket, arena, &[single]).is_ok();
         if went {
             self.stale.extend(single.peer);
             self.sent(&[single]);
@@ -144,6 +148,29 @@ impl<'a, S: SendMessages> Outlet<'a, S> {
             self.dropped(Counter::DropSendError, &[single]);
         }
         went
+    }
+
+    /// Gives messages to whoever carries them to relays.
+    fn relay(&mut self, arena: &[u8], messages: &[Message]) {
+        for message in messages {
+            let Destination::Relay(relay, peer) = message.to else {
+                continue;
+            };
+            let bytes = &arena[message.offset..message.offset + message.length];
+            let relayed = Relayed {
+                relay,
+                peer,
+                bytes: bytes.into(),
+                size: message.size,
+            };
+            let carrier = self.carrier.as_ref();
+            let count = datagrams(std::slice::from_ref(message));
+            let counter = match carrier.map(|carrier| carrier.try_send(relayed)) {
+                Some(Ok(())) => Counter::TxRelayed,
+                _ => Counter::DropRelay,
+            };
+            self.counters.add(counter, count);
+        }
     }
 
     fn sent(&self, messages: &[Message]) {
@@ -159,13 +186,12 @@ impl<'a, S: SendMessages> Outlet<'a, S> {
 impl<S: SendMessages> UdpSink for Outlet<'_, S> {
     fn send(&mut self, arena: &[u8], messages: &[Message]) {
         let sockets = Arc::clone(&self.sockets);
-        for run in messages.chunk_by(|a, b| v4(a) == v4(b)) {
-            let socket = if v4(&run[0]) {
-                &sockets.v4
-            } else {
-                &sockets.v6
+        for run in messages.chunk_by(|a, b| family(a) == family(b)) {
+            let Some(v4) = family(&run[0]) else {
+                self.relay(arena, run);
+                continue;
             };
-            match socket {
+            match sockets.of_family(v4) {
                 Some(socket) => self.send_to(socket, arena, run),
                 None => self.dropped(Counter::DropSendError, run),
             }
@@ -173,8 +199,18 @@ impl<S: SendMessages> UdpSink for Outlet<'_, S> {
     }
 }
 
-fn v4(message: &Message) -> bool {
-    message.endpoint.remote.is_ipv4()
+/// Whether a message goes by IPv4 or IPv6; `None` if it goes through a relay.
+fn family(message: &Message) -> Option<bool> {
+    let endpoint = message.to.endpoint()?;
+    Some(endpoint.remote.is_ipv4())
+}
+
+/// Leaves it to the kernel from which of our addresses a message goes. True if that is news.
+fn forget_source(message: &mut Message) -> bool {
+    match &mut message.to {
+        Destination::Udp(endpoint) => endpoint.local.take().is_some(),
+        Destination::Relay(..) => false,
+    }
 }
 
 fn datagrams(messages: &[Message]) -> u64 {
@@ -190,6 +226,8 @@ mod tests {
     use super::*;
     use crate::engine::forward::batch::Endpoint;
     use crate::engine::io::udp::{Bind, Underlay};
+    use crate::engine::path::RelayId;
+    use crate::wireguard::keys::PublicKey;
 
     const SIZE: usize = 40;
     const PEER: PeerId = 7;
@@ -225,10 +263,10 @@ mod tests {
             length: arena.len(),
             size: SIZE,
             segments,
-            endpoint: Endpoint {
+            to: Destination::Udp(Endpoint {
                 remote: (to, port).into(),
                 local: Some(IpAddr::V4(local)),
-            },
+            }),
             peer: Some(PEER),
             ecn: 0,
         };
@@ -285,10 +323,13 @@ mod tests {
 
     impl SendMessages for Full {
         fn send(&mut self, _: &OwnedFd, _: &[u8], messages: &[Message]) -> io::Result<usize> {
-            let room = |message: &&Message| !self.0.contains(&message.endpoint.remote);
+            let room =
+                |message: &&Message| !self.0.contains(&message.to.endpoint().unwrap().remote);
             let took = messages.iter().take_while(room);
-            self.1
-                .extend(took.clone().map(|message| message.endpoint.remote));
+            self.1.extend(
+                took.clone()
+                    .map(|message| message.to.endpoint().unwrap().remote),
+            );
             match took.count() {
                 0 => Err(io::Error::from_raw_os_error(libc::EAGAIN)),
                 count => Ok(count),
@@ -314,10 +355,10 @@ mod tests {
             length: 2 * SIZE,
             size: SIZE,
             segments: 2,
-            endpoint: Endpoint {
+            to: Destination::Udp(Endpoint {
                 remote: peer(host),
                 local: None,
-            },
+            }),
             peer: Some(host.into()),
             ecn: 0,
         };
@@ -328,5 +369,48 @@ mod tests {
         assert_eq!(outlet.sender.1, [1, 3, 4].map(peer));
         assert_eq!(counters.get(Counter::TxDatagrams), 6);
         assert_eq!(counters.get(Counter::DropSendFull), 10);
+    }
+
+    #[test]
+    fn what_goes_through_a_relay_is_given_to_whoever_carries_it() {
+        let mut underlay = Underlay::bind(Bind {
+            port: 0,
+            mark: 0,
+            workers: 1,
+            gro: false,
+            others: false,
+        })
+        .unwrap();
+        let sockets = Arc::new(underlay.sockets.remove(0));
+        let counters = Counters::new();
+        let mut outlet = Outlet::new(sockets, &counters);
+        let key = PublicKey([9; 32]);
+        let message = Message {
+            offset: SIZE,
+            length: 2 * SIZE + 5,
+            size: SIZE,
+            segments: 3,
+            to: Destination::Relay(RelayId(3), key),
+            peer: Some(PEER),
+            ecn: 0,
+        };
+        let arena: Vec<u8> = (0..4 * SIZE).map(|at| at as u8).collect();
+        outlet.send(&arena, &[message]);
+        assert_eq!(counters.get(Counter::DropRelay), 3, "nobody does");
+        let (carrier, mut carried) = mpsc::channel(1);
+        outlet.carrier = Some(carrier);
+        outlet.send(&arena, &[message, message]);
+        let relayed = carried.try_recv().unwrap();
+        assert_eq!(
+            (relayed.relay, relayed.peer, relayed.size),
+            (RelayId(3), key, SIZE)
+        );
+        assert_eq!(relayed.bytes[..], arena[SIZE..3 * SIZE + 5]);
+        let counted = [Counter::TxRelayed, Counter::DropRelay, Counter::TxDatagrams];
+        assert_eq!(
+            counted.map(|counter| counters.get(counter)),
+            [3, 6, 0],
+            "bounded"
+        );
     }
 }

@@ -157,6 +157,7 @@ impl Receiver {
                 local: None,
                 interface: 0,
                 ecn: 0,
+                relay: None,
             };
             let mut stride = length;
             #[allow(clippy::unnecessary_cast)]
@@ -232,15 +233,24 @@ impl Sender {
     ) -> io::Result<usize> {
         let messages = &messages[..messages.len().min(MESSAGES)];
         for (at, message) in messages.iter().enumerate() {
+            let Some(endpoint) = message.to.endpoint() else {
+                debug_assert!(false, "what goes through a relay goes another way");
+                continue;
+            };
             let bytes = &arena[message.offset..message.offset + message.length];
-            let (address, length) = Address::new(message.endpoint.remote);
+            let (address, length) = Address::new(endpoint.remote);
             self.addresses[at] = address;
             self.vectors[at] = libc::iovec {
                 iov_base: bytes.as_ptr().cast_mut().cast(),
                 iov_len: bytes.len(),
             };
             let control = &mut self.controls[at];
-            let used = fill(control, message);
+            let used = fill(
+                control,
+                endpoint,
+                message.ecn,
+                (message.segments > 1).then_some(message.size),
+            );
             let header = &mut self.headers[at].msg_hdr;
             header.msg_name = std::ptr::from_mut(&mut self.addresses[at]).cast();
             header.msg_namelen = length;
@@ -277,21 +287,13 @@ pub(crate) fn send_one(
     remote: SocketAddr,
     source: Option<IpAddr>,
 ) -> io::Result<()> {
-    let message = Message {
-        offset: 0,
-        length: bytes.len(),
-        size: bytes.len(),
-        segments: 1,
-        endpoint: Endpoint {
-            remote,
-            local: source,
-        },
-        peer: None,
-        ecn: 0,
+    let endpoint = Endpoint {
+        remote,
+        local: source,
     };
     let (mut address, length) = Address::new(remote);
     let mut control = Control::EMPTY;
-    let used = fill(&mut control, &message);
+    let used = fill(&mut control, &endpoint, 0, None);
     let mut vector = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
         iov_len: bytes.len(),
@@ -315,10 +317,11 @@ pub(crate) fn send_one(
     Ok(())
 }
 
-/// Writes a message's control messages; gives their length in bytes.
-fn fill(control: &mut Control, message: &Message) -> usize {
+/// Writes control messages: source, ECN bits, and the length of each datagram of several. Gives their
+/// length in bytes.
+fn fill(control: &mut Control, endpoint: &Endpoint, ecn: u8, size: Option<usize>) -> usize {
     let mut used = 0;
-    match (message.endpoint.local, message.endpoint.remote) {
+    match (endpoint.local, endpoint.remote) {
         // The interface is left to the routing table: only the source sticks.
         (Some(IpAddr::V4(local)), SocketAddr::V4(_)) => {
             let info = libc::in_pktinfo {
@@ -341,16 +344,16 @@ fn fill(control: &mut Control, message: &Message) -> usize {
         }
         _ => {}
     }
-    if message.ecn != 0 {
-        let ecn = libc::c_int::from(message.ecn);
-        let (level, kind) = match message.endpoint.remote {
+    if ecn != 0 {
+        let ecn = libc::c_int::from(ecn);
+        let (level, kind) = match endpoint.remote {
             SocketAddr::V4(_) => (libc::SOL_IP, libc::IP_TOS),
             SocketAddr::V6(_) => (libc::SOL_IPV6, libc::IPV6_TCLASS),
         };
         used = control.put(used, level, kind, ecn);
     }
-    if message.segments > 1 {
-        used = control.put(used, libc::SOL_UDP, libc::UDP_SEGMENT, message.size as u16);
+    if let Some(size) = size {
+        used = control.put(used, libc::SOL_UDP, libc::UDP_SEGMENT, size as u16);
     }
     used
 }

@@ -77,7 +77,7 @@ impl Bench {
             device,
             sockets: Arc::new(underlay.sockets.remove(0)),
             client,
-            exchanges: exchange::connect(&wakers),
+            exchanges: exchange::connect(&wakers).0,
             waker: wakers[0].clone(),
             counters,
             listener: None,
@@ -119,6 +119,7 @@ impl Bench {
                 index: INDEX,
                 endpoints: Vec::new(),
                 keepalive: None,
+                roaming: true,
                 shared: Arc::new(Shared::new(key.public())),
             }],
             directory: Some(Arc::new(Directory {

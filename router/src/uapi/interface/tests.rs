@@ -268,7 +268,7 @@ fn a_get_shows_what_wireguard_go_shows() {
     let last_handshake = std::time::UNIX_EPOCH + std::time::Duration::new(1_000_000, 7);
     let stats = PeerStats {
         public_key: public(A),
-        endpoint: Some("192.0.2.9:9".parse().unwrap()),
+        path: Some("192.0.2.9:9".parse().unwrap()),
         last_handshake: Some(last_handshake),
         rx_bytes: 2224,
         tx_bytes: 38333,

@@ -11,17 +11,17 @@ fn endpoints_follow_authentic_datagrams_only() {
     *forged.last_mut().unwrap() ^= 1;
     router.receive(moved, &forged, 0);
     assert_eq!(router.count(Counter::DropAuth), 1);
-    assert_eq!(router.shared.stats().endpoint, Some(client.address));
+    assert_eq!(router.shared.stats().endpoint(), Some(client.address));
 
     let authentic = client.wire.datagrams.remove(0).bytes;
     router.receive(moved, &authentic, 0);
-    assert_eq!(router.shared.stats().endpoint, Some(moved));
+    assert_eq!(router.shared.stats().endpoint(), Some(moved));
     router.transmit(&down(1));
     assert_eq!(router.wire.datagrams.pop().unwrap().to, moved);
 
     // The same datagram from somewhere else again: replayed, so not believed.
     router.receive(client.address, &authentic, 0);
-    assert_eq!(router.shared.stats().endpoint, Some(moved));
+    assert_eq!(router.shared.stats().endpoint(), Some(moved));
 }
 
 #[test]
@@ -35,7 +35,7 @@ fn a_session_begins_where_a_peer_was_before() {
         router.meet(&client, &["10.0.0.2/32", "fd00::2/128"], known, None);
         assert_eq!(router.wire.datagrams, []);
         router.change(Change {
-            resume: vec![(THEM, resume)],
+            resume: vec![(THEM, Path::Udp(resume))],
             ..Change::default()
         });
         assert_eq!(router.wire.datagrams.len(), 1);
@@ -179,7 +179,7 @@ fn a_new_preshared_key_ends_the_session_and_nothing_else() {
     client.transmit(&up(1));
     settle(&mut client, &mut router);
     let before = router.shared.stats();
-    assert_eq!(before.endpoint, Some(moved));
+    assert_eq!(before.endpoint(), Some(moved));
 
     let key = PresharedKey::from_bytes([10; 32]);
     let change = || Change {
@@ -194,7 +194,7 @@ fn a_new_preshared_key_ends_the_session_and_nothing_else() {
     settle(&mut client, &mut router);
     assert_eq!(router.count(Counter::DropExpired), 1);
     let after = router.shared.stats();
-    assert_eq!(after.endpoint, Some(moved));
+    assert_eq!(after.endpoint(), Some(moved));
     assert_eq!(
         (after.rx_bytes, after.last_handshake),
         (before.rx_bytes, before.last_handshake)
@@ -227,6 +227,7 @@ fn an_allowed_ip_moves_between_peers_who_stay_connected() {
         index: 100 + id,
         endpoints: Vec::new(),
         keepalive: None,
+        roaming: true,
         shared: shared.clone(),
     });
     let add = setups.collect();

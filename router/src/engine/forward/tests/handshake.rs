@@ -75,7 +75,7 @@ fn a_replayed_handshake_changes_nothing() {
     router.receive(elsewhere, &initiation.bytes, 0);
     assert_eq!(router.count(Counter::DropHandshake), 1);
     assert_eq!(router.wire.datagrams, []);
-    assert_eq!(router.shared.stats().endpoint, Some(client.address));
+    assert_eq!(router.shared.stats().endpoint(), Some(client.address));
 }
 
 #[test]

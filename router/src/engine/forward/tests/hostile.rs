@@ -119,7 +119,7 @@ proptest! {
             router.receive(elsewhere, &datagram, byte);
         }
         prop_assert_eq!(&router.wire.packets, &[] as &[Vec<u8>]);
-        prop_assert_eq!(router.shared.stats().endpoint, Some(client.address));
+        prop_assert_eq!(router.shared.stats().endpoint(), Some(client.address));
         router.receive(client.address, &valid, 0);
         prop_assert_eq!(&router.wire.packets, &[up(1)]);
     }

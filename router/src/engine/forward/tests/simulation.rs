@@ -269,7 +269,7 @@ impl Simulation {
         let end = &mut self.ends[to];
         end.receive(from, &bytes, 0);
         assert_ne!(
-            end.shared.stats().endpoint,
+            end.shared.stats().endpoint(),
             Some(ATTACKER),
             "seed {seed}: {to}"
         );

@@ -387,6 +387,7 @@ fn a_thousand_peers_resumed_at_once_are_back_within_three_seconds() {
         index: 0x0012_0000 + id,
         endpoints: Vec::new(),
         keepalive: None,
+        roaming: true,
         shared: router.shared.clone(),
     };
     let change = Change {
@@ -396,7 +397,7 @@ fn a_thousand_peers_resumed_at_once_are_back_within_three_seconds() {
             keys: Keys::from_iter((0..PEERS).map(|id| (key(id).public(), id))),
             owners: vec![0; PEERS as usize],
         })),
-        resume: (0..PEERS).map(|id| (id, address(id))).collect(),
+        resume: (0..PEERS).map(|id| (id, Path::Udp(address(id)))).collect(),
         ..Change::default()
     };
     router.change(change);

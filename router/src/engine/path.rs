@@ -1,0 +1,88 @@
+//! The ways to a peer.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::str::FromStr;
+
+use crate::wireguard::keys::PublicKey;
+
+/// Number of a relay; whoever carries datagrams to relays gives it a meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RelayId(pub u32);
+
+/// The way to a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Path {
+    /// By UDP, to this address.
+    Udp(SocketAddr),
+    /// Through a relay, which knows the peer by its public key.
+    Relay(RelayId),
+}
+
+impl Path {
+    /// The address, if it is by UDP.
+    pub fn endpoint(self) -> Option<SocketAddr> {
+        match self {
+            Self::Udp(endpoint) => Some(endpoint),
+            Self::Relay(_) => None,
+        }
+    }
+}
+
+const RELAY: &str = "relay:";
+
+/// An address, or `relay:` and a number.
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Udp(endpoint) => endpoint.fmt(f),
+            Self::Relay(RelayId(relay)) => write!(f, "{RELAY}{relay}"),
+        }
+    }
+}
+
+/// A text that is no path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a path is an address with a port, or {RELAY} and a number")]
+pub struct PathError;
+
+impl FromStr for Path {
+    type Err = PathError;
+
+    fn from_str(text: &str) -> Result<Self, PathError> {
+        let path = match text.strip_prefix(RELAY) {
+            Some(relay) => relay.parse().ok().map(|relay| Self::Relay(RelayId(relay))),
+            None => text.parse().ok().map(Self::Udp),
+        };
+        path.ok_or(PathError)
+    }
+}
+
+/// Datagrams for a peer that go through a relay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Relayed {
+    /// The relay.
+    pub relay: RelayId,
+    /// The peer.
+    pub peer: PublicKey,
+    /// WireGuard messages, one behind the other.
+    pub bytes: Box<[u8]>,
+    /// Length in bytes of each but the last, which may be shorter.
+    pub size: usize,
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_reads_as_it_is_written() {
+        for text in ["192.0.2.1:7", "[2001:db8::1]:51820", "relay:12"] {
+            assert_eq!(text.parse::<Path>().unwrap().to_string(), text);
+        }
+        for text in ["", "relay:", "relay:-1", "192.0.2.1", "relay:4294967296"] {
+            assert_eq!(text.parse::<Path>(), Err(PathError), "{text}");
+        }
+    }
+}
