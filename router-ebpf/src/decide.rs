@@ -6,8 +6,7 @@ use crate::forward::{Answer, Exit, Forward};
 use crate::fragment;
 use crate::frame::Frame;
 use crate::icmp;
-use crate::mss;
-use crate::packet::{Packet, SYN, Transport};
+use crate::packet::{Packet, Transport};
 use crate::route;
 use crate::steps::Steps;
 use crate::tables::Tables;
@@ -55,7 +54,6 @@ pub fn decide<F: Frame, S: Steps>(
         Side::Overlay => u32::from(entry.mtu()),
         Side::Subnet => settings.mtu,
     };
-    forward.mss = u16::MAX;
     forward.nat.address = entry.address(packet.is_v4());
     forward.nat.port = entry.port();
     forward.is_translated = translated;
@@ -111,24 +109,6 @@ pub fn decide<F: Frame, S: Steps>(
         return Ok(());
     }
     flow::touch(side, packet, entry, steps)?;
-
-    if packet.tcp_flags & SYN != 0 {
-        // The segments that the announcement allows come the other way: every MTU on both sides
-        // counts.
-        let (near, subnet) = match side {
-            Side::Overlay => (entry.link(), &tuple.destination),
-            Side::Subnet => (steps.ingress(), &tuple.source),
-        };
-        let link = steps.link(near).ok_or(Verdict::SlowOtherLink)?;
-        let mut smallest = settings.mtu.min(link.mtu);
-        if let Some(route) = steps.route(&Prefix::host(*subnet)) {
-            smallest = smallest.min(route.mtu());
-        }
-        if settings.flags & Settings::FIB_MTU != 0 {
-            smallest = smallest.min(forward.mtu);
-        }
-        forward.mss = mss::for_mtu(smallest, packet.header_len);
-    }
     Ok(())
 }
 

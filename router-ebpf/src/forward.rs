@@ -30,7 +30,9 @@ pub enum Exit {
     Answer,
 }
 
-/// The overlay side of a flow as the subnet side knows it, or the other way round.
+/// The overlay side of a flow as the subnet side knows it, or the other way round. Aligned as
+/// [`crate::abi::Address`] is.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Nat {
     /// The new address as in [`crate::abi::Address::octets`]: the source of what comes from the
@@ -38,6 +40,15 @@ pub struct Nat {
     pub address: [u8; 16],
     /// The port or ICMP identifier that goes with it.
     pub port: [u8; 2],
+}
+
+impl Nat {
+    /// The address as words, in memory's order.
+    #[inline(always)]
+    pub const fn words(&self) -> [u32; 4] {
+        // SAFETY: as many bytes, and any are valid.
+        unsafe { core::mem::transmute::<[u8; 16], [u32; 4]>(self.address) }
+    }
 }
 
 /// A packet that the fast path takes on, and what to do with it. Flat and filled in place: an enum
@@ -61,8 +72,6 @@ pub struct Forward {
     pub nat: Nat,
     /// Whether it is translated.
     pub is_translated: bool,
-    /// The largest MSS that a SYN may announce; `u16::MAX` for what is no SYN.
-    pub mss: u16,
 }
 
 impl Default for Forward {
@@ -76,7 +85,6 @@ impl Default for Forward {
             hardware: [0; 12],
             nat: Nat::default(),
             is_translated: false,
-            mss: u16::MAX,
         }
     }
 }

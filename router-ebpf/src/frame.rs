@@ -1,6 +1,6 @@
 //! The bytes of a packet, as the packet logic reads and changes them.
 
-use crate::csum::Delta;
+use crate::csum::{Delta, fold};
 use crate::verdict::Verdict;
 
 /// Bytes of a packet; aligned, so that programs can take them word by word.
@@ -55,7 +55,8 @@ pub trait Frame {
     /// them, or if `len` is zero or more than `N`.
     fn read_into<const N: usize>(&self, at: u32, len: u32, to: &mut Bytes<N>) -> bool;
 
-    /// Overwrites bytes that [`Frame::header`] has seen, and no sum over the packet changes by it.
+    /// Overwrites bytes that [`Frame::header`] has seen. Where a sum over the packet changes by it,
+    /// [`Frame::change_sum`] must be told.
     fn write_header<const AT: usize, const N: usize>(
         &mut self,
         bytes: &Bytes<N>,
@@ -67,6 +68,14 @@ pub trait Frame {
 
     /// Accounts in the transport checksum at `at` for what changes under it.
     fn replace_checksum(&mut self, at: u32, delta: Delta, covers: Covers) -> Result<(), Verdict>;
+
+    /// Accounts in the sum over the packet, if a device has told one, for what [`Frame::write_header`] has
+    /// changed at even places.
+    fn change_sum(&mut self, delta: Delta);
+
+    /// The one's complement sum over the first `len` bytes, at most [`MAX_SUM`] and whole words; `None` if
+    /// they are not there.
+    fn sum(&self, len: u32) -> Option<u16>;
 
     /// Cuts the packet to `len` bytes; a super-packet becomes a plain one.
     fn trim(&mut self, len: u32) -> Result<(), Verdict>;
@@ -83,4 +92,44 @@ pub trait Frame {
 
     /// Swaps source and destination of the Ethernet header, if there is one.
     fn swap_ethernet(&mut self) -> Result<(), Verdict>;
+}
+
+/// Most bytes that [`Frame::sum`] is asked for: what an ICMPv6 error quotes.
+pub const MAX_SUM: u32 = 1280 - 48;
+/// Bytes that are summed up at a time, and how often that may be.
+const CHUNK: u32 = 32;
+const CHUNKS: u32 = MAX_SUM.div_ceil(CHUNK);
+
+/// [`Frame::sum`] by [`Frame::read`].
+#[inline(always)]
+pub fn sum<F: Frame>(frame: &F, len: u32) -> Option<u16> {
+    let mut sum = 0_u64;
+    let mut at = 0;
+    let mut chunk = 0;
+    while chunk < CHUNKS {
+        if at + CHUNK > len {
+            break;
+        }
+        let Bytes(bytes) = frame.read::<{ CHUNK as usize }>(at)?;
+        let (words, _) = bytes.as_chunks::<4>();
+        for word in words {
+            sum += u64::from(u32::from_ne_bytes(*word));
+        }
+        at += CHUNK;
+        chunk += 1;
+    }
+    let mut word = 0;
+    while word < CHUNK / 4 {
+        if at + 4 > len {
+            break;
+        }
+        let Bytes(bytes) = frame.read::<4>(at)?;
+        sum += u64::from(u32::from_ne_bytes(bytes));
+        at += 4;
+        word += 1;
+    }
+    // A few hundred words of 32 bits: two carries at most.
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    Some(fold(sum as u32))
 }

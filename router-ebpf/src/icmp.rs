@@ -4,7 +4,7 @@ use crate::abi::{Address, Prefix, Side, Tuple};
 use crate::csum::{Delta, fold};
 use crate::forward::{Answer, Nat};
 use crate::fragment;
-use crate::frame::{Bytes, Covers, Frame, Sum};
+use crate::frame::{Bytes, Covers, Frame, MAX_SUM, Sum};
 use crate::packet::{
     FRAGMENT_HEADER, ICMP, ICMPV6, IPV6_FRAGMENT, Packet, TCP, Transport, UDP, echo_ports,
 };
@@ -21,10 +21,7 @@ const TOS: u8 = 0xc0;
 /// Bytes of the packet that an error quotes at most: the whole error has 576 (RFC 1812, section
 /// 4.3.2.3) or 1280 (RFC 4443, section 2.4).
 const QUOTE_V4: u32 = 576 - 28;
-const QUOTE_V6: u32 = 1280 - 48;
-/// Bytes that are summed up at a time, and how often that may be.
-const CHUNK: u32 = 32;
-const CHUNKS: u32 = QUOTE_V6.div_ceil(CHUNK);
+const QUOTE_V6: u32 = MAX_SUM;
 
 /// The tuple of the packet that the error `packet` quotes; `None` where it is no packet of a flow. `seen_by`
 /// is the side whose program has seen it.
@@ -158,7 +155,7 @@ pub fn translate_quote<F: Frame>(
         Side::Subnet => (&flow.destination, true),
         Side::Overlay => (&flow.source, false),
     };
-    let addresses = Delta::default().bytes(&old.octets, &nat.address);
+    let addresses = Delta::default().words(old.words(), nat.words());
     let mut whole = addresses;
     if packet.is_v4() {
         let Some(Bytes(checksum)) = frame.read::<2>(at + 10) else {
@@ -226,7 +223,7 @@ pub(crate) fn error<F: Frame>(
     let most = if v4 { QUOTE_V4 } else { QUOTE_V6 };
     // Whole words are summed.
     let quoted = packet.len.min(most) & !3;
-    let all = sum(frame, quoted).ok_or(Verdict::DropInternal)?;
+    let all = frame.sum(quoted).ok_or(Verdict::DropInternal)?;
     let sum = settle_checksum(packet, quoted, all, frame)?;
     // An error is a plain packet, whatever it is about.
     if frame.len() > quoted || packet.gso_size != 0 {
@@ -274,7 +271,7 @@ fn settle_checksum<F: Frame>(
         Transport::Udp => packet.transport_at + 6,
         _ => return Ok(all),
     };
-    let (Some(Bytes(old)), Some(headers)) = (frame.read::<2>(at), sum(frame, packet.transport_at))
+    let (Some(Bytes(old)), Some(headers)) = (frame.read::<2>(at), frame.sum(packet.transport_at))
     else {
         return Err(Verdict::DropInternal);
     };
@@ -294,40 +291,6 @@ fn settle_checksum<F: Frame>(
     };
     frame.write(at, &Bytes((half as u16).to_ne_bytes()), Sum::Changed)?;
     Ok(fold(u32::from(headers) + u32::from(fold(rest)) + half))
-}
-
-/// The sum over the first `len` bytes, whole words; `None` if they are not there.
-#[cfg_attr(target_arch = "bpf", inline(never))]
-fn sum<F: Frame>(frame: &F, len: u32) -> Option<u16> {
-    let mut sum = 0_u64;
-    let mut at = 0;
-    let mut chunk = 0;
-    while chunk < CHUNKS {
-        if at + CHUNK > len {
-            break;
-        }
-        let Bytes(bytes) = frame.read::<{ CHUNK as usize }>(at)?;
-        let (words, _) = bytes.as_chunks::<4>();
-        for word in words {
-            sum += u64::from(u32::from_ne_bytes(*word));
-        }
-        at += CHUNK;
-        chunk += 1;
-    }
-    let mut word = 0;
-    while word < CHUNK / 4 {
-        if at + 4 > len {
-            break;
-        }
-        let Bytes(bytes) = frame.read::<4>(at)?;
-        sum += u64::from(u32::from_ne_bytes(bytes));
-        at += 4;
-        word += 1;
-    }
-    // A few hundred words of 32 bits: two carries at most.
-    let sum = (sum & 0xffff_ffff) + (sum >> 32);
-    let sum = (sum & 0xffff_ffff) + (sum >> 32);
-    Some(fold(sum as u32))
 }
 
 /// Puts IPv4 and ICMP header of an error about `packet` in front of the `quoted` bytes, whose sum is

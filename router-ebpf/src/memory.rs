@@ -2,7 +2,7 @@
 
 use crate::abi::Side;
 use crate::csum::Delta;
-use crate::frame::{Bytes, Covers, Frame, Sum};
+use crate::frame::{self, Bytes, Covers, Frame, Sum};
 use crate::packet::JUMBO_HEADER;
 use crate::verdict::Verdict;
 
@@ -94,6 +94,12 @@ impl Frame for Memory {
         field.copy_from_slice(&new);
         Ok(())
     }
+
+    fn sum(&self, len: u32) -> Option<u16> {
+        frame::sum(self, len)
+    }
+
+    fn change_sum(&mut self, _: Delta) {}
 
     fn trim(&mut self, len: u32) -> Result<(), Verdict> {
         self.bytes.truncate(self.offset + len as usize);

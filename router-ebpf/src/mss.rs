@@ -2,8 +2,12 @@
 
 use core::hint::black_box;
 
+use crate::abi::{Prefix, Settings, Side};
 use crate::csum::Delta;
+use crate::forward::Forward;
 use crate::frame::{Bytes, Covers, Frame, Sum};
+use crate::packet::Packet;
+use crate::tables::Tables;
 use crate::verdict::Verdict;
 
 const END: u8 = 0;
@@ -68,6 +72,32 @@ pub const fn for_mtu(mtu: u32, ip_header_len: u32) -> u16 {
     }
 }
 
+/// The largest MSS that the SYN `packet` may announce. The segments that the announcement allows come the
+/// other way: every MTU on both sides counts.
+#[inline(always)]
+pub fn limit<T: Tables>(
+    side: Side,
+    packet: &Packet,
+    forward: &Forward,
+    tables: &T,
+) -> Result<u16, Verdict> {
+    let settings = tables.settings().ok_or(Verdict::DropInternal)?;
+    let tuple = &packet.tuple;
+    let (near, subnet) = match side {
+        Side::Overlay => (forward.link, &tuple.destination),
+        Side::Subnet => (tables.ingress(), &tuple.source),
+    };
+    let link = tables.link(near).ok_or(Verdict::SlowOtherLink)?;
+    let mut smallest = settings.mtu.min(link.mtu);
+    if let Some(route) = tables.route(&Prefix::host(*subnet)) {
+        smallest = smallest.min(route.mtu());
+    }
+    if settings.flags & Settings::FIB_MTU != 0 {
+        smallest = smallest.min(forward.mtu);
+    }
+    Ok(for_mtu(smallest, packet.header_len))
+}
+
 /// Lowers the MSS option of the TCP header at `tcp`, `header_len` bytes long, to `limit`. A lower
 /// one and a missing one stay as they are: an absent option means 536 or 1220 bytes. `options` is
 /// room for the work: the stack of a program has none to index.
@@ -128,7 +158,6 @@ fn find(options: &mut Options, len: u32) -> Option<(u32, [u8; 2])> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::abi::Side;
     use crate::csum::tests::sum;
     use crate::memory::Memory;
     use proptest::prelude::*;

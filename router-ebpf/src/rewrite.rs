@@ -4,7 +4,7 @@ use crate::abi::Side;
 use crate::csum::Delta;
 use crate::forward::{Exit, Forward, Nat};
 use crate::frame::{Bytes, Covers, Frame, Sum};
-use crate::packet::{ICMP, Packet, Transport};
+use crate::packet::{ICMP, Packet, SYN, Transport};
 use crate::steps::Steps;
 use crate::verdict::Verdict;
 
@@ -22,8 +22,9 @@ pub fn apply<F: Frame, S: Steps>(
     steps: &S,
     frame: &mut F,
 ) -> Result<(), S::Stop> {
-    if forward.mss != u16::MAX {
-        steps.clamp_mss(side, packet, forward.mss, frame)?;
+    // Only of TCP there are flags.
+    if packet.tcp_flags & SYN != 0 {
+        steps.clamp_mss(side, packet, forward, frame)?;
     }
     if forward.is_translated {
         let nat = &forward.nat;
@@ -70,12 +71,12 @@ pub fn apply<F: Frame, S: Steps>(
     Ok(())
 }
 
-/// The address that a translation changes.
+/// The address that a translation changes, as words.
 #[inline(always)]
-fn translated(side: Side, packet: &Packet) -> &[u8; 16] {
+fn translated(side: Side, packet: &Packet) -> [u32; 4] {
     match side {
-        Side::Overlay => &packet.tuple.source.octets,
-        Side::Subnet => &packet.tuple.destination.octets,
+        Side::Overlay => packet.tuple.source.words(),
+        Side::Subnet => packet.tuple.destination.words(),
     }
 }
 
@@ -101,13 +102,11 @@ fn translate_transport<F: Frame>(
     let checksum_at = packet.transport_at + checksum_at;
     // ICMP of IPv4 has no pseudo-header.
     if packet.tuple.protocol != ICMP {
-        let old = translated(side, packet);
-        let delta = Delta::default();
+        let (old, new) = (translated(side, packet), nat.words());
         let delta = if packet.is_v4() {
-            let ([a, b, c, d, ..], [e, f, g, h, ..]) = (*old, nat.address);
-            delta.bytes(&[a, b, c, d], &[e, f, g, h])
+            Delta::default().words([old[0]], [new[0]])
         } else {
-            delta.bytes(old, &nat.address)
+            Delta::default().words(old, new)
         };
         frame.replace_checksum(checksum_at, delta, pseudo)?;
     }
@@ -134,12 +133,9 @@ fn write_v4<F: Frame>(
         let [high, low] = delta.apply(packet.header_checksum);
         return frame.write_header::<8, 4>(&Bytes([ttl, protocol, high, low]));
     }
-    let nat = &forward.nat;
-    let [a, b, c, d, ..] = *translated(side, packet);
-    let [e, f, g, h, ..] = nat.address;
-    let [high, low] = delta
-        .bytes(&[a, b, c, d], &[e, f, g, h])
-        .apply(packet.header_checksum);
+    let ([old, ..], [new, ..]) = (translated(side, packet), forward.nat.words());
+    let [high, low] = delta.words([old], [new]).apply(packet.header_checksum);
+    let [e, f, g, h] = new.to_ne_bytes();
     match side {
         Side::Overlay => {
             let bytes = [ttl, protocol, high, low, e, f, g, h];
@@ -162,19 +158,21 @@ fn write_v6<F: Frame>(
     ttl: u8,
     frame: &mut F,
 ) -> Result<(), Verdict> {
+    // What is beside the hop limit stays, so it may be any byte.
+    let mut delta = Delta::default().word([0, packet.ttl], [0, ttl]);
     if forward.is_translated {
-        let at = match side {
-            Side::Overlay => 8,
-            Side::Subnet => 24,
-        };
         // The transport checksum, mended as a pseudo-header's is, offsets what this adds to a sum
         // over the whole packet.
-        frame.write(at, &Bytes(forward.nat.address), Sum::Changed)?;
+        let address = Bytes(forward.nat.address);
+        delta = delta.words(translated(side, packet), forward.nat.words());
+        match side {
+            Side::Overlay => frame.write_header::<8, _>(&address)?,
+            Side::Subnet => frame.write_header::<24, _>(&address)?,
+        }
     }
-    if ttl == packet.ttl {
-        return Ok(());
-    }
-    frame.write(7, &Bytes([ttl]), Sum::Changed)
+    frame.write_header::<7, _>(&Bytes([ttl]))?;
+    frame.change_sum(delta);
+    Ok(())
 }
 
 #[cfg(test)]

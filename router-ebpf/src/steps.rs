@@ -2,7 +2,7 @@
 
 use crate::abi::Side;
 use crate::entry::Entry;
-use crate::forward::Nat;
+use crate::forward::{Forward, Nat};
 use crate::frame::Frame;
 use crate::packet::Packet;
 use crate::tables::Tables;
@@ -47,12 +47,12 @@ pub trait Steps: Tables {
         stack: bool,
     ) -> Result<(), Verdict>;
 
-    /// [`crate::mss::clamp`] with the TCP header of `packet`.
+    /// [`crate::mss::clamp`] with the TCP header of the SYN `packet`, to [`crate::mss::limit`].
     fn clamp_mss<F: Frame>(
         &self,
         side: Side,
         packet: &Packet,
-        limit: u16,
+        forward: &Forward,
         frame: &mut F,
     ) -> Result<(), Verdict>;
 

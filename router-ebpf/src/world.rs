@@ -371,11 +371,12 @@ impl Steps for View<'_> {
 
     fn clamp_mss<F: Frame>(
         &self,
-        _: Side,
+        side: Side,
         packet: &Packet,
-        limit: u16,
+        forward: &Forward,
         frame: &mut F,
     ) -> Result<(), Verdict> {
+        let limit = mss::limit(side, packet, forward, self)?;
         let (at, len) = (packet.transport_at, packet.transport_len);
         mss::clamp(frame, at, len, limit, &mut mss::Options::default())
     }

@@ -5,7 +5,7 @@ use router_ebpf::abi::Side;
 use router_ebpf::answer;
 use router_ebpf::decide::decide;
 use router_ebpf::entry::Entry;
-use router_ebpf::forward::{Exit, Nat};
+use router_ebpf::forward::{Exit, Forward, Nat};
 use router_ebpf::frame::Frame;
 use router_ebpf::packet::{Packet, parse};
 use router_ebpf::rewrite;
@@ -152,9 +152,6 @@ fn attempt(side: Side, ctx: &TcContext, work: &mut Work, maps: &Maps<'_>) -> Res
         }
     }
     decide(side, &mut work.packet, skb, maps, &mut work.forward)?;
-    if side == Side::Subnet && skb.is_tagged() {
-        skb.untag();
-    }
     if work.forward.exit == Exit::Answer {
         if !answer::may_send(&work.packet, maps) {
             return Err(work.forward.verdict.into());
@@ -213,10 +210,10 @@ impl Steps for Maps<'_> {
         &self,
         side: Side,
         _: &Packet,
-        limit: u16,
+        _: &Forward,
         _: &mut F,
     ) -> Result<(), Verdict> {
-        steps::clamp_mss(self.ctx, side, limit)
+        steps::clamp_mss(self.ctx, side)
     }
 
     #[inline(always)]

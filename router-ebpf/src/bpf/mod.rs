@@ -104,6 +104,9 @@ fn run(side: Side, ctx: TcContext) -> i32 {
     // SAFETY: the helpers take plain numbers, and no parameters when the pointer is null; the
     // kernel passes a valid context, whose mark a tc program may write.
     let code = unsafe {
+        if side == Side::Subnet && outcome.is_ok() {
+            Skb::at(&ctx, side).untag();
+        }
         match outcome {
             Ok(()) => match forward.exit {
                 Exit::Stack => {

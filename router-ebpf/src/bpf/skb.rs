@@ -9,14 +9,16 @@ use aya_ebpf::bindings::{
     BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
 };
 use aya_ebpf::helpers::{
-    bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail,
-    bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skb_vlan_pop,
+    bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_head,
+    bpf_skb_change_tail, bpf_skb_load_bytes, bpf_skb_store_bytes, bpf_skb_vlan_pop,
 };
 use aya_ebpf::programs::TcContext;
 use router_ebpf::abi::Side;
 use router_ebpf::csum::Delta;
-use router_ebpf::frame::{Bytes, Covers, Frame, Sum};
+use router_ebpf::frame::{self, Bytes, Covers, Frame, Sum};
 use router_ebpf::verdict::Verdict;
+
+use super::work::{global, side};
 
 /// `PACKET_HOST` of linux/if_packet.h: the frame is addressed to this machine.
 const PACKET_HOST: u32 = 0;
@@ -25,6 +27,9 @@ const VLAN_ID: u32 = 0xfff;
 /// EtherTypes as `__sk_buff.protocol` holds them, in network byte order.
 const ETH_P_IP: u32 = 0x0800_u16.to_be() as u32;
 const ETH_P_IPV6: u32 = 0x86dd_u16.to_be() as u32;
+
+/// What [`sluice_sum`] answers where there is no sum.
+const NO_SUM: u32 = 1 << 16;
 
 /// What [`Frame::header`] reaches: an IPv6 header, a fragment header and a TCP header without
 /// options.
@@ -78,16 +83,18 @@ impl<'a> Skb<'a> {
 
     /// Whether there is a VLAN tag.
     #[inline(always)]
-    pub(crate) fn is_tagged(&self) -> bool {
+    fn is_tagged(&self) -> bool {
         // SAFETY: as in `is_untagged_ip_to_us`. Volatile, as in `kernel::ingress`.
         unsafe { (&raw const (*self.ctx.skb.skb).vlan_present).read_volatile() != 0 }
     }
 
-    /// Takes the VLAN tag off, which would leave with the packet otherwise.
+    /// Takes the VLAN tag off, if there is one, which would leave with the packet otherwise.
     #[inline(always)]
     pub(crate) fn untag(&self) {
-        // SAFETY: the helper takes the context alone. It fails only for a tag within the frame.
-        unsafe { bpf_skb_vlan_pop(self.ctx.skb.skb) };
+        if self.is_tagged() {
+            // SAFETY: the helper takes the context alone. It fails only for a tag within the frame.
+            unsafe { bpf_skb_vlan_pop(self.ctx.skb.skb) };
+        }
     }
 }
 
@@ -131,6 +138,16 @@ fn write_at<const N: usize>(
         at += 1;
     }
     Ok(())
+}
+
+global! {
+    /// [`frame::sum`]; [`NO_SUM`] if there is none.
+    sluice_sum(ctx, _work, from, len) {
+        match frame::sum(&Skb::at(ctx, side(from)), len) {
+            Some(sum) => sum.into(),
+            None => NO_SUM,
+        }
+    }
 }
 
 impl Frame for Skb<'_> {
@@ -254,6 +271,24 @@ impl Frame for Skb<'_> {
                 flags.into(),
             )
         })
+    }
+
+    #[inline(always)]
+    fn sum(&self, len: u32) -> Option<u16> {
+        let side = if self.offset == Side::Overlay.header_offset() {
+            Side::Overlay
+        } else {
+            Side::Subnet
+        };
+        // SAFETY: the program's own context; the step needs no more.
+        let sum = unsafe { sluice_sum(self.ctx.skb.skb, side as u32, len) };
+        (sum != NO_SUM).then_some(sum as u16)
+    }
+
+    #[inline(always)]
+    fn change_sum(&mut self, delta: Delta) {
+        // SAFETY: the helper takes plain numbers. It fails where there is no such sum.
+        unsafe { bpf_csum_update(self.ctx.skb.skb, delta.0) };
     }
 
     #[inline(always)]

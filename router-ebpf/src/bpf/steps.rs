@@ -103,13 +103,17 @@ global! {
         number(fragment::lead(side, &work.packet, entry, &maps, stack != 0))
     }
 
-    /// [`mss::clamp`] with the packet's TCP header.
-    sluice_clamp_mss(ctx, work, from, limit) {
+    /// [`mss::clamp`] with the packet's TCP header, to [`mss::limit`].
+    sluice_clamp_mss(ctx, work, from) {
         let packet = &work.packet;
+        let limit = match mss::limit(side(from), packet, &work.forward, &Maps::new(ctx)) {
+            Ok(limit) => limit,
+            Err(verdict) => return number(Err(verdict)),
+        };
         // What every header keeps to, told to the verifier.
         let (tcp, header_len) = (packet.transport_at & 63, packet.transport_len & 63);
         let skb = &mut Skb::at(ctx, side(from));
-        number(mss::clamp(skb, tcp, header_len, limit as u16, &mut work.options))
+        number(mss::clamp(skb, tcp, header_len, limit, &mut work.options))
     }
 
     /// [`icmp::translate_quote`].
@@ -267,9 +271,9 @@ pub(crate) fn lead(ctx: &TcContext, side: Side, stack: bool) -> Result<(), Verdi
 }
 
 #[inline(always)]
-pub(crate) fn clamp_mss(ctx: &TcContext, side: Side, limit: u16) -> Result<(), Verdict> {
+pub(crate) fn clamp_mss(ctx: &TcContext, side: Side) -> Result<(), Verdict> {
     // SAFETY: as above.
-    result(unsafe { sluice_clamp_mss(ctx.skb.skb, side as u32, limit.into()) })
+    result(unsafe { sluice_clamp_mss(ctx.skb.skb, side as u32) })
 }
 
 /// Tells user space of the packet, which ends here with `verdict`.
