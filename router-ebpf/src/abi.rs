@@ -61,6 +61,12 @@ pub const PERMITTED: &str = "PERMITTED";
 /// kernel after they have judged and translated them. Other bits are others'.
 pub const HANDED_OVER: &str = "HANDED_OVER";
 
+/// The banks of the policy, see [`crate::policy`]. Zero in the settings means that there are no rules.
+pub const BANKS: [u32; 2] = [1, 2];
+/// In place of the number of a set of the policy ([`Overlay::class`]): the subnet side opens the flow, and the
+/// source's set is found by its address.
+pub const BY_ADDRESS: u32 = u32::MAX;
+
 /// Most overlay CIDRs.
 pub const MAX_OVERLAY: usize = 1 << 18;
 /// Most advertised routes, both families.
@@ -296,11 +302,11 @@ impl Settings {
     /// Flag: the same of flows that the subnet side opens.
     pub const OPEN_TO_OVERLAY: u32 = 1 << 3;
 
-    /// Whether no rule is about a flow whose source is of `class` ([`crate::policy::BY_ADDRESS`]: that the
+    /// Whether no rule is about a flow whose source is of `class` ([`BY_ADDRESS`]: that the
     /// subnet side opens).
     #[inline(always)]
     pub const fn is_open(&self, class: u32) -> bool {
-        let open = if class == crate::policy::BY_ADDRESS {
+        let open = if class == BY_ADDRESS {
             Self::OPEN_TO_OVERLAY
         } else {
             Self::OPEN_FROM_OVERLAY
@@ -340,11 +346,7 @@ impl Overlay {
     #[inline(always)]
     pub const fn class(&self, bank: u32) -> u32 {
         let [one, two] = self.classes;
-        if bank == crate::policy::BANKS[1] {
-            two
-        } else {
-            one
-        }
+        if bank == BANKS[1] { two } else { one }
     }
 }
 

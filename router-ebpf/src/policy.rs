@@ -16,6 +16,7 @@ use core::hint::black_box;
 use core::mem::{align_of, offset_of, size_of};
 
 use crate::abi::{Address, Prefix};
+pub use crate::abi::{BANKS, BY_ADDRESS};
 
 /// Map from a prefix of any [`Axis`] to the number of its set (LPM trie from [`Prefix`] to `u32`).
 pub const POLICY: &str = "POLICY";
@@ -32,9 +33,6 @@ pub const MAX_PREFIXES: usize = 1 << 18;
 pub const MAX_SETS: usize = 1 << 16;
 /// Slots of [`POLICY_HITS`].
 pub const MAX_HITS: usize = BANKS.len() * MAX_CLAUSES;
-
-/// The banks. Zero in the settings means that there are no rules.
-pub const BANKS: [u32; 2] = [1, 2];
 
 const WORDS: usize = 64;
 
@@ -113,10 +111,6 @@ const _: () = {
     assert!(align_of::<Set>() == 8);
     assert!(offset_of!(Set, words) == 8);
 };
-
-/// In place of the number of a set: the subnet side opens the flow, and the source's set is found by its
-/// address.
-pub const BY_ADDRESS: u32 = u32::MAX;
 
 /// A new flow, as its first packet shows it before any translation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -139,6 +139,21 @@ pub struct OverlayChange {
 }
 
 impl OverlayChange {
+    /// What makes `after` of `before`.
+    pub fn between(before: &BTreeMap<IpNet, u32>, after: &BTreeMap<IpNet, u32>) -> Self {
+        // The usual case costs no search.
+        if before == after {
+            return Self::default();
+        }
+        let remove = before.keys().filter(|net| !after.contains_key(net));
+        let set = after.iter();
+        let set = set.filter(|(net, peer)| before.get(net) != Some(peer));
+        Self {
+            remove: remove.copied().collect(),
+            set: set.map(|(net, peer)| (*net, *peer)).collect(),
+        }
+    }
+
     /// Carries the change out on the allowed IPs of a [`Spec`].
     pub fn apply(&self, overlay: &mut BTreeMap<IpNet, u32>) {
         for net in &self.remove {
@@ -176,6 +191,28 @@ impl From<Vec<IpAddr>> for External {
 }
 
 impl Spec {
+    /// All but the peers and the policy.
+    fn frame(&self) -> Self {
+        Self {
+            tun: self.tun.clone(),
+            mtu: self.mtu,
+            subnet: self.subnet.clone(),
+            overlay: BTreeMap::new(),
+            own: self.own.clone(),
+            routes: self.routes.clone(),
+            route_mtus: self.route_mtus.clone(),
+            policy: Policy::default(),
+            external: self.external.clone(),
+            chosen: self.chosen.clone(),
+            addresses: self.addresses.clone(),
+            local_ports: self.local_ports.clone(),
+            guarded_port: self.guarded_port,
+            marks: self.marks,
+            handed_over: self.handed_over,
+            knocked_port: self.knocked_port,
+        }
+    }
+
     /// Ports (and ICMP ids) that flows keep when the eBPF programs translate them, unless another flow
     /// or a socket of the router has them toward the same destination, and that they get otherwise. And
     /// whether the kernel gives none of these to the router's own sockets, which come later: their

@@ -125,7 +125,11 @@ impl Banks {
             self.tidy();
         }
         let mut taken = self.change_own(&spec.own)?;
-        taken |= self.change_peers(&self.difference(&spec.overlay))?;
+        // The usual case costs no copy.
+        if !self.allowed.iter().eq(&spec.overlay) {
+            let change = OverlayChange::between(&self.allowed(), &spec.overlay);
+            taken |= self.change_peers(&change)?;
+        }
         let policy = &spec.policy;
         if *policy == self.current.policy {
             return Ok((self.current.compiled.bank(), taken));
@@ -219,21 +223,6 @@ impl Banks {
         let changed = !keys.is_empty();
         self.own = own;
         self.refresh(keys).map(|()| changed)
-    }
-
-    /// What makes the allowed IPs these.
-    fn difference(&self, overlay: &BTreeMap<IpNet, u32>) -> OverlayChange {
-        // The usual case costs no search.
-        if self.allowed.iter().eq(overlay) {
-            return OverlayChange::default();
-        }
-        let remove = self.allowed.keys().filter(|net| !overlay.contains_key(net));
-        let set = overlay.iter();
-        let set = set.filter(|(net, peer)| self.allowed.get(net) != Some(peer));
-        OverlayChange {
-            remove: remove.copied().collect(),
-            set: set.map(|(net, peer)| (*net, *peer)).collect(),
-        }
     }
 
     /// The peers' allowed IPs.

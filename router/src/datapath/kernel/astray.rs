@@ -7,37 +7,44 @@
 
 use ipnet::IpNet;
 
+use super::peers::{self, Peers};
 use super::ruleset::{Named, Sets, decide, load_destination, named, of_family};
 use super::span::{Family, union};
+use super::tables::Tables;
 use crate::datapath::Spec;
-use crate::netlink::nft::{Cmp, Hook, LOOPBACK, Meta, REG, Transaction, Verdict};
+use crate::netlink::nft::{Cmp, Hook, LOOPBACK, Meta, REG, Rule, Transaction, Verdict};
 
 pub(super) const ASTRAY: Named = named("to_astray", "kernel_to_overlay", "drop_astray");
 
 /// The chain that drops it.
 const CHAIN: &str = "astray";
 
-/// The set of the addresses that have only one way.
-fn set(spec: &Spec, sets: &Sets) -> (String, Option<Vec<IpNet>>) {
-    let is_default = |net: &&IpNet| net.prefix_len() == 0;
-    let is_ours = |net: &&IpNet| net.addr().is_ipv4() == (sets.family == Family::V4);
-    if !spec
-        .overlay
-        .keys()
-        .filter(is_ours)
-        .any(|net| is_default(&net))
-    {
-        return (sets.overlay.clone(), None);
+/// The set of the ranges that have only one way, where a peer has a whole family.
+const fn set(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "only_ranges4",
+        Family::V6 => "only_ranges6",
     }
-    let specific = spec.overlay.keys().filter(|net| !is_default(net));
-    (
-        format!("only_{}", sets.overlay),
-        Some(specific.copied().collect()),
-    )
+}
+
+/// Whether some peer has a whole family.
+fn is_whole(peers: &Peers) -> bool {
+    peers.nets().any(|net| net.prefix_len() == 0)
+}
+
+/// The ranges with only one way, if these are not all that peers have.
+pub(super) fn specific(peers: &Peers) -> Option<Vec<&IpNet>> {
+    is_whole(peers).then(|| peers.nets().filter(|net| net.prefix_len() > 0).collect())
 }
 
 /// Writes the chain, and has packets of the machine's own pass it.
-pub(super) fn write(tx: &mut Transaction<'_>, spec: &Spec, families: &[Sets; 2], tun: &[u8]) {
+pub(super) fn write(
+    tx: &mut Transaction<'_>,
+    spec: &Spec,
+    tables: &Tables,
+    families: &[Sets; 2],
+    tun: &[u8],
+) {
     tx.chain(CHAIN);
     tx.base_chain("output", Hook::Output);
     // The underlay is marked, and has ways of its own.
@@ -56,15 +63,27 @@ pub(super) fn write(tx: &mut Transaction<'_>, spec: &Spec, families: &[Sets; 2],
             .cmp(Cmp::Eq, REG, &LOOPBACK.to_ne_bytes())
             .verdict(Verdict::Return);
     });
-    for sets in families {
-        let (name, nets) = set(spec, sets);
-        if let Some(nets) = nets {
-            tx.address_set(&name, sets.family, &union(&nets, sets.family));
+    for (tables, sets) in tables.families().into_iter().zip(families) {
+        let family = sets.family;
+        let [hosts, ranges] = peers::names(family);
+        let load = |r: &mut Rule<'_, '_>| {
+            load_destination(of_family(r, family), family, REG);
+        };
+        let specific = specific(&tables.peers);
+        if let Some(nets) = &specific {
+            tx.address_set(set(family), family, &union(nets.iter().copied(), family));
         }
-        tx.rule(CHAIN, |r| {
-            load_destination(of_family(r, sets.family), sets.family, REG).lookup(&name, REG);
-            decide(r, ASTRAY, Verdict::Drop);
-        });
+        let ranges = if specific.is_some() {
+            set(family)
+        } else {
+            ranges
+        };
+        for set in [hosts, ranges] {
+            tx.rule(CHAIN, |r| {
+                load(r);
+                decide(r.lookup(set, REG), ASTRAY, Verdict::Drop);
+            });
+        }
     }
     tx.rule("output", |r| {
         r.verdict(Verdict::Jump(CHAIN));

@@ -7,16 +7,14 @@
 
 use router_ebpf::packet::{ACK, RST, SYN};
 
-use super::policy::Compiled;
-use super::ruleset::{
-    Direction, FROM, Named, PolicySets, Sets, TCP_FLAGS, TO, decide, load_destination, load_source,
-    of_family,
-};
-use super::span::Family;
-use super::tables::FamilyTables;
+use super::judged;
+use super::policy::{Compiled, Tree};
+use super::ruleset::{Direction, FROM, Sets, TCP_FLAGS, TO, decide, load_destination, of_family};
+use super::tables::Tables;
+use super::tree::Look;
 use crate::control::Denied;
 use crate::netlink::nft::{
-    BROADCAST, Base, Cmp, MULTICAST, Meta, REG, Reject, Transaction, Verdict, WORD,
+    BROADCAST, Base, Cmp, MULTICAST, Meta, REG, Reject, Rule, Transaction, Verdict,
 };
 
 /// RST each second and at once, as many as the eBPF programs send; of ICMP errors the kernel limits
@@ -95,93 +93,75 @@ fn ask_other(tx: &mut Transaction<'_>, chain: &str, other: &str) {
     }
 }
 
-/// Writes [`PEER_MAY`] and [`SUBNET_MAY`]. `tun` is the TUN device's index in host order.
+/// Where what gets no answer ends.
+const SILENT: &str = "silent";
+
+/// Writes [`SUBNET_MAY`], and [`PEER_MAY`] if the policy about `peers` stands here. `tun` is the TUN device's
+/// index in host order.
 pub(super) fn write_others(
     tx: &mut Transaction<'_>,
-    tables: [&FamilyTables; 2],
+    tables: &Tables,
     families: &[Sets; 2],
     tun: &[u8],
+    peers: bool,
 ) {
-    tx.chain(PEER_MAY);
-    tx.chain(SUBNET_MAY);
-    for (tables, sets) in tables.into_iter().zip(families) {
-        // A peer is asked about what another peer sends, too.
-        let from_either = [(Some(tun), FROM.drop_policy), (None, TO.drop_policy)];
-        let peer = Side {
-            family: tables.family,
-            sources: &sets.overlay,
-            policy: &sets.from,
-            counters: &from_either,
-        };
-        peer.write(tx, PEER_MAY, &tables.from);
-        let subnet = Side {
-            sources: &sets.routes,
-            policy: &sets.to,
-            counters: &[(None, FROM.drop_policy)],
-            ..peer
-        };
-        subnet.write(tx, SUBNET_MAY, &tables.to);
+    for chain in [PEER_MAY, SUBNET_MAY, SILENT] {
+        tx.chain(chain);
     }
-}
-
-/// One side and family, as the other end of a packet.
-#[derive(Clone, Copy)]
-struct Side<'a> {
-    family: Family,
-    /// The set of all addresses of the side.
-    sources: &'a str,
-    policy: &'a PolicySets,
-    /// What counts a dropped packet that came in by this device, or by any.
-    counters: &'a [(Option<&'a [u8]>, Named)],
-}
-
-impl Side<'_> {
-    /// Writes the rules of `chain`, and the chains and the map that they need.
-    fn write(&self, tx: &mut Transaction<'_>, chain: &str, compiled: &Compiled) {
-        let map = format!("{}_turned", self.policy.classes);
-        let turned = |class: usize| format!("{map}_{class}");
-        for class in 0..compiled.classes.len() {
-            let chain = turned(class);
-            tx.chain(&chain);
-            self.drop_turned(tx, &chain, &self.policy.class(class), None);
-        }
-        let sources = compiled.sources.iter();
-        let sources: Vec<_> = sources.map(|(s, class)| (*s, turned(*class))).collect();
-        tx.chain_map(&map, self.family, &sources);
-        self.drop_turned(tx, chain, &self.policy.any, Some(self.sources));
-        tx.rule(chain, |r| {
-            load_destination(of_family(r, self.family), self.family, REG).dispatch(&map, REG);
-        });
-    }
-
-    /// Drops the packet when `set` holds its protocol, source and source port, and `destinations`
-    /// holds its destination.
-    fn drop_turned(
-        &self,
-        tx: &mut Transaction<'_>,
-        chain: &str,
-        set: &str,
-        destinations: Option<&str>,
-    ) {
-        let family = self.family;
-        let port = match family {
-            Family::V4 => WORD + 2,
-            Family::V6 => WORD + 5,
+    // A peer is asked about what another peer sends, too.
+    tx.rule(SILENT, |r| {
+        r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, tun);
+        decide(r, FROM.drop_policy, Verdict::Drop);
+    });
+    tx.rule(SILENT, |r| decide(r, TO.drop_policy, Verdict::Drop));
+    for (tables, sets) in tables.families().into_iter().zip(families) {
+        let family = tables.family;
+        let policy = &tables.policy;
+        let look = Look {
+            family,
+            name: "",
+            turned: true,
+            then: (None, Verdict::Goto(SILENT)),
         };
-        for (device, counter) in self.counters {
-            tx.rule(chain, |r| {
-                if let Some(device) = device {
-                    r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, device);
-                }
-                of_family(r, family);
-                if let Some(destinations) = destinations {
-                    load_destination(r, family, REG).lookup(destinations, REG);
-                }
-                load_source(r.meta(Meta::L4Proto, WORD), family, WORD + 1)
-                    .payload(Base::Transport, 0, 2, port)
-                    .lookup(set, WORD);
-                decide(r, *counter, Verdict::Drop);
+        let load = |r: &mut Rule<'_, '_>| {
+            load_destination(of_family(r, family), family, REG);
+        };
+        if peers {
+            let name = judged::name("peer_may", tables);
+            tx.chain(&name);
+            super::peers::rules(tx, PEER_MAY, family, load, |r| {
+                r.verdict(Verdict::Jump(&name));
             });
+            let name_of_tree = judged::name("from_turned", tables);
+            let look = Look {
+                name: &name_of_tree,
+                ..look
+            };
+            ask(tx, &look, &name, &tables.policy, &policy.from);
         }
+        let name = judged::name("subnet_may", tables);
+        tx.chain(&name);
+        tx.rule(SUBNET_MAY, |r| {
+            load(r);
+            r.lookup(&sets.routes, REG).verdict(Verdict::Jump(&name));
+        });
+        let name_of_tree = judged::name("to_turned", tables);
+        let look = Look {
+            name: &name_of_tree,
+            ..look
+        };
+        ask(tx, &look, &name, &tables.policy, &policy.to);
     }
+}
+
+/// Writes a tree, and has it asked; where there are no rules, all is let through.
+fn ask(tx: &mut Transaction<'_>, look: &Look<'_>, chain: &str, policy: &Compiled, tree: &Tree) {
+    if !tree.restricted {
+        tx.rule(chain, |r| {
+            r.verdict(look.then.1);
+        });
+        return;
+    }
+    look.write(tx, policy, tree);
+    look.ask(tx, chain, tree);
 }

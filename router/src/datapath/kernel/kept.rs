@@ -41,8 +41,10 @@ pub(super) struct Carried {
 /// Between whom, in one family.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Ends {
-    /// Addresses of peers.
+    /// Addresses of peers, but for single ones.
     overlay: Vec<Span>,
+    /// Single addresses of peers.
+    hosts: BTreeSet<u128>,
     /// Routed addresses.
     routes: Vec<Span>,
 }
@@ -50,17 +52,22 @@ struct Ends {
 impl Ends {
     fn of(tables: &FamilyTables) -> Self {
         Self {
-            overlay: tables.overlay.clone(),
+            overlay: tables.peers.ranges().to_vec(),
+            hosts: tables.peers.hosts().collect(),
             routes: tables.routes.clone(),
         }
+    }
+
+    fn is_peers(&self, address: u128) -> bool {
+        self.hosts.contains(&address) || holds(&self.overlay, address)
     }
 }
 
 /// The names of the sets.
-fn names(family: Family) -> [&'static str; 3] {
+fn names(family: Family) -> [&'static str; 4] {
     match family {
-        Family::V4 => ["overlay4", "routes4", "external4"],
-        Family::V6 => ["overlay6", "routes6", "external6"],
+        Family::V4 => ["overlay4", "hosts4", "routes4", "external4"],
+        Family::V6 => ["overlay6", "hosts6", "routes6", "external6"],
     }
 }
 
@@ -90,13 +97,15 @@ impl Carried {
         }
         let mut external = BTreeSet::new();
         let mut ends = |family| -> Result<Ends, Error> {
-            let [overlay, routes, addresses] = names(family);
+            let [overlay, hosts, routes, addresses] = names(family);
             for (first, last) in nft.address_set(table, addresses, family)? {
                 let numbers = (first..=last).take(MOST_IN_A_ROW);
                 external.extend(numbers.map(|number| address(number, family)));
             }
             Ok(Ends {
                 overlay: nft.address_set(table, overlay, family)?,
+                // Daemons of before had none.
+                hosts: nft.host_set(table, hosts)?.into_iter().collect(),
                 routes: nft.address_set(table, routes, family)?,
             })
         };
@@ -119,10 +128,39 @@ impl Carried {
             });
             let external: Vec<IpNet> = self.external.iter().map(|a| IpNet::from(*a)).collect();
             for (family, ends) in [(Family::V4, &self.v4), (Family::V6, &self.v6)] {
-                let [overlay, routes, addresses] = names(family);
+                let [overlay, hosts, routes, addresses] = names(family);
+                tx.host_set(hosts, family);
+                tx.add_hosts(hosts, family, ends.hosts.iter().copied());
                 tx.address_set(addresses, family, &union(&external, family));
                 tx.address_set(overlay, family, &ends.overlay);
                 tx.address_set(routes, family, &ends.routes);
+            }
+        })
+        .map(drop)
+    }
+
+    /// Has single addresses told, too, which are peers' now.
+    pub(super) fn add(
+        &mut self,
+        nft: &mut Nft,
+        table: &str,
+        [v4, v6]: [BTreeSet<u128>; 2],
+    ) -> Result<(), Error> {
+        let known = [&mut self.v4, &mut self.v6];
+        let families = [Family::V4, Family::V6];
+        let mut come = Vec::new();
+        for ((ends, hosts), family) in known.into_iter().zip([v4, v6]).zip(families) {
+            let new: Vec<u128> = hosts.difference(&ends.hosts).copied().collect();
+            ends.hosts.extend(&new);
+            come.push((family, new));
+        }
+        if come.iter().all(|(_, new)| new.is_empty()) {
+            return Ok(());
+        }
+        nft.change(table, |tx| {
+            for (family, new) in come {
+                let [_, hosts, ..] = names(family);
+                tx.add_hosts(hosts, family, new.into_iter());
             }
         })
     }
@@ -149,14 +187,14 @@ impl Carried {
 
     /// Whether a peer began `flow`, so that its source may have been translated.
     pub(super) fn is_peers(&self, flow: &NewFlow) -> bool {
-        holds(&self.of(flow).overlay, number(flow.source))
+        self.of(flow).is_peers(number(flow.source))
     }
 
     /// Whether `flow` passed the tunnel.
     pub(super) fn passed(&self, flow: &NewFlow) -> bool {
         let ends = self.of(flow);
         let (source, destination) = (number(flow.source), number(flow.destination));
-        self.is_peers(flow) || (holds(&ends.overlay, destination) && holds(&ends.routes, source))
+        self.is_peers(flow) || (ends.is_peers(destination) && holds(&ends.routes, source))
     }
 
     fn of(&self, flow: &NewFlow) -> &Ends {

@@ -6,34 +6,63 @@
 
 mod astray;
 mod away;
+mod changes;
 mod clamp;
 mod denied;
 mod disowned;
 mod errors;
 mod firewalls;
 mod judge;
+mod judged;
 mod kept;
 mod loss;
+mod peers;
 mod policy;
 mod ruleset;
 mod span;
 mod tables;
 mod translate;
+mod tree;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
 
 use super::{Counter, Datapath, Error, OverlayChange, Spec};
 use crate::netlink;
 use crate::netlink::nft::{Count, Nft, TABLE_PREFIX};
 use away::Away;
+use changes::Changes;
 use firewalls::Firewalls;
 use kept::Carried;
 use loss::Loss;
+use peers::Peers;
+use policy::Compiled;
 use ruleset::{COUNTERS, LOST, PASSAGES};
 use tables::Tables;
+
+/// What of the peers' ranges the chains rest on.
+#[derive(PartialEq, Eq)]
+struct Frame {
+    are_paired: bool,
+    /// Where a peer has a whole family, these have a set of their own.
+    specific: Option<Vec<IpNet>>,
+}
+
+impl Frame {
+    fn of(peers: &Peers) -> Self {
+        Self {
+            are_paired: peers.are_paired(),
+            specific: astray::specific(peers).map(|nets| nets.into_iter().copied().collect()),
+        }
+    }
+}
+
+/// How long flows of peers that are gone may go on. Nothing comes from such a peer or reaches it meanwhile.
+const ENDING: Duration = Duration::from_secs(1);
 
 /// The kernel datapath of one device. It belongs to the network namespace of the thread that first
 /// calls [`Datapath::apply`].
@@ -49,6 +78,10 @@ pub struct Kernel {
     spec: Option<Spec>,
     /// What is installed.
     installed: Option<Tables>,
+    /// Whether nobody else can have changed it.
+    owned: bool,
+    /// When flows of peers that are gone end.
+    ending: Option<Instant>,
     /// What the kept table tells of flows.
     carried: Carried,
     /// Whether the kept table was made, the last time that it was to be.
@@ -71,6 +104,8 @@ impl Kernel {
             nft: None,
             spec: None,
             installed: None,
+            owned: false,
+            ending: None,
             carried: Carried::default(),
             kept_stands: false,
             loss: Loss::default(),
@@ -82,7 +117,7 @@ impl Kernel {
 
     /// When [`Kernel::tend`] has something to do.
     pub fn due(&self) -> Option<Instant> {
-        let dues = [self.addressless_due(), self.firewalls.due()];
+        let dues = [self.addressless_due(), self.firewalls.due(), self.ending];
         dues.into_iter().flatten().min()
     }
 
@@ -91,8 +126,19 @@ impl Kernel {
         self.away.due()
     }
 
-    /// Does what is due: ends flows that have lost their address, and looks what other firewalls do.
+    /// Does what is due: ends flows that have lost their address or their peer, and looks what other
+    /// firewalls do.
     pub fn tend(&mut self, now: Instant) {
+        if self.ending.is_some_and(|due| due <= now)
+            && let Some(mut nft) = self.nft.take()
+        {
+            if let Some(tables) = self.installed.take() {
+                let addresses = self.spec.as_ref().map(|spec| spec.addresses.clone());
+                let handle = nft.get_mut().unwrap_or_else(PoisonError::into_inner);
+                self.settle(handle, tables, &addresses.unwrap_or_default(), true);
+            }
+            self.nft = Some(nft);
+        }
         if self.addressless_due().is_some_and(|due| due <= now) {
             self.end_addressless(now);
         }
@@ -147,32 +193,27 @@ impl Kernel {
         }
     }
 
-    /// Ends the known flows that `tables`, which are in force now, do not permit: the ruleset asks only
-    /// about new ones. And tells the next daemon what is carried.
-    fn settle(&mut self, nft: &mut Nft, tables: Tables, addresses: &BTreeSet<IpAddr>) {
-        if self.installed.is_none() {
-            match Carried::read(nft, &self.kept) {
-                Ok(carried) => self.carried = carried,
-                Err(error) => tracing::warn!(
-                    "{error}; flows of the daemon before that are no longer permitted go on until \
-                     they end by themselves"
-                ),
-            }
-        }
+    /// Has `tables`, which are in force now, taken for what is installed. Ends the known flows that they do
+    /// not permit, if they may forbid what was let through before: the ruleset asks only about new ones. And
+    /// tells the next daemon what is carried.
+    fn settle(
+        &mut self,
+        nft: &mut Nft,
+        tables: Tables,
+        addresses: &BTreeSet<IpAddr>,
+        may_forbid: bool,
+    ) {
         self.away
             .look(self.carried.external(), addresses, Instant::now());
         let external = addresses.iter().copied().chain(self.away.addresses());
         let carried = Carried::by(&tables, external.collect());
-        let may_forbid = match &self.installed {
-            Some(before) => *before != tables || !self.carried.like(&carried),
-            None => tables.restricted || !self.carried.is_empty(),
-        };
         let outcome = if may_forbid {
             end_flows(nft, &tables, &self.carried)
         } else {
             Ok(())
         };
         self.installed = Some(tables);
+        self.ending = None;
         let outcome = outcome.and_then(|()| carried.keep(nft, &self.kept, &self.carried));
         self.kept_stands = outcome.is_ok();
         match outcome {
@@ -183,6 +224,174 @@ impl Kernel {
                  others may end with the daemon"
             ),
         }
+    }
+
+    /// Installs the whole table.
+    fn install(
+        &mut self,
+        nft: &mut Nft,
+        spec: &Spec,
+        tables: Tables,
+    ) -> Result<(), netlink::Error> {
+        // A table that somebody else removed has no counters any more; it is made anew.
+        let before = nft.counters(&self.table).unwrap_or_default();
+        let mut install = |finds_sockets| {
+            nft.replace(&self.table, true, |transaction| {
+                ruleset::write(transaction, spec, &tables, finds_sockets, |name| {
+                    before.get(name).copied().unwrap_or_default()
+                });
+            })
+        };
+        let mut outcome = install(self.finds_sockets);
+        if let Err(refusal) = &outcome
+            && self.finds_sockets
+            && refusal.doing().ends_with(disowned::END)
+        {
+            outcome = install(false);
+            if outcome.is_ok() {
+                self.finds_sockets = false;
+                tracing::warn!(
+                    "the kernel cannot look for sockets in nf_tables: replies that connection \
+                     tracking does not take for those of a translated connection are refused by this \
+                     machine, which resets the server's end; load the module nft_socket, and restart"
+                );
+            }
+        }
+        self.owned = outcome?;
+        if self.installed.is_none() {
+            match Carried::read(nft, &self.kept) {
+                Ok(carried) => self.carried = carried,
+                Err(error) => tracing::warn!(
+                    "{error}; flows of the daemon before that are no longer permitted go on until \
+                     they end by themselves"
+                ),
+            }
+        }
+        let may_forbid = match &self.installed {
+            Some(before) => {
+                let carried = Carried::by(&tables, self.carried.external().clone());
+                *before != tables || !self.carried.like(&carried)
+            }
+            None => tables.restricted() || !self.carried.is_empty(),
+        };
+        self.settle(nft, tables, &spec.addresses, may_forbid);
+        Ok(())
+    }
+
+    /// Changes elements of sets alone, if that makes what is installed what `spec` says; else `false`.
+    fn amend(&mut self, nft: &mut Nft, spec: &Spec) -> Result<bool, netlink::Error> {
+        let (Some(before), Some(installed)) = (&self.spec, &self.installed) else {
+            return Ok(false);
+        };
+        let amends = self.owned
+            && before.policy.denied == spec.policy.denied
+            && before.frame() == spec.frame()
+            && nft.has(&self.table)?
+            && nft.has(&self.kept)?;
+        if !amends {
+            return Ok(false);
+        }
+        let change = OverlayChange::between(&before.overlay, &spec.overlay);
+        let mut tables = installed.clone();
+        let mut policies = [tables.v4.policy.clone(), tables.v6.policy.clone()];
+        if before.policy.rules != spec.policy.rules {
+            policies = Tables::policies(spec);
+        }
+        let Some(changes) = self.changes(&mut tables, &change, policies) else {
+            return Ok(false);
+        };
+        if changes.is_empty() {
+            return Ok(true);
+        }
+        nft.change(&self.table, |tx| changes.write(tx, &tables))?;
+        let addresses = spec.addresses.clone();
+        self.settle(nft, tables, &addresses, changes.take_away());
+        Ok(true)
+    }
+
+    /// The same for a change of the peers alone. Flows of peers that are gone end a little later, all that
+    /// have gone meanwhile at once: to find them takes a look at all of connection tracking's.
+    fn amend_peers(
+        &mut self,
+        nft: &mut Nft,
+        spec: &Spec,
+        change: &OverlayChange,
+    ) -> Result<bool, netlink::Error> {
+        let Some(tables) = self.installed.as_mut().filter(|_| self.owned) else {
+            return Ok(false);
+        };
+        let mut changes = Changes::default();
+        for (tables, changes) in tables.families_mut().into_iter().zip(&mut changes.families) {
+            let before = Frame::of(&tables.peers);
+            changes.peers = tables.peers.change(change);
+            if changes.peers.ranges() && before != Frame::of(&tables.peers) {
+                return Ok(false);
+            }
+        }
+        if changes.is_empty() {
+            return Ok(true);
+        }
+        nft.change(&self.table, |tx| changes.write(tx, tables))?;
+        if changes.ranges() {
+            if let Some(tables) = self.installed.take() {
+                self.settle(nft, tables, &spec.addresses, changes.take_away());
+            }
+            return Ok(true);
+        }
+        let told = self.carried.add(nft, &self.kept, changes.come());
+        self.kept_stands &= told.is_ok();
+        if let Err(error) = told {
+            tracing::warn!("{error}; flows of new peers may end with the daemon");
+        }
+        if changes.take_away() {
+            self.ending = self.ending.or(Some(Instant::now() + ENDING));
+        }
+        Ok(true)
+    }
+
+    /// What makes of the sets those of `tables`, to which `change` and `policies` are put. `None`: that takes
+    /// more than elements.
+    fn changes(
+        &self,
+        tables: &mut Tables,
+        change: &OverlayChange,
+        policies: [Compiled; 2],
+    ) -> Option<Changes> {
+        let programs = self.spec.as_ref()?.handed_over.is_some();
+        let mut all = Changes::default();
+        for ((tables, policy), changes) in tables
+            .families_mut()
+            .into_iter()
+            .zip(policies)
+            .zip(&mut all.families)
+        {
+            if !tables.policy.is_near(&policy) {
+                return None;
+            }
+            let before = Frame::of(&tables.peers);
+            changes.peers = tables.peers.change(change);
+            if changes.peers.ranges() && before != Frame::of(&tables.peers) {
+                return None;
+            }
+            let used = tree::used(&policy, &judged::trees(tables, programs));
+            let lists = tables
+                .policy
+                .sources
+                .iter()
+                .zip(&policy.sources)
+                .enumerate();
+            for (place, (old, new)) in lists {
+                if old.hosts != new.hosts {
+                    changes.taken |= !old.hosts.is_subset(&new.hosts);
+                    changes.other = true;
+                    if used.contains(&place) {
+                        changes.sources.push((place, old.clone()));
+                    }
+                }
+            }
+            tables.policy = policy;
+        }
+        Some(all)
     }
 
     fn counts(&self) -> Result<BTreeMap<String, Count>, netlink::Error> {
@@ -206,37 +415,19 @@ fn error(source: netlink::Error) -> Error {
 
 impl Datapath for Kernel {
     fn apply(&mut self, spec: &Spec) -> Result<(), Error> {
-        // A table that somebody else removed has no counters any more; it is made anew.
-        let before = self.counts().unwrap_or_default();
         let mut nft = match self.nft.take() {
             Some(nft) => nft.into_inner().unwrap_or_else(PoisonError::into_inner),
             None => Nft::open().map_err(error)?,
         };
-        let tables = Tables::new(spec);
-        let mut install = |finds_sockets| {
-            nft.replace(&self.table, true, |transaction| {
-                ruleset::write(transaction, spec, &tables, finds_sockets, |name| {
-                    before.get(name).copied().unwrap_or_default()
-                });
-            })
-        };
-        let mut outcome = install(self.finds_sockets);
-        if let Err(refusal) = &outcome
-            && self.finds_sockets
-            && refusal.doing().ends_with(disowned::END)
-        {
-            outcome = install(false);
-            if outcome.is_ok() {
-                self.finds_sockets = false;
-                tracing::warn!(
-                    "the kernel cannot look for sockets in nf_tables: replies that connection \
-                     tracking does not take for those of a translated connection are refused by this \
-                     machine, which resets the server's end; load the module nft_socket, and restart"
-                );
+        let outcome = match self.amend(&mut nft, spec) {
+            Ok(true) => Ok(()),
+            Ok(false) => self.install(&mut nft, spec, Tables::new(spec)),
+            Err(error) => {
+                tracing::debug!("{error}; the whole table is written anew");
+                self.install(&mut nft, spec, Tables::new(spec))
             }
-        }
+        };
         if outcome.is_ok() {
-            self.settle(&mut nft, tables, &spec.addresses);
             self.firewalls.stand_beside(spec, Instant::now());
             self.spec = Some(spec.clone());
         }
@@ -245,11 +436,35 @@ impl Datapath for Kernel {
     }
 
     fn change_peers(&mut self, change: &OverlayChange) -> Result<(), Error> {
-        let Some(mut spec) = self.spec.clone() else {
+        let (Some(spec), Some(mut nft)) = (self.spec.take(), self.nft.take()) else {
             return Ok(());
         };
-        change.apply(&mut spec.overlay);
-        self.apply(&spec)
+        let handle = nft.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let outcome = self.amend_peers(handle, &spec, change);
+        self.nft = Some(nft);
+        let mut after = spec;
+        let failed = match outcome {
+            Ok(true) => None,
+            Ok(false) => Some(None),
+            Err(error) => Some(Some(error)),
+        };
+        let Some(failure) = failed else {
+            change.apply(&mut after.overlay);
+            self.spec = Some(after);
+            return Ok(());
+        };
+        if let Some(error) = failure {
+            tracing::debug!("{error}; the whole table is written anew");
+        }
+        let before = after.clone();
+        change.apply(&mut after.overlay);
+        // Nothing to amend.
+        self.spec = None;
+        let outcome = self.apply(&after);
+        if outcome.is_err() {
+            self.spec = Some(before);
+        }
+        outcome
     }
 
     fn counters(&self) -> Result<Vec<Counter>, Error> {
@@ -277,6 +492,7 @@ impl Datapath for Kernel {
     fn remove(&mut self) -> Result<(), Error> {
         self.spec = None;
         self.installed = None;
+        self.ending = None;
         self.carried = Carried::default();
         self.away = Away::default();
         self.firewalls = Firewalls::default();

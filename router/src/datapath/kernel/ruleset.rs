@@ -9,7 +9,7 @@
 //! | `from_overlay` | from a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones to routed CIDRs, or to a peer if the policy has let them |
 //! | `errors` | ICMP errors of a peer about a flow | drops those about another peer's, see `errors` |
 //! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones from routed CIDRs, if the policy lets them |
-//! | `permit` | all that comes from the TUN device, once there are rules | ends new flows that no rule allows, also those to the router itself |
+//! | `permit` | all that comes from the TUN device, once there are rules about it | ends new flows that no rule allows, also those to the router itself; beside eBPF programs by the mark with which they have told |
 //! | `peer_may`, `subnet_may` | what would be answered, and is no first packet of a flow | drops it silently where the other end may open the flow, see `denied` |
 //! | `leave` | all that leaves | counts what other firewalls have let pass, too |
 //! | `disowned` | TCP to the router itself | drops what connection tracking does not know and no socket takes, see `disowned` |
@@ -29,18 +29,19 @@
 
 use super::astray::{self, ASTRAY};
 use super::clamp;
-use super::denied;
 use super::disowned;
 use super::errors;
-use super::policy::Compiled;
+use super::judged::{self as policy, Told, handed_over, trees};
+use super::peers;
+use super::policy::Tree;
 use super::span::Family;
 use super::tables::{FamilyTables, Tables};
 use super::translate;
-use crate::control::Denied;
+use super::tree;
 use crate::datapath::Spec;
 use crate::netlink::nft::{
-    Base, CT_ESTABLISHED_RELATED, CT_INVALID, CT_UNTRACKED, Cmp, Count, Ct, Hook, Meta, REG, Rule,
-    Transaction, Verdict, WORD,
+    Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Count, Ct, Hook, Meta, REG, Rule, Transaction,
+    Verdict,
 };
 
 /// Where the flags stand in a TCP header (RFC 9293, section 3.1).
@@ -103,10 +104,13 @@ pub(super) const PASSAGES: [[&str; 2]; 2] = [
 /// The programs that report what does not.
 pub(super) const LOST: [&str; 2] = [FROM.forwarded.program, TO.forwarded.program];
 
+/// The chain of what peers send.
+const SPOOFED: &str = "not_spoofed";
+
 /// Counters of one direction.
 pub(super) struct Direction {
     /// What our rules let through, by the counter's name.
-    entered: &'static str,
+    pub(super) entered: &'static str,
     forwarded: Named,
     pub(super) clamped: Named,
     pub(super) drop_policy: Named,
@@ -141,34 +145,14 @@ pub(super) const TO: Direction = Direction {
     drop_invalid: named("to_invalid", "kernel_to_overlay", "drop_invalid"),
 };
 
-/// The sets that a packet's source, destination and flow are looked up in, by family.
+/// The sets that a packet's source, destination and flow are looked up in, by family; for those of peers see
+/// [`peers`].
 pub(super) struct Sets {
     pub(super) family: Family,
-    /// Sources that are peers'.
-    pub(super) overlay: String,
     /// Destinations that are routed.
     pub(super) routes: String,
     /// Routed destinations toward which sources are translated.
     pub(super) snat: String,
-    /// What the policy lets peers do.
-    pub(super) from: PolicySets,
-    /// What the policy lets the subnet side do.
-    pub(super) to: PolicySets,
-}
-
-/// The policy of one family and one side: see [`Compiled`].
-pub(super) struct PolicySets {
-    /// Flows that are open to every source.
-    pub(super) any: String,
-    /// Map from sources to the chain of their class.
-    pub(super) classes: String,
-}
-
-impl PolicySets {
-    /// Flows that are open to the sources of a class, and the chain that lets them through.
-    pub(super) fn class(&self, number: usize) -> String {
-        format!("{}_{number}", self.classes)
-    }
 }
 
 impl Sets {
@@ -179,17 +163,8 @@ impl Sets {
         };
         Self {
             family,
-            overlay: name("overlay"),
             routes: name("routes"),
             snat: name("snat"),
-            from: PolicySets {
-                any: name("from_any"),
-                classes: name("from_class"),
-            },
-            to: PolicySets {
-                any: name("to_any"),
-                classes: name("to_class"),
-            },
         }
     }
 
@@ -221,42 +196,60 @@ pub(super) fn write(
     for name in COUNTERS.iter().map(|counter| counter.name).chain(entered) {
         tx.counter(name, before(name));
     }
-    let restricted = tables.restricted;
     let families = tables.families().map(|tables| {
         let sets = Sets::of(tables.family);
-        write_sets(tx, tables, restricted, &sets);
+        write_sets(
+            tx,
+            tables,
+            &sets,
+            &trees(tables, spec.handed_over.is_some()),
+        );
         sets
     });
-    errors::write(tx, tables.families(), &families);
-    for chain in ["clamp_from", "clamp_to", "from_overlay", "to_overlay"] {
+    tree::write_protocols(tx);
+    errors::write(tx, tables, &families);
+    for chain in [
+        "clamp_from",
+        "clamp_to",
+        "from_overlay",
+        "to_overlay",
+        SPOOFED,
+    ] {
         tx.chain(chain);
     }
     tx.base_chain("spoofed", Hook::Raw);
     tx.base_chain("forward", Hook::Forward);
     tx.base_chain("leave", Hook::Last);
-    if restricted {
-        tx.chain("to_policy");
+    tx.chain("to_policy");
+    if tables.restricts_peers() || spec.handed_over.is_some() {
         tx.base_chain("permit", Hook::BeforeTranslation);
     }
     tx.base_chain("translate", Hook::SourceNat);
 
     let tun = spec.tun.index.to_ne_bytes();
-    astray::write(tx, spec, &families, &tun);
-    if let Some(bit) = spec.handed_over {
+    astray::write(tx, spec, tables, &families, &tun);
+    if let Some(told) = Told::of(spec) {
         tx.rule("spoofed", |r| {
             r.meta(Meta::Mark, REG)
-                .any_bit(REG, &bit.to_ne_bytes())
+                .and(REG, &told.both().to_ne_bytes())
+                .cmp(Cmp::Eq, REG, &told.handed_over.to_ne_bytes())
                 .no_track()
                 .verdict(Verdict::Accept);
         });
     }
+    tx.rule("spoofed", |r| {
+        r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
+        r.verdict(Verdict::Jump(SPOOFED));
+    });
     for sets in &families {
-        tx.rule("spoofed", |r| {
-            r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
-            load_source(of_family(r, sets.family), sets.family, REG).lookup_not(&sets.overlay, REG);
-            decide(r, DROP_SPOOFED, Verdict::Drop);
+        let load = |r: &mut Rule<'_, '_>| {
+            load_source(of_family(r, sets.family), sets.family, REG);
+        };
+        peers::rules(tx, SPOOFED, sets.family, load, |r| {
+            r.verdict(Verdict::Return);
         });
     }
+    tx.rule(SPOOFED, |r| decide(r, DROP_SPOOFED, Verdict::Drop));
     tx.rule("forward", |r| {
         r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
         r.verdict(Verdict::Jump("from_overlay"));
@@ -301,100 +294,18 @@ pub(super) fn write(
     });
     clamp::write(tx, "clamp_from", spec.mtu, FROM.clamped);
     clamp::write(tx, "clamp_to", spec.mtu, TO.clamped);
-    write_from_overlay(tx, &families, &tun, spec, restricted);
-    write_to_overlay(tx, &families, spec, restricted);
-    if restricted {
-        tx.rule("permit", |r| {
-            r.meta(Meta::Iif, REG).cmp(Cmp::Ne, REG, &tun);
-            r.verdict(Verdict::Accept);
-        });
-        if let Some(bit) = spec.handed_over {
-            tx.rule("permit", |r| {
-                handed_over(r, bit).verdict(Verdict::Accept);
-            });
-        }
-        tx.rule("permit", |r| {
-            known(r).verdict(Verdict::Accept);
-        });
-        for sets in &families {
-            ask_policy(tx, "permit", sets.family, &sets.from, None);
-        }
-        let denied = spec.policy.denied;
-        if denied == Denied::Reject {
-            denied::write_others(tx, tables.families(), &families, &tun);
-        }
-        let others = [denied::PEER_MAY, denied::SUBNET_MAY];
-        denied::write(tx, "permit", &FROM, denied, &others);
-        for sets in &families {
-            ask_policy(tx, "to_policy", sets.family, &sets.to, Some(TO.entered));
-        }
-        denied::write(tx, "to_policy", &TO, denied, &others[..1]);
-    }
+    write_from_overlay(tx, &families, &tun, spec, tables.restricts_peers());
+    write_to_overlay(tx, &families, spec, tables.restricts_subnet());
+    policy::write(tx, spec, tables, &families, &tun);
     translate::write(tx, &families, &tun, spec);
 }
 
-fn write_sets(tx: &mut Transaction<'_>, tables: &FamilyTables, restricted: bool, sets: &Sets) {
+fn write_sets(tx: &mut Transaction<'_>, tables: &FamilyTables, sets: &Sets, trees: &[&Tree]) {
     let family = tables.family;
-    tx.address_set(&sets.overlay, family, &tables.overlay);
+    tables.peers.write(tx);
     tx.address_set(&sets.routes, family, &tables.routes);
     tx.address_set(&sets.snat, family, &tables.snat);
-    if restricted {
-        write_policy(tx, family, &tables.from, &sets.from, None);
-        write_policy(tx, family, &tables.to, &sets.to, Some(TO.entered));
-    }
-}
-
-/// Writes what the policy lets the sources of one side do, for [`ask_policy`].
-fn write_policy(
-    tx: &mut Transaction<'_>,
-    family: Family,
-    compiled: &Compiled,
-    sets: &PolicySets,
-    counter: Option<&str>,
-) {
-    tx.flow_set(&sets.any, family, &compiled.any);
-    for (class, flows) in compiled.classes.iter().enumerate() {
-        let name = sets.class(class);
-        tx.flow_set(&name, family, flows);
-        tx.chain(&name);
-        tx.rule(&name, |r| accept_flow(r, family, &name, counter));
-    }
-    let sources = compiled.sources.iter();
-    let sources: Vec<_> = sources
-        .map(|(span, class)| (*span, sets.class(*class)))
-        .collect();
-    tx.chain_map(&sets.classes, family, &sources);
-}
-
-/// Accepts what the policy of one family lets through.
-fn ask_policy(
-    tx: &mut Transaction<'_>,
-    chain: &str,
-    family: Family,
-    sets: &PolicySets,
-    counter: Option<&str>,
-) {
-    tx.rule(chain, |r| accept_flow(r, family, &sets.any, counter));
-    tx.rule(chain, |r| {
-        load_source(of_family(r, family), family, REG).dispatch(&sets.classes, REG);
-    });
-}
-
-/// Accepts the packet when a set holds its protocol, destination and port.
-fn accept_flow(rule: &mut Rule<'_, '_>, family: Family, set: &str, counter: Option<&str>) {
-    let port = match family {
-        Family::V4 => WORD + 2,
-        Family::V6 => WORD + 5,
-    };
-    of_family(rule, family).meta(Meta::L4Proto, WORD);
-    // In protocols without ports the last two bytes are something else, and the set takes any.
-    load_destination(rule, family, WORD + 1)
-        .payload(Base::Transport, 2, 2, port)
-        .lookup(set, WORD);
-    if let Some(counter) = counter {
-        rule.count(counter);
-    }
-    rule.verdict(Verdict::Accept);
+    tree::write_sources(tx, family, &tables.policy, trees);
 }
 
 pub(super) fn load_source<'r, 'a, 'b>(
@@ -438,15 +349,6 @@ pub(super) fn decide(rule: &mut Rule<'_, '_>, counter: Named, verdict: Verdict<'
     rule.count(counter.name).verdict(verdict);
 }
 
-/// What the eBPF programs have judged already, of a flow of theirs: connection tracking has not seen
-/// it begin, and has been kept from it. Who sets the bit later cannot pass for them.
-fn handed_over<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>, bit: u32) -> &'r mut Rule<'a, 'b> {
-    rule.meta(Meta::Mark, REG)
-        .any_bit(REG, &bit.to_ne_bytes())
-        .ct(Ct::State, REG)
-        .any_bit(REG, &CT_UNTRACKED.to_ne_bytes())
-}
-
 pub(super) fn known<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
     rule.ct(Ct::State, REG)
         .any_bit(REG, &CT_ESTABLISHED_RELATED.to_ne_bytes())
@@ -470,8 +372,8 @@ fn write_from_overlay(
         // Else no flow from peer to peer is known.
         astray::guard(tx, chain, tun);
     }
-    if let Some(bit) = spec.handed_over {
-        tx.rule(chain, |r| pass(handed_over(r, bit), &FROM));
+    if let Some(told) = Told::of(spec) {
+        tx.rule(chain, |r| pass(handed_over(r, told), &FROM));
     }
     errors::ask(tx, chain);
     tx.rule(chain, |r| pass(known(r), &FROM));
@@ -496,13 +398,12 @@ fn write_from_overlay(
     }
     // From peer to peer: only where the policy is asked, and has let it through.
     for sets in families.iter().filter(|_| restricted) {
-        tx.rule(chain, |r| {
+        let load = |r: &mut Rule<'_, '_>| {
             r.meta(Meta::Oif, REG)
                 .cmp(Cmp::Eq, REG, tun)
-                .ct(sets.original_destination(), REG)
-                .lookup(&sets.overlay, REG);
-            pass(r, &FROM);
-        });
+                .ct(sets.original_destination(), REG);
+        };
+        peers::rules(tx, chain, sets.family, load, |r| pass(r, &FROM));
     }
     for sets in families {
         tx.rule(chain, |r| {
@@ -519,8 +420,8 @@ fn write_from_overlay(
 fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], spec: &Spec, restricted: bool) {
     let chain = "to_overlay";
     clamp::syn(tx, chain, "clamp_to");
-    if let Some(bit) = spec.handed_over {
-        tx.rule(chain, |r| pass(handed_over(r, bit), &TO));
+    if let Some(told) = Told::of(spec) {
+        tx.rule(chain, |r| pass(handed_over(r, told), &TO));
     }
     tx.rule(chain, |r| pass(known(r), &TO));
     if restricted {
@@ -553,11 +454,7 @@ fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], spec: &Spec,
     for sets in families {
         tx.rule(chain, |r| {
             r.ct(sets.original_source(), REG).lookup(&sets.routes, REG);
-            if restricted {
-                r.verdict(Verdict::Goto("to_policy"));
-            } else {
-                pass(r, &TO);
-            }
+            r.verdict(Verdict::Goto("to_policy"));
         });
     }
     tx.rule(chain, |r| decide(r, TO.drop_not_routed, Verdict::Drop));

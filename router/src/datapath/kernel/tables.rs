@@ -5,51 +5,71 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::errors::Together;
 use super::kept::Carried;
-use super::policy::{Compiled, compile};
+use super::peers::Peers;
+use super::policy::Compiled;
 use super::span::{Family, Span, holds, merge, number, partition, span, union};
 use crate::datapath::Spec;
 use crate::datapath::policy::NewFlow;
 
 /// The tables of both families.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Tables {
-    /// Whether there are rules.
-    pub(super) restricted: bool,
-    v4: FamilyTables,
-    v6: FamilyTables,
+    pub(super) v4: FamilyTables,
+    pub(super) v6: FamilyTables,
 }
 
 /// The tables of one family.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct FamilyTables {
     pub(super) family: Family,
     /// Addresses of peers.
-    pub(super) overlay: Vec<Span>,
-    /// Which addresses are of one peer, see [`Together`].
-    pub(super) together: Together,
+    pub(super) peers: Peers,
     /// Routed addresses.
     pub(super) routes: Vec<Span>,
     /// Routed addresses toward which sources are translated.
     pub(super) snat: Vec<Span>,
-    /// What the policy lets peers do.
-    pub(super) from: Compiled,
-    /// What the policy lets the subnet side do.
-    pub(super) to: Compiled,
+    /// What the policy lets both sides do.
+    pub(super) policy: Compiled,
 }
 
 impl Tables {
     pub(super) fn new(spec: &Spec) -> Self {
         Self {
-            restricted: !spec.policy.rules.is_empty(),
             v4: FamilyTables::new(spec, Family::V4),
             v6: FamilyTables::new(spec, Family::V6),
         }
     }
 
+    /// What the policies of both families let through.
+    pub(super) fn policies(spec: &Spec) -> [Compiled; 2] {
+        Family::ALL.map(|family| {
+            let cidrs: Vec<IpNet> = spec.routes.iter().map(|route| route.cidr).collect();
+            Compiled::new(&spec.policy, family, &union(&cidrs, family))
+        })
+    }
+
     pub(super) fn families(&self) -> [&FamilyTables; 2] {
         [&self.v4, &self.v6]
+    }
+
+    pub(super) fn families_mut(&mut self) -> [&mut FamilyTables; 2] {
+        [&mut self.v4, &mut self.v6]
+    }
+
+    /// Whether there are rules about what peers open.
+    pub(super) fn restricts_peers(&self) -> bool {
+        self.v4.policy.from.restricted
+    }
+
+    /// Whether there are rules about what the subnet side opens.
+    pub(super) fn restricts_subnet(&self) -> bool {
+        self.v4.policy.to.restricted
+    }
+
+    /// Whether there are rules.
+    pub(super) fn restricted(&self) -> bool {
+        self.restricts_peers() || self.restricts_subnet()
     }
 
     /// Whether a flow that was let through while `before` was carried must end.
@@ -64,15 +84,17 @@ impl Tables {
     /// Whether a new flow would be let through; `None` when it does not pass the tunnel.
     fn permits(&self, flow: &NewFlow) -> Option<bool> {
         let tables = self.of(flow.source);
-        let (source, destination) = (number(flow.source), number(flow.destination));
-        let open = |side: &Compiled| {
-            !self.restricted || side.allows(source, destination, flow.protocol, flow.port)
+        let ends = [number(flow.source), number(flow.destination)];
+        let [source, destination] = ends;
+        let open = |from_overlay| {
+            let policy = &tables.policy;
+            policy.allows(from_overlay, ends, flow.protocol, flow.port)
         };
-        let to_peer = holds(&tables.overlay, destination);
-        if holds(&tables.overlay, source) {
-            Some(open(&tables.from) && (self.restricted || !to_peer))
+        let to_peer = tables.peers.hold(destination);
+        if tables.peers.hold(source) {
+            Some(open(true) && (self.restricts_peers() || !to_peer))
         } else if to_peer && holds(&tables.routes, source) {
-            Some(open(&tables.to))
+            Some(open(false))
         } else {
             None
         }
@@ -92,16 +114,13 @@ impl Tables {
 
 impl FamilyTables {
     fn new(spec: &Spec, family: Family) -> Self {
-        let overlay = union(spec.overlay.keys(), family);
         let cidrs: Vec<IpNet> = spec.routes.iter().map(|route| route.cidr).collect();
         let routes = union(&cidrs, family);
         Self {
             family,
-            from: compile(&spec.policy, family, &overlay),
-            to: compile(&spec.policy, family, &routes),
+            peers: Peers::new(&spec.overlay, family),
+            policy: Compiled::new(&spec.policy, family, &routes),
             snat: translated(spec, family),
-            together: Together::new(spec, family),
-            overlay,
             routes,
         }
     }

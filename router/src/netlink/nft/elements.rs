@@ -25,13 +25,35 @@ impl Nft {
     }
 }
 
-/// The ranges in the kernel's answer, which lists where each begins and where it has ended.
-fn spans(answer: &[u8], family: Family) -> Vec<Span> {
-    let mut edges: Vec<(u128, bool)> = wire::messages(answer)
+impl Nft {
+    /// The contents of a set of single addresses, in no order; nothing, when there is no such set.
+    pub(crate) fn host_set(&mut self, table: &str, set: &str) -> Result<Vec<u128>, Error> {
+        let answer = self.dump(GETSETELEM, INET, |payload| {
+            payload.text(TABLE, table);
+            payload.text(2, set);
+        });
+        match answer {
+            Ok(answer) => Ok(listed(&answer).map(|(address, _)| address).collect()),
+            Err(refusal) if refusal.errno == libc::ENOENT => Ok(Vec::new()),
+            Err(refusal) => Err(Error::refused(
+                format!("read set {set} of {table}"),
+                refusal,
+            )),
+        }
+    }
+}
+
+/// The elements in the kernel's answer, as [`edge`] tells them.
+fn listed(answer: &[u8]) -> impl Iterator<Item = (u128, bool)> {
+    wire::messages(answer)
         .filter_map(|message| attribute(message.payload.get(4..)?, 3))
         .flat_map(attributes)
         .filter_map(|(_, element)| edge(element))
-        .collect();
+}
+
+/// The ranges in the kernel's answer, which lists where each begins and where it has ended.
+fn spans(answer: &[u8], family: Family) -> Vec<Span> {
+    let mut edges: Vec<(u128, bool)> = listed(answer).collect();
     // Where one has ended and the next begins, the end comes first.
     edges.sort_unstable_by_key(|(address, begins)| (*address, *begins));
     let mut spans = Vec::with_capacity(edges.len().div_ceil(2));

@@ -22,6 +22,8 @@ pub(crate) const WORD: u32 = 8;
 pub(crate) enum Meta {
     /// Mark; host order.
     Mark,
+    /// Priority, by which it is queued; host order.
+    Priority,
     /// Index of the interface it came in by; host order.
     Iif,
     /// Index of the interface it leaves by; host order.
@@ -32,6 +34,20 @@ pub(crate) enum Meta {
     NfProto,
     /// IP protocol behind all extension headers; one byte.
     L4Proto,
+}
+
+impl Meta {
+    fn number(self) -> u32 {
+        match self {
+            Self::Priority => 2,
+            Self::Mark => 3,
+            Self::Iif => 4,
+            Self::Oif => 5,
+            Self::OifKind => 9,
+            Self::NfProto => 15,
+            Self::L4Proto => 16,
+        }
+    }
 }
 
 /// `ARPHRD_LOOPBACK` of linux/if_arp.h, as [`Meta::OifKind`] tells it.
@@ -137,17 +153,26 @@ impl<'a, 'b> Rule<'a, 'b> {
 
     /// Loads what the packet tells.
     pub(crate) fn meta(&mut self, key: Meta, register: u32) -> &mut Self {
-        let key = match key {
-            Meta::Mark => 3,
-            Meta::Iif => 4,
-            Meta::Oif => 5,
-            Meta::OifKind => 9,
-            Meta::NfProto => 15,
-            Meta::L4Proto => 16,
-        };
+        let key = key.number();
         self.expression("meta", |data| {
             data.be32(1, register);
             data.be32(2, key);
+        })
+    }
+
+    /// Takes bits off the packet's mark.
+    pub(crate) fn unmark(&mut self, bits: u32, register: u32) -> &mut Self {
+        self.meta(Meta::Mark, register)
+            .and(register, &(!bits).to_ne_bytes())
+            .set_meta(Meta::Mark, register)
+    }
+
+    /// Makes the packet's mark or priority that of the register.
+    pub(crate) fn set_meta(&mut self, key: Meta, register: u32) -> &mut Self {
+        let key = key.number();
+        self.expression("meta", |data| {
+            data.be32(2, key);
+            data.be32(3, register);
         })
     }
 
@@ -241,29 +266,26 @@ impl<'a, 'b> Rule<'a, 'b> {
 
     /// Goes on only when the register is in a set.
     pub(crate) fn lookup(&mut self, set: &str, register: u32) -> &mut Self {
-        self.lookup_into(set, register, None, false)
+        self.lookup_into(set, register, None)
     }
 
-    /// Goes on only when the register is not in a set.
-    pub(crate) fn lookup_not(&mut self, set: &str, register: u32) -> &mut Self {
-        self.lookup_into(set, register, None, true)
+    /// Loads the number that a map has for the register, and goes on only when it has one.
+    pub(crate) fn number_of(&mut self, map: &str, register: u32, into: u32) -> &mut Self {
+        self.lookup_into(map, register, Some(into))
     }
 
     /// Sends the packet to the chain that the map has for the register, and goes on when it has
     /// none, or that chain does not decide.
     pub(crate) fn dispatch(&mut self, map: &str, register: u32) -> &mut Self {
-        self.lookup_into(map, register, Some(VERDICT), false)
+        self.lookup_into(map, register, Some(VERDICT))
     }
 
-    fn lookup_into(&mut self, set: &str, source: u32, into: Option<u32>, not: bool) -> &mut Self {
+    fn lookup_into(&mut self, set: &str, source: u32, into: Option<u32>) -> &mut Self {
         self.expression("lookup", |data| {
             data.text(1, set);
             data.be32(2, source);
             if let Some(into) = into {
                 data.be32(3, into);
-            }
-            if not {
-                data.be32(5, 1);
             }
         })
     }

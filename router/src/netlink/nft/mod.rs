@@ -19,7 +19,7 @@ pub(crate) use expression::{
 };
 pub(crate) use foreign::{Condition, Effect, Field, ForeignRule};
 pub use transaction::Family;
-pub(crate) use transaction::{Flows, Hook, Span, Transaction};
+pub(crate) use transaction::{Hook, Span, Transaction};
 pub(crate) use watch::{Seen, Watch};
 
 use super::Error;
@@ -45,6 +45,7 @@ const DELRULE: u16 = 8;
 const NEWSET: u16 = 9;
 const NEWSETELEM: u16 = 12;
 const GETSETELEM: u16 = 13;
+const DELSETELEM: u16 = 14;
 const NEWOBJ: u16 = 18;
 const GETOBJ: u16 = 19;
 /// In every message, the first attribute names the table.
@@ -92,14 +93,14 @@ impl Nft {
         Ok(Self(socket))
     }
 
-    /// Makes the table what `write` says, in one step. One that is `owned` goes with this handle,
-    /// where the kernel can do that.
+    /// Makes the table what `write` says, in one step. One that is `owned` goes with this handle, and
+    /// nobody else can change it, where the kernel can do that: tells whether it can.
     pub(crate) fn replace(
         &mut self,
         table: &str,
         owned: bool,
         write: impl Fn(&mut Transaction<'_>),
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         let exists = self.has(table)?;
         let attempt = |nft: &mut Self, flags| {
             let mut transaction = Transaction::begin(&nft.0, table);
@@ -111,17 +112,35 @@ impl Nft {
             transaction.commit(&mut nft.0)
         };
         if !owned {
-            return attempt(self, 0).map_err(install_error(table));
+            return attempt(self, 0)
+                .map(|()| false)
+                .map_err(install_error(table));
         }
         match attempt(self, TABLE_OWNED) {
             // Linux before 5.12 knows no owner.
             Err((1 | 2, refusal, _))
                 if matches!(refusal.errno, libc::EINVAL | libc::EOPNOTSUPP) =>
             {
-                attempt(self, 0).map_err(install_error(table))
+                attempt(self, 0)
+                    .map(|()| false)
+                    .map_err(install_error(table))
             }
-            outcome => outcome.map_err(install_error(table)),
+            outcome => outcome.map(|()| true).map_err(install_error(table)),
         }
+    }
+
+    /// Changes a table that is there, in one step.
+    pub(crate) fn change(
+        &mut self,
+        table: &str,
+        write: impl FnOnce(&mut Transaction<'_>),
+    ) -> Result<(), Error> {
+        let mut transaction = Transaction::begin(&self.0, table);
+        write(&mut transaction);
+        let outcome = transaction.commit(&mut self.0);
+        outcome.map_err(|(_, refusal, what)| {
+            Error::refused(format!("change nf_tables table {table}: {what}"), refusal)
+        })
     }
 
     /// Removes the table; whether there was one.

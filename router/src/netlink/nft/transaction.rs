@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use super::elements::INTERVAL_END;
 use super::expression::{Rule, Verdict, write_verdict};
 use super::{
-    BATCH_BEGIN, BATCH_END, COUNTER, Count, DELTABLE, INET, NEWCHAIN, NEWOBJ, NEWRULE, NEWSET,
-    NEWSETELEM, NEWTABLE, NFTABLES, TABLE, TABLE_FLAGS,
+    BATCH_BEGIN, BATCH_END, COUNTER, Count, DELSETELEM, DELTABLE, INET, NEWCHAIN, NEWOBJ, NEWRULE,
+    NEWSET, NEWSETELEM, NEWTABLE, NFTABLES, TABLE, TABLE_FLAGS,
 };
 use crate::netlink::socket::{Refusal, Socket};
 use crate::netlink::wire::{Batch, Payload};
@@ -80,21 +80,11 @@ struct Field {
 }
 
 const PROTOCOL: Field = Field { kind: 12, len: 1 };
-const PORT: Field = Field { kind: 13, len: 2 };
+/// A number in host order. nft shows it as what a priority may be, its "classid".
+const NUMBER: Field = Field { kind: 23, len: 4 };
 
 /// An inclusive range of addresses, as numbers.
 pub(crate) type Span = (u128, u128);
-
-/// A box of flows: an IP protocol, a range of destinations and one of ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Flows {
-    /// IP protocol.
-    pub(crate) protocol: u8,
-    /// Destinations.
-    pub(crate) destinations: Span,
-    /// Destination ports, host order, inclusive.
-    pub(crate) ports: (u16, u16),
-}
 
 /// Where a base chain is called.
 #[derive(Clone, Copy, Debug)]
@@ -138,7 +128,7 @@ pub(crate) struct Transaction<'t> {
     sets: u32,
 }
 
-/// Sets of several fields take ranges in each of them; an element list must fit one attribute.
+/// An element list must fit one attribute.
 const ELEMENT_LIST: usize = 60_000;
 
 impl<'t> Transaction<'t> {
@@ -255,67 +245,134 @@ impl<'t> Transaction<'t> {
 
     /// Adds a set of addresses. The spans are in order and do not touch each other.
     pub(crate) fn address_set(&mut self, name: &str, family: Family, spans: &[Span]) {
-        self.set(name, &[family.field()], false);
-        self.elements(name, boundaries(family, spans.iter().map(|s| (*s, None))));
+        self.set(name, &[family.field()], Leads::Nowhere, true);
+        self.add_spans(name, family, spans);
+    }
+
+    /// Adds ranges to a set of addresses, in order and not touching each other.
+    pub(crate) fn add_spans(&mut self, set: &str, family: Family, spans: &[Span]) {
+        self.elements(set, boundaries(family, spans.iter().map(|s| (*s, None))));
     }
 
     /// Adds a map from addresses to chains. The spans are in order and do not overlap.
     pub(crate) fn chain_map(&mut self, name: &str, family: Family, spans: &[(Span, String)]) {
-        self.set(name, &[family.field()], true);
+        self.set(name, &[family.field()], Leads::ToChains, true);
         let spans = spans
             .iter()
-            .map(|(span, chain)| (*span, Some(chain.as_str())));
+            .map(|(span, chain)| (*span, Some(Data::Chain(chain))));
         self.elements(name, boundaries(family, spans));
     }
 
-    /// Adds a set of flows, which do not overlap. Its key is the protocol, the destination and the
-    /// port, each in registers of its own: see `WORD`.
-    pub(crate) fn flow_set(&mut self, name: &str, family: Family, all: &[Flows]) {
-        self.set(name, &[PROTOCOL, family.field(), PORT], false);
-        let elements = all.iter().map(|flows| {
-            let key = |address: u128, port: u16| {
-                let mut key = vec![flows.protocol, 0, 0, 0];
-                key.extend_from_slice(&family.bytes(address));
-                key.extend_from_slice(&port.to_be_bytes());
-                key.extend_from_slice(&[0, 0]);
-                key
-            };
+    /// Adds an empty map from addresses to numbers: of ranges, or of single addresses, of which any can be
+    /// changed later.
+    pub(crate) fn number_map(&mut self, name: &str, family: Family, ranges: bool) {
+        self.set(name, &[family.field()], Leads::ToNumbers, ranges);
+    }
+
+    /// Adds ranges of addresses to a map to numbers, in order and without overlap.
+    pub(crate) fn add_ranges(&mut self, map: &str, family: Family, spans: &[(Span, u32)]) {
+        let spans = spans.iter();
+        let spans = spans.map(|(span, number)| (*span, Some(Data::Number(*number))));
+        self.elements(map, boundaries(family, spans));
+    }
+
+    /// Adds single addresses to a map to numbers.
+    pub(crate) fn add_numbers(
+        &mut self,
+        map: &str,
+        family: Family,
+        hosts: impl Iterator<Item = (u128, u32)>,
+    ) {
+        let elements = hosts.map(|(address, number)| {
+            let data = Some(Data::Number(number));
+            Element::single(family.bytes(address), data)
+        });
+        self.elements(map, elements);
+    }
+
+    /// Adds an empty set of single addresses, of which any can be changed later.
+    pub(crate) fn host_set(&mut self, name: &str, family: Family) {
+        self.set(name, &[family.field()], Leads::Nowhere, false);
+    }
+
+    /// Adds addresses to a set of single ones.
+    pub(crate) fn add_hosts(
+        &mut self,
+        set: &str,
+        family: Family,
+        hosts: impl Iterator<Item = u128>,
+    ) {
+        let elements = hosts.map(|address| Element::single(family.bytes(address), None));
+        self.elements(set, elements);
+    }
+
+    /// Takes addresses out of a set or a map of single ones, which has them.
+    pub(crate) fn remove_hosts(
+        &mut self,
+        set: &str,
+        family: Family,
+        hosts: impl Iterator<Item = u128>,
+    ) {
+        let elements = hosts.map(|address| Element::single(family.bytes(address), None));
+        self.change_elements(DELSETELEM, 0, set, elements);
+    }
+
+    /// Takes everything out of a set or a map.
+    pub(crate) fn empty(&mut self, set: &str) {
+        let purpose = format!("elements of set {set}");
+        self.message(DELSETELEM, 0, purpose, |payload| payload.text(2, set));
+    }
+
+    /// Adds an empty set of numbers with an address or a range of addresses each, in registers behind each
+    /// other: see [`WORD`](super::WORD).
+    pub(crate) fn pair_set(&mut self, name: &str, family: Family, ranges: bool) {
+        self.set(name, &[NUMBER, family.field()], Leads::Nowhere, ranges);
+    }
+
+    /// Adds pairs to a set of numbers with ranges, which do not overlap.
+    pub(crate) fn add_range_pairs(&mut self, set: &str, family: Family, pairs: &[(Span, u32)]) {
+        let elements = pairs.iter().map(|((first, last), number)| {
+            let key = |address| pair(family, address, *number);
             Element {
-                key: key(flows.destinations.0, flows.ports.0),
-                key_end: Some(key(flows.destinations.1, flows.ports.1)),
-                chain: None,
-                ends: false,
+                key_end: Some(key(*last)),
+                ..Element::single(key(*first), None)
             }
         });
-        self.elements(name, elements);
+        self.elements(set, elements);
     }
 
-    /// Adds a set of pairs of addresses, each pair in registers behind each other: of ranges, which do
-    /// not overlap, or of single addresses.
-    pub(crate) fn pair_set(
+    /// Adds pairs to a set of numbers with single addresses.
+    pub(crate) fn add_pairs(
         &mut self,
-        name: &str,
+        set: &str,
         family: Family,
-        pairs: &[(Span, Span)],
-        ranges: bool,
+        pairs: impl Iterator<Item = (u128, u32)>,
     ) {
-        let field = family.field();
-        self.set_of(name, &[field, family.field()], false, ranges);
-        let key = |one, other| [family.bytes(one), family.bytes(other)].concat();
-        let elements = pairs.iter().map(|(one, other)| Element {
-            key: key(one.0, other.0),
-            key_end: ranges.then(|| key(one.1, other.1)),
-            chain: None,
-            ends: false,
-        });
+        let key = |(address, number)| pair(family, address, number);
+        self.elements(set, pairs.map(|pair| Element::single(key(pair), None)));
+    }
+
+    /// Takes pairs out of a set of numbers with single addresses, which has them.
+    pub(crate) fn remove_pairs(
+        &mut self,
+        set: &str,
+        family: Family,
+        pairs: impl Iterator<Item = (u128, u32)>,
+    ) {
+        let key = |(address, number)| pair(family, address, number);
+        let elements = pairs.map(|pair| Element::single(key(pair), None));
+        self.change_elements(DELSETELEM, 0, set, elements);
+    }
+
+    /// Adds a set of IP protocols.
+    pub(crate) fn protocol_set(&mut self, name: &str, protocols: &[u8]) {
+        self.set(name, &[PROTOCOL], Leads::Nowhere, false);
+        let elements = protocols.iter();
+        let elements = elements.map(|protocol| Element::single(vec![*protocol], None));
         self.elements(name, elements);
     }
 
-    fn set(&mut self, name: &str, fields: &[Field], to_chains: bool) {
-        self.set_of(name, fields, to_chains, true);
-    }
-
-    fn set_of(&mut self, name: &str, fields: &[Field], to_chains: bool, ranges: bool) {
+    fn set(&mut self, name: &str, fields: &[Field], leads: Leads, ranges: bool) {
         const INTERVAL: u32 = 0x4;
         const MAP: u32 = 0x8;
         const CONCAT: u32 = 0x80;
@@ -325,7 +382,7 @@ impl<'t> Transaction<'t> {
         let len: usize = fields.iter().map(|f| f.len.next_multiple_of(4)).sum();
         let key_len = if fields.len() > 1 { len } else { fields[0].len };
         let flags = if ranges { INTERVAL } else { 0 }
-            | if to_chains { MAP } else { 0 }
+            | if leads == Leads::Nowhere { 0 } else { MAP }
             | if fields.len() > 1 { CONCAT } else { 0 };
         self.sets += 1;
         let id = self.sets;
@@ -334,8 +391,13 @@ impl<'t> Transaction<'t> {
             set.be32(3, flags);
             set.be32(4, kind);
             set.be32(5, key_len as u32);
-            if to_chains {
-                set.be32(6, VERDICT);
+            match leads {
+                Leads::Nowhere => {}
+                Leads::ToChains => set.be32(6, VERDICT),
+                Leads::ToNumbers => {
+                    set.be32(6, NUMBER.kind);
+                    set.be32(7, NUMBER.len as u32);
+                }
             }
             if fields.len() > 1 {
                 set.nested(9, |description| {
@@ -351,10 +413,20 @@ impl<'t> Transaction<'t> {
     }
 
     fn elements<'e>(&mut self, set: &str, elements: impl Iterator<Item = Element<'e>>) {
+        self.change_elements(NEWSETELEM, libc::NLM_F_CREATE, set, elements);
+    }
+
+    fn change_elements<'e>(
+        &mut self,
+        message: u16,
+        flags: libc::c_int,
+        set: &str,
+        elements: impl Iterator<Item = Element<'e>>,
+    ) {
         let mut elements = elements.peekable();
         while elements.peek().is_some() {
             let purpose = format!("elements of set {set}");
-            self.message(NEWSETELEM, libc::NLM_F_CREATE, purpose, |payload| {
+            self.message(message, flags, purpose, |payload| {
                 payload.text(2, set);
                 payload.nested(3, |list| {
                     let limit = list.written() + ELEMENT_LIST;
@@ -370,23 +442,52 @@ impl<'t> Transaction<'t> {
     }
 }
 
+/// What the elements of a set lead to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leads {
+    Nowhere,
+    ToChains,
+    ToNumbers,
+}
+
+/// Where an element of a map leads.
+#[derive(Clone, Copy)]
+enum Data<'e> {
+    Chain(&'e str),
+    Number(u32),
+}
+
 /// An element of a set.
 struct Element<'e> {
     key: Vec<u8>,
     /// The other end of the range, in a set of several fields.
     key_end: Option<Vec<u8>>,
-    /// Where a map sends packets.
-    chain: Option<&'e str>,
+    data: Option<Data<'e>>,
     /// Whether it is the first address behind a range, in a set of one field.
     ends: bool,
 }
 
-impl Element<'_> {
+impl<'e> Element<'e> {
+    fn single(key: Vec<u8>, data: Option<Data<'e>>) -> Self {
+        Self {
+            key,
+            key_end: None,
+            data,
+            ends: false,
+        }
+    }
+
     fn write(&self, list: &mut Payload<'_>) {
         list.nested(1, |element| {
             element.nested(1, |key| key.attribute(1, &self.key));
-            if let Some(chain) = self.chain {
-                element.nested(2, |data| write_verdict(data, Verdict::Jump(chain)));
+            match self.data {
+                None => {}
+                Some(Data::Chain(chain)) => {
+                    element.nested(2, |data| write_verdict(data, Verdict::Jump(chain)));
+                }
+                Some(Data::Number(number)) => {
+                    element.nested(2, |data| data.attribute(1, &number.to_ne_bytes()));
+                }
             }
             if self.ends {
                 element.be32(3, INTERVAL_END);
@@ -398,21 +499,22 @@ impl Element<'_> {
     }
 }
 
-/// The elements of a set of one field: where each range begins, and where it has ended.
+fn pair(family: Family, address: u128, number: u32) -> Vec<u8> {
+    [&number.to_ne_bytes()[..], &family.bytes(address)].concat()
+}
+
+/// The elements of a set of ranges: where each begins, and where it has ended.
 fn boundaries<'e>(
     family: Family,
-    spans: impl Iterator<Item = (Span, Option<&'e str>)>,
+    spans: impl Iterator<Item = (Span, Option<Data<'e>>)>,
 ) -> impl Iterator<Item = Element<'e>> {
-    spans.flat_map(move |((first, last), chain)| {
-        let element = |address, ends, chain| Element {
-            key: family.bytes(address),
-            key_end: None,
-            chain,
-            ends,
-        };
-        let begin = element(first, false, chain);
+    spans.flat_map(move |((first, last), data)| {
+        let begin = Element::single(family.bytes(first), data);
         // A range up to the last address has no end.
-        let end = (last < family.last()).then(|| element(last + 1, true, None));
+        let end = (last < family.last()).then(|| Element {
+            ends: true,
+            ..Element::single(family.bytes(last + 1), None)
+        });
         std::iter::once(begin).chain(end)
     })
 }
@@ -444,7 +546,7 @@ pub(super) mod tests {
         let mut tx = transaction();
         tx.rule("c", |r| {
             r.ct(Ct::OriginalSource6, REG)
-                .lookup_not("s", REG)
+                .lookup("s", REG)
                 .verdict(Verdict::Goto("d"));
         });
         let rules = of_kind(&tx, NEWRULE);
@@ -490,7 +592,7 @@ pub(super) mod tests {
     fn every_message_has_a_purpose_to_name_it_by() {
         let mut tx = transaction();
         tx.counter("n", Count::default());
-        tx.flow_set("f", Family::V6, &[]);
+        tx.host_set("f", Family::V6);
         tx.chain("c");
         assert_eq!(tx.purposes, ["counter n", "set f", "chain c"]);
         assert_eq!(tx.batch.len() as usize, tx.purposes.len());

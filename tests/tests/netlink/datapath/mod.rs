@@ -1,5 +1,6 @@
 //! The kernel datapath, with a veth in place of the TUN device.
 
+mod changes;
 mod flows;
 mod policy;
 mod ruleset;

@@ -83,22 +83,26 @@ fn the_ruleset_is_the_one_that_nft_would_make_of_its_text() {
     lab::test(|lab| {
         let mut net = Net::new(lab)?;
         net.spec.routes[1].snat = false;
-        net.spec.handed_over = Some(0x2000);
         let text = include_str!("ruleset.nft");
-        let (text, with_rules) = text.split_once("# With rules:").context("two parts")?;
-        for (text, rules) in [
-            (text, vec![]),
-            (
-                with_rules,
-                vec![
-                    rule(&["100.64.0.2/32"], "10.0.0.0/24", 7..=7, &[]),
-                    rule(&["100.64.0.3/32"], "10.0.0.2/32", 80..=90, &[6]),
-                    rule(&["0.0.0.0/0", "::/0"], "fd00::/64", 0..=65535, &[47]),
-                    rule(&["0.0.0.0/0", "::/0"], "10.0.0.53/32", 53..=53, &[17]),
-                ],
-            ),
+        let (text, with_rules) = text.split_once("# With rules:").context("three parts")?;
+        let (with_rules, beside_programs) = with_rules
+            .split_once("# With rules, beside programs:")
+            .context("three parts")?;
+        let rules = || {
+            vec![
+                rule(&["100.64.0.2/32"], "10.0.0.0/24", 7..=7, &[]),
+                rule(&["100.64.0.3/32"], "10.0.0.2/32", 80..=90, &[6]),
+                rule(&["0.0.0.0/0", "::/0"], "fd00::/64", 0..=65535, &[47]),
+                rule(&["0.0.0.0/0", "::/0"], "10.0.0.53/32", 53..=53, &[17]),
+            ]
+        };
+        for (text, rules, programs) in [
+            (text, vec![], true),
+            (with_rules, rules(), false),
+            (beside_programs, rules(), true),
         ] {
             net.spec.policy.rules = rules;
+            net.spec.handed_over = programs.then_some(0x2000);
             net.apply()?;
             let ours = net
                 .router
