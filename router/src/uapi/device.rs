@@ -1,5 +1,6 @@
 //! A plain WireGuard device: a TUN device, the engine, and nothing that configures it but wg(8).
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -8,9 +9,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::{Interface, Question, Refusal, Server, Set, SocketError, State};
-use crate::engine::{self, Engine, Failure, Offloads};
+use crate::engine::{self, Engine, Failure, Offloads, PeerChange, PeerSpec};
 use crate::netlink::{Change, Changes, Netlink};
-use crate::wireguard::keys::PrivateKey;
+use crate::wireguard::keys::{PrivateKey, PublicKey};
 
 /// MTU in bytes until somebody sets another.
 const MTU: u16 = crate::config::DEFAULT_MTU;
@@ -157,8 +158,9 @@ impl Device {
 
     /// Carries out a `set`. What may fail by others' fault (port, mark) comes first.
     fn set(&mut self, set: &Set) -> Result<(), Refusal> {
-        let edited = self.interface.edit(set)?;
-        let (old, new) = (&self.interface, &edited.interface);
+        let part = self.interface.part(set);
+        let edited = part.edit(set)?;
+        let (old, new) = (&part, &edited.interface);
         if new.fwmark != old.fwmark {
             self.engine.set_fwmark(new.fwmark)?;
         }
@@ -172,13 +174,20 @@ impl Device {
         let apply = || -> Result<(), engine::Error> {
             let key = new.private_key.as_ref();
             let key = key.filter(|_| new.private_key != old.private_key);
+            let gone = |staying: &[PeerSpec]| PeerChange {
+                set: Vec::new(),
+                remove: without(&old.specs(), staying),
+            };
             if let Some(staying) = edited.staying(old) {
-                self.engine.set_peers(&staying)?;
+                self.engine.change_peers(&gone(&staying))?;
             }
             if let Some(key) = key {
                 self.engine.set_private_key(key)?;
             }
-            let skipped = self.engine.set_peers(&new.specs())?;
+            let specs = new.specs();
+            let mut change = gone(&specs);
+            change.set = specs;
+            let skipped = self.engine.change_peers(&change)?;
             self.engine.set_endpoints(&edited.endpoints)?;
             match skipped.into_iter().next() {
                 Some(skipped) => Err(skipped.error),
@@ -186,9 +195,16 @@ impl Device {
             }
         };
         apply()?;
-        self.interface = edited.interface;
+        self.interface.put(&part, edited.interface);
         Ok(())
     }
+}
+
+/// The keys of those of `all` that are not among `others`.
+fn without(all: &[PeerSpec], others: &[PeerSpec]) -> Vec<PublicKey> {
+    let others: HashSet<PublicKey> = others.iter().map(|spec| spec.public_key).collect();
+    let keys = all.iter().map(|spec| spec.public_key);
+    keys.filter(|key| !others.contains(key)).collect()
 }
 
 /// Follows the device's MTU while it is in our network namespace. One that was moved to another

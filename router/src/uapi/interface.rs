@@ -86,6 +86,42 @@ impl Interface {
         }
     }
 
+    /// This with none of the peers but those that a `set` may change: whom it names, and whoever loses
+    /// allowed IPs to them. With all where it replaces them or changes the key.
+    pub fn part(&self, set: &Set) -> Self {
+        if set.replace_peers || set.private_key.is_some() {
+            return self.clone();
+        }
+        let named: HashSet<PublicKey> = set.peers.iter().map(|peer| peer.public_key).collect();
+        let changes = set.peers.iter().flat_map(|peer| &peer.allowed_ips);
+        let added: Vec<IpNet> = changes
+            .filter_map(|change| match change {
+                AllowedIp::Add(cidr) => Some(*cidr),
+                AllowedIp::Remove(_) | AllowedIp::Clear => None,
+            })
+            .collect();
+        let peers = self.peers.iter().filter(|(key, peer)| {
+            named.contains(*key) || added.iter().any(|cidr| peer.allowed_ips.contains(cidr))
+        });
+        Self {
+            private_key: self.private_key.clone(),
+            fwmark: self.fwmark,
+            peers: peers.map(|(key, peer)| (*key, peer.clone())).collect(),
+            next: self.next,
+        }
+    }
+
+    /// Takes what has become of a part of it.
+    pub fn put(&mut self, part: &Self, edited: Self) {
+        for key in part.peers.keys() {
+            self.peers.remove(key);
+        }
+        self.peers.extend(edited.peers);
+        self.private_key = edited.private_key;
+        self.fwmark = edited.fwmark;
+        self.next = edited.next;
+    }
+
     /// Carries out a `set` on a copy. On error nothing is to change.
     pub fn edit(&self, set: &Set) -> Result<Edited, Refusal> {
         let mut new = self.clone();

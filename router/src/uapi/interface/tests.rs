@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::uapi::{Parser, Request};
 
@@ -286,4 +288,64 @@ fn a_get_shows_what_wireguard_go_shows() {
     );
     assert_eq!(*interface.state(51820, vec![stats]).to_text(), expected);
     assert_eq!(*Interface::default().state(0, Vec::new()).to_text(), "");
+}
+
+/// A few peers and CIDRs, so that they meet.
+fn any_set() -> impl Strategy<Value = Set> {
+    let cidr = || (0_u8..4).prop_map(|n| format!("10.0.0.{n}/32").parse::<IpNet>().unwrap());
+    let change = prop_oneof![
+        4 => cidr().prop_map(AllowedIp::Add),
+        1 => cidr().prop_map(AllowedIp::Remove),
+        1 => Just(AllowedIp::Clear),
+    ];
+    let changes = prop::collection::vec(change, 0..3);
+    let peer = (
+        0_u8..4,
+        any::<bool>(),
+        any::<bool>(),
+        prop::option::of(0_u16..3),
+        changes,
+    );
+    let peer = peer.prop_map(
+        |(key, remove, update_only, keepalive, allowed_ips)| PeerSet {
+            public_key: public(0x10 + key),
+            remove: remove && update_only,
+            update_only,
+            preshared_key: None,
+            endpoint: None,
+            keepalive,
+            allowed_ips,
+        },
+    );
+    let key = prop::option::weighted(0.1, prop::option::of(1_u8..3));
+    (
+        key,
+        prop::bool::weighted(0.1),
+        prop::collection::vec(peer, 0..3),
+    )
+        .prop_map(|(key, replace_peers, peers)| Set {
+            private_key: key.map(|key| Some(PrivateKey::from_bytes([key?; 32]))),
+            replace_peers,
+            peers,
+            ..Set::default()
+        })
+}
+
+proptest! {
+    #[test]
+    fn what_a_set_changes_of_a_part_it_changes_of_the_whole(
+        sets in prop::collection::vec(any_set(), 1..12),
+    ) {
+        let mut by_parts = peers_a_and_b();
+        let mut whole = by_parts.clone();
+        for set in sets {
+            let part = by_parts.part(&set);
+            let edited = part.edit(&set).unwrap();
+            let wanted = whole.edit(&set).unwrap();
+            prop_assert_eq!(&edited.renewed, &wanted.renewed);
+            by_parts.put(&part, edited.interface);
+            whole = wanted.interface;
+            prop_assert_eq!(&by_parts, &whole);
+        }
+    }
 }
