@@ -21,6 +21,9 @@ pub struct Draft {
     subnet: Flow,
     /// That of packets from the overlay.
     tuple: Tuple,
+    /// That of the answers. Here, where the verifier does not follow it: on the stack it would go through
+    /// [`claim`] once for each way to make it.
+    reply: Tuple,
     /// Who opens it, and all of that side, if it is the subnet's.
     accounts: [Account; 2],
     /// Number of the clause of the policy that lets it through.
@@ -145,19 +148,18 @@ pub fn draft<T: Tables>(
 pub fn enter<T: Tables>(side: Side, draft: &mut Draft, tables: &T) -> Result<(), Verdict> {
     let settings = tables.settings().ok_or(Verdict::DropInternal)?;
     let from_subnet = side == Side::Subnet;
-    let [opener, all] = draft.accounts;
-    if from_subnet && !tables.take_place(&all, settings.flows_from_subnet) {
+    if from_subnet && !tables.take_place(&draft.accounts[1], settings.flows_from_subnet) {
         return Err(Verdict::DropSourceLimit);
     }
     let (mut is_new, mut outcome) = (false, Err(Verdict::DropSourceLimit));
-    if tables.take_place(&opener, settings.flows_per_source) {
+    if tables.take_place(&draft.accounts[0], settings.flows_per_source) {
         outcome = add(draft, tables, settings, &mut is_new);
         if !is_new {
-            tables.give_place_back(&opener);
+            tables.give_place_back(&draft.accounts[0]);
         }
     }
     if from_subnet && !is_new {
-        tables.give_place_back(&all);
+        tables.give_place_back(&draft.accounts[1]);
     }
     outcome?;
     tables.count_clause(draft.clause, settings);
@@ -178,11 +180,12 @@ fn add<T: Tables>(
         overlay,
         subnet,
         tuple,
+        reply,
         ..
     } = draft;
-    let mut reply = overlay.other(Side::Overlay, tuple).1;
+    *reply = overlay.other(Side::Overlay, tuple).1;
     if overlay.flags & Flow::SNAT == 0 {
-        match tables.add_flow(Side::Subnet, &reply, subnet) {
+        match tables.add_flow(Side::Subnet, reply, subnet) {
             Ok(()) => {}
             // The remote end and an overlay address: no translated flow can have it, so it is the
             // other half of this one, left over or just made.
@@ -190,7 +193,7 @@ fn add<T: Tables>(
             Err(Refused::Full) => return Err(Verdict::DropTableFull),
         }
     } else {
-        claim(&mut reply, subnet, tables, settings)?;
+        claim(reply, subnet, tables, settings)?;
         overlay.port = reply.ports[1];
     }
     match tables.add_flow(Side::Overlay, tuple, overlay) {
@@ -200,7 +203,7 @@ fn add<T: Tables>(
         }
         Err(refused) => {
             if overlay.flags & Flow::SNAT != 0 {
-                tables.remove_flow(Side::Subnet, &reply);
+                tables.remove_flow(Side::Subnet, reply);
             }
             match refused {
                 Refused::Exists => Ok(()),
@@ -223,26 +226,28 @@ fn claim<T: Tables>(
     let [kept_first, kept_last] = settings.kept_ports;
     let [first, last] = settings.ports;
     let keep = own >= kept_first && own <= kept_last;
-    let span = u32::from(last.wrapping_sub(first)) + 1;
-    let (mut place, mut step) = (0, 0);
-    let mut probe = 0;
-    while probe < PROBES {
-        if probe > 0 || !keep {
-            if step == 0 {
-                place = tables.random() % span;
-                // Odd, hence no port comes twice in a range of a power of two, and seldom in others.
-                step = (tables.random() % span) | 1;
-            }
-            reply.ports[1] = (first.wrapping_add(place as u16)).to_be_bytes();
-            place += step;
-            if place >= span {
-                place -= span;
-            }
-        }
+    if keep {
         match tables.claim(reply, subnet) {
             Ok(()) => return Ok(()),
             Err(Refused::Exists) => {}
             Err(Refused::Full) => return Err(Verdict::DropTableFull),
+        }
+    }
+    let span = u32::from(last.wrapping_sub(first)) + 1;
+    let mut place = tables.random() % span;
+    // Odd, hence no port comes twice in a range of a power of two, and seldom in others.
+    let step = (tables.random() % span) | 1;
+    let mut probe = u32::from(keep);
+    while probe < PROBES {
+        reply.ports[1] = (first.wrapping_add(place as u16)).to_be_bytes();
+        match tables.claim(reply, subnet) {
+            Ok(()) => return Ok(()),
+            Err(Refused::Exists) => {}
+            Err(Refused::Full) => return Err(Verdict::DropTableFull),
+        }
+        place += step;
+        if place >= span {
+            place -= span;
         }
         probe += 1;
     }

@@ -199,6 +199,38 @@ fn the_policy_is_asked_once_and_again_when_it_changes() {
     assert!(down(&mut world, &reply).is_ok());
 }
 
+/// User space raises the generation behind a change: who has read it before may have judged by what was.
+#[test]
+fn what_is_judged_while_the_policy_changes_is_judged_again() {
+    for established in [false, true] {
+        let mut world = Box::new(router(true));
+        let [peer, ..] = V4.peers.map(ip);
+        let [server, _] = V4.servers.map(ip);
+        let ask = Ip::udp(peer, server, 5);
+        world.settings.bank = 1;
+        world.rules = Box::new(|_| Some(0));
+        if established {
+            assert!(up(&mut world, &ask).is_ok());
+            world.settings.generation += 1;
+        }
+        let generation = &raw mut world.settings.generation;
+        let asked = std::cell::Cell::new(0);
+        world.rules = Box::new(move |_| {
+            asked.set(asked.get() + 1);
+            if asked.get() > 1 {
+                return None;
+            }
+            // SAFETY: the world stays in its box; written as the kernel writes a map under a program.
+            unsafe { generation.write_volatile(generation.read_volatile() + 1) };
+            Some(0)
+        });
+        if established {
+            assert!(up(&mut world, &ask).is_ok(), "by the old policy");
+        }
+        assert_eq!(up(&mut world, &ask), Err(Verdict::DropPolicy));
+    }
+}
+
 #[test]
 fn the_answer_to_what_the_kernel_carried_needs_no_rule_either() {
     let mut world = router(false);

@@ -12,9 +12,9 @@ use super::fixture::*;
 
 /// Steps of the verifier, of one program with all its functions: each start of the daemon waits for
 /// them.
-const STEPS: u32 = 100_000;
+const STEPS: u32 = 90_000;
 /// Instructions of one program with all its functions, as the kernel has them.
-const INSTRUCTIONS: u32 = 11_500;
+const INSTRUCTIONS: u32 = 9_500;
 /// Bytes of stack of one function.
 const STACK: u32 = 336;
 
