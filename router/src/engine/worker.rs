@@ -142,10 +142,10 @@ impl Worker {
                     _ => {
                         self.waker.clear();
                         loop {
-                            match obey(&mut self.forwarder, &mut port, &self.inbox, now) {
-                                Obeyed::All => break,
-                                Obeyed::Stop => return Ok(()),
-                                Obeyed::Rebind(sockets, done) => {
+                            match run_commands(&mut self.forwarder, &mut port, &self.inbox, now) {
+                                Progress::All => break,
+                                Progress::Stop => return Ok(()),
+                                Progress::Rebind(sockets, done) => {
                                     // The old ones leave the epoll set as they close.
                                     watch_sockets(&sockets)?;
                                     port.outlet.rebind(sockets.clone());
@@ -208,8 +208,8 @@ impl Worker {
     }
 }
 
-/// How far [`obey`] came.
-enum Obeyed {
+/// How far [`run_commands`] came.
+enum Progress {
     /// Nothing is left to do.
     All,
     /// It is time to stop.
@@ -219,12 +219,12 @@ enum Obeyed {
 }
 
 /// Carries out commands.
-fn obey(
+fn run_commands(
     forwarder: &mut Forwarder,
     port: &mut Port<'_>,
     inbox: &Inbox<Command>,
     now: Duration,
-) -> Obeyed {
+) -> Progress {
     loop {
         match inbox.try_recv() {
             Ok(Command::Apply(change, done)) => {
@@ -232,7 +232,7 @@ fn obey(
                 // The caller may have given up waiting.
                 let _ = done.send(());
             }
-            Ok(Command::Rebind(sockets, done)) => return Obeyed::Rebind(sockets, done),
+            Ok(Command::Rebind(sockets, done)) => return Progress::Rebind(sockets, done),
             Ok(Command::Listen(listener, done)) => {
                 port.listener = Some(listener);
                 let _ = done.send(());
@@ -242,8 +242,8 @@ fn obey(
                 let _ = done.send(());
             }
             Ok(Command::Judge(id, way)) => forwarder.judge(id, &way),
-            Err(TryRecvError::Empty) => return Obeyed::All,
-            Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Obeyed::Stop,
+            Err(TryRecvError::Empty) => return Progress::All,
+            Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Progress::Stop,
         }
     }
 }

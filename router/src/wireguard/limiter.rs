@@ -26,8 +26,8 @@ const REPLY_BURST: f64 = 500.0;
 /// A source gets one cookie reply in this time. Retries come after 5 s and a third, so that the
 /// next one nearly always falls into the next term.
 const TERM: Duration = Duration::from_secs(6);
-/// Bits of a [`Crowd`], a power of two.
-const CROWD: u64 = 1 << 22;
+/// Bits of a [`BloomFilter`], a power of two.
+const FILTER: u64 = 1 << 22;
 /// How often full buckets may be looked for: it takes a walk over all of them.
 const SWEEP: Duration = Duration::from_secs(1);
 /// Load lasts at least this long after it was last seen.
@@ -81,14 +81,14 @@ impl Bucket {
     }
 }
 
-/// A set of sources that may take a stranger for a member: two bits for each.
+/// A set of sources that may take a stranger for a member: two bits for each (B. H. Bloom, 1970).
 #[derive(Debug, Default)]
-struct Crowd(Vec<u64>);
+struct BloomFilter(Vec<u64>);
 
-impl Crowd {
+impl BloomFilter {
     fn places(hash: u64) -> [(usize, u64); 2] {
         [hash, hash >> 32].map(|hash| {
-            let bit = hash % CROWD;
+            let bit = hash % FILTER;
             ((bit / 64) as usize, 1 << (bit % 64))
         })
     }
@@ -100,7 +100,7 @@ impl Crowd {
 
     fn insert(&mut self, hash: u64) {
         // Memory only under load.
-        self.0.resize((CROWD / 64) as usize, 0);
+        self.0.resize((FILTER / 64) as usize, 0);
         for (word, bit) in Self::places(hash) {
             self.0[word] |= bit;
         }
@@ -114,9 +114,9 @@ impl Crowd {
 struct Replies {
     bucket: Bucket,
     hasher: RandomState,
-    came: Crowd,
-    came_before: Crowd,
-    answered: Crowd,
+    came: BloomFilter,
+    came_before: BloomFilter,
+    answered: BloomFilter,
     next_term: Duration,
 }
 
@@ -125,18 +125,18 @@ impl Replies {
         Self {
             bucket: Bucket::full(REPLY_BURST, Duration::ZERO),
             hasher: RandomState::new(),
-            came: Crowd::default(),
-            came_before: Crowd::default(),
-            answered: Crowd::default(),
+            came: BloomFilter::default(),
+            came_before: BloomFilter::default(),
+            answered: BloomFilter::default(),
             next_term: Duration::ZERO,
         }
     }
 
     /// Load is over.
     fn forget(&mut self) {
-        self.came = Crowd::default();
-        self.came_before = Crowd::default();
-        self.answered = Crowd::default();
+        self.came = BloomFilter::default();
+        self.came_before = BloomFilter::default();
+        self.answered = BloomFilter::default();
     }
 
     /// Whether a source may have a reply now.
@@ -144,7 +144,7 @@ impl Replies {
         if now >= self.next_term {
             self.next_term = now + TERM;
             self.came_before = std::mem::take(&mut self.came);
-            self.answered = Crowd::default();
+            self.answered = BloomFilter::default();
         }
         self.bucket.refill(REPLY_RATE, REPLY_BURST, now);
         let hash = self.hasher.hash_one(source);

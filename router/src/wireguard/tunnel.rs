@@ -7,6 +7,7 @@
 //! `wg show` has them. Packets are never queued in boringtun: callers ask [`Tunnel::ready`] first,
 //! and stage them.
 
+mod session;
 #[cfg(test)]
 mod tests;
 
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519;
+use session::{SLOTS, Session};
 
 use super::keys::{PresharedKey, PublicKey};
 use super::message::{self, DATA_OVERHEAD, INITIATION, Kind, REJECT_AFTER_MESSAGES};
@@ -50,37 +52,6 @@ pub(crate) struct Tick {
     pub(crate) gave_up: bool,
 }
 
-/// Sessions that boringtun holds, each in the slot of its index modulo this.
-const SLOTS: usize = 8;
-
-/// A session as we know it; its keys are boringtun's.
-#[derive(Clone, Copy, Debug)]
-struct Session {
-    /// Our receiver index.
-    index: u32,
-    /// Which of the tunnel's sessions it is.
-    serial: u64,
-    born: Duration,
-    /// We began the handshake.
-    ours: bool,
-    /// The peer has proved that it has the keys.
-    confirmed: bool,
-}
-
-impl Session {
-    fn slot(index: u32) -> usize {
-        index as usize % SLOTS
-    }
-
-    fn age(&self, now: Duration) -> Duration {
-        now.saturating_sub(self.born)
-    }
-
-    fn alive(&self, now: Duration) -> bool {
-        self.age(now) < REJECT_AFTER
-    }
-}
-
 /// The session with one peer.
 pub(crate) struct Tunnel {
     peer: PublicKey,
@@ -88,7 +59,7 @@ pub(crate) struct Tunnel {
     tunn: Tunn,
     /// The one before [`Tunnel::renew`], until `tunn` has seen an initiation too: it alone knows
     /// which are old ones.
-    elder: Option<Box<Tunn>>,
+    previous: Option<Box<Tunn>>,
     /// Our public key that both were made with.
     own: x25519::PublicKey,
     /// The last index that boringtun took; it counts up in the lower 8 bits.
@@ -152,7 +123,7 @@ impl Tunnel {
             peer: *peer,
             preshared: preshared.cloned(),
             tunn,
-            elder: None,
+            previous: None,
             own: local.public,
             index,
             sessions: [None; SLOTS],
@@ -184,10 +155,10 @@ impl Tunnel {
         self.current = 0;
         let mut old = std::mem::replace(&mut self.tunn, tunn);
         self.made = made;
-        if self.elder.is_none() {
+        if self.previous.is_none() {
             // Erases its sessions.
             old.set_static_private(local.secret.clone(), local.public, Some(local.calm.clone()));
-            self.elder = Some(Box::new(old));
+            self.previous = Some(Box::new(old));
         }
         self.forget_sessions();
     }
@@ -209,8 +180,8 @@ impl Tunnel {
             return false;
         }
         self.own = local.public;
-        let elder = self.elder.as_deref_mut();
-        for tunn in [Some(&mut self.tunn), elder].into_iter().flatten() {
+        let previous = self.previous.as_deref_mut();
+        for tunn in [Some(&mut self.tunn), previous].into_iter().flatten() {
             tunn.set_static_private(local.secret.clone(), local.public, Some(local.calm.clone()));
         }
         self.forget_sessions();
@@ -372,11 +343,11 @@ impl Tunnel {
         if exchange && message::ephemeral(message).is_none_or(message::is_low_order) {
             return Err(Refused::Handshake);
         }
-        self.turn();
+        self.update_clock();
         if kind == Kind::Initiation {
-            if let Some(elder) = &mut self.elder {
+            if let Some(previous) = &mut self.previous {
                 let mut scrap = [0; INITIATION];
-                let result = elder.decapsulate(None, message, &mut scrap);
+                let result = previous.decapsulate(None, message, &mut scrap);
                 if !matches!(result, TunnResult::WriteToNetwork(_)) {
                     return Err(Refused::Handshake);
                 }
@@ -392,7 +363,7 @@ impl Tunnel {
             // Our initiation was answered; the answer to that is a keepalive.
             Kind::Response(index) => index,
             _ => {
-                self.elder = None;
+                self.previous = None;
                 self.index = message::sender(out).unwrap_or(self.index);
                 self.index
             }
@@ -466,7 +437,7 @@ impl Tunnel {
     }
 
     fn send_initiation(&mut self, now: Duration, out: &mut [u8; INITIATION]) -> Option<usize> {
-        self.turn();
+        self.update_clock();
         self.timers.initiated(now);
         self.answers = ANSWERS;
         self.write_initiation(out)
@@ -489,7 +460,7 @@ impl Tunnel {
             gave_up: false,
         };
         if self.erase.is_some_and(|at| at <= now) {
-            self.turn();
+            self.update_clock();
             self.sessions = [None; SLOTS];
             self.erase = None;
         }
@@ -513,7 +484,7 @@ impl Tunnel {
                 }
                 Due::Keepalive => {}
                 Due::GiveUp => {
-                    self.turn();
+                    self.update_clock();
                     tick.gave_up = true;
                 }
             }
@@ -524,7 +495,7 @@ impl Tunnel {
     /// Has boringtun look at its clock: it dates sessions by the last time it did, and erases old
     /// ones. What its own timers ask for is left undone: it cannot write an initiation into so
     /// little room, and its keepalive is lost.
-    fn turn(&mut self) {
+    fn update_clock(&mut self) {
         let _ = self.tunn.update_timers(&mut [0; DATA_OVERHEAD]);
         if self.tunn.time_since_last_handshake().is_none() {
             self.sessions[self.current] = None;

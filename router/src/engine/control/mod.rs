@@ -77,12 +77,12 @@ fn default_workers() -> usize {
 }
 
 /// Tells the control side when a worker ends in any way but on request.
-struct Obituary {
+struct FailureReport {
     failure: Arc<watch::Sender<Option<Arc<Failure>>>>,
     cause: Option<Failure>,
 }
 
-impl Drop for Obituary {
+impl Drop for FailureReport {
     fn drop(&mut self) {
         if let Some(cause) = self.cause.take() {
             // The first cause counts; others follow from it.
@@ -210,11 +210,11 @@ impl Engine {
             let thread = std::thread::Builder::new()
                 .name(format!("worker-{}", place.worker))
                 .spawn(move || {
-                    let mut obituary = Obituary {
+                    let mut report = FailureReport {
                         failure,
                         cause: Some(Failure::Panic),
                     };
-                    obituary.cause = worker.run().err();
+                    report.cause = worker.run().err();
                 })
                 .map_err(Error::Start)?;
             engine.workers.push(Handle {
@@ -408,7 +408,7 @@ impl Drop for Engine {
         }
         for worker in &mut self.workers {
             if let Some(thread) = worker.thread.take() {
-                // A panic has been reported by the obituary.
+                // A panic has been reported by the report.
                 let _ = thread.join();
             }
         }

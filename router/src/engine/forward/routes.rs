@@ -14,9 +14,10 @@ pub(crate) type PeerId = u32;
 
 const NOBODY: PeerId = PeerId::MAX;
 
-/// Most ranges of a piece, and how many it gets when it is made of more.
-const PIECE: usize = 128;
-const FILLED: usize = 96;
+/// Most ranges of a piece, and how many it gets when it is made of more. A change copies the pieces that it
+/// touches; a lookup is the quicker the fewer there are. Tests have many with few prefixes.
+const PIECE: usize = if cfg!(test) { 16 } else { 1024 };
+const FILLED: usize = PIECE / 4 * 3;
 
 /// An address of one family as a number.
 pub(crate) trait Address: Copy + Ord {
@@ -102,48 +103,40 @@ impl<A: Address> Layout<A> {
         }
     }
 
-    fn pieces(self) -> impl Iterator<Item = Arc<Piece<A>>> {
+    fn pieces(&self) -> impl Iterator<Item = Piece<A>> {
         let count = match self.starts.len() {
             0..=PIECE => 1,
             more => more.div_ceil(FILLED),
         };
         let size = self.starts.len().div_ceil(count).max(1);
-        let chunks: Vec<_> = self.starts.chunks(size).map(Piece::of).collect();
-        chunks.into_iter().map(Arc::new)
+        self.starts.chunks(size).map(|ranges| Piece {
+            starts: ranges.iter().map(|range| range.0).collect(),
+            owners: ranges.iter().map(|range| range.1).collect(),
+        })
     }
 }
 
 /// Neighbouring ranges. Range `i` goes from `starts[i]` to the next start, or that of the next piece.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Piece<A> {
-    starts: [A; PIECE],
-    owners: [PeerId; PIECE],
-    count: usize,
+    starts: Arc<[A]>,
+    owners: Arc<[PeerId]>,
 }
 
 impl<A: Address> Piece<A> {
-    fn of(ranges: &[(A, PeerId)]) -> Self {
-        let mut piece = Self {
-            starts: [A::ZERO; PIECE],
-            owners: [NOBODY; PIECE],
-            count: ranges.len().min(PIECE),
-        };
-        for (at, (start, owner)) in ranges.iter().take(PIECE).enumerate() {
-            piece.starts[at] = *start;
-            piece.owners[at] = *owner;
-        }
-        piece
+    fn owner(&self, address: A) -> PeerId {
+        let after = self.starts.partition_point(|start| *start <= address);
+        let owner = after.checked_sub(1).and_then(|at| self.owners.get(at));
+        owner.copied().unwrap_or(NOBODY)
     }
 
-    fn owner(&self, address: A) -> PeerId {
-        let starts = &self.starts[..self.count.min(PIECE)];
-        let after = starts.partition_point(|start| *start <= address);
-        after.checked_sub(1).map_or(NOBODY, |at| self.owners[at])
+    fn first(&self) -> A {
+        self.starts.first().copied().unwrap_or(A::ZERO)
     }
 
     fn ranges(&self) -> impl Iterator<Item = (A, PeerId)> {
         let starts = self.starts.iter().copied();
-        starts.zip(self.owners.iter().copied()).take(self.count)
+        starts.zip(self.owners.iter().copied())
     }
 }
 
@@ -152,19 +145,23 @@ impl<A: Address> Piece<A> {
 pub(crate) struct Ranges<A> {
     /// Where each piece begins.
     firsts: Vec<A>,
-    pieces: Vec<Arc<Piece<A>>>,
+    pieces: Vec<Piece<A>>,
 }
 
 impl<A: Address> Ranges<A> {
     fn build(prefixes: impl Iterator<Item = (Prefix<A>, PeerId)>) -> Self {
         let pieces: Vec<_> = Layout::of(A::ZERO, NOBODY, prefixes).pieces().collect();
         Self {
-            firsts: pieces.iter().map(|piece| piece.starts[0]).collect(),
+            firsts: pieces.iter().map(Piece::first).collect(),
             pieces,
         }
     }
 
     fn piece(&self, address: A) -> usize {
+        // Mostly there is one.
+        if self.firsts.len() <= 1 {
+            return 0;
+        }
         let after = self.firsts.partition_point(|first| *first <= address);
         after.saturating_sub(1)
     }
@@ -206,7 +203,7 @@ impl<A: Address> Ranges<A> {
             to += 1;
         }
         let pieces: Vec<_> = layout.pieces().collect();
-        let firsts = pieces.iter().map(|piece| piece.starts[0]);
+        let firsts = pieces.iter().map(Piece::first);
         self.firsts.splice(from..=to, firsts);
         self.pieces.splice(from..=to, pieces);
     }
