@@ -238,6 +238,10 @@ fn a_cut_in_the_middle_keeps_the_map_and_mends_itself() -> Result<()> {
             .is_some_and(|peer| peer.name.starts_with("renamed"))
     })?;
     ensure!(map.peers().count() == 5);
+    ensure!(
+        server.connections() == 2,
+        "the next stream does not use what has failed"
+    );
     // Meanwhile no peer was taken away.
     let removed = node
         .events()
