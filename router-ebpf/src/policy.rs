@@ -208,7 +208,7 @@ mod tests {
         }
 
         fn numbered(&self, number: u32) -> Option<&Set> {
-            (number == CLASS).then(|| &self.1)
+            (number == CLASS).then_some(&self.1)
         }
     }
 

@@ -327,10 +327,10 @@ impl Ebpf {
         // Maps first: a program must not judge by another network's tables.
         let news = self.tables.install(spec)?;
         self.tell(news);
-        if let Some(sweeper) = &self.sweeper {
-            if self.spec.as_ref().map(external_addresses) != Some(external_addresses(spec)) {
-                sweeper.judge(Law::Addresses(external_addresses(spec)));
-            }
+        if let Some(sweeper) = &self.sweeper
+            && self.spec.as_ref().map(external_addresses) != Some(external_addresses(spec))
+        {
+            sweeper.judge(Law::Addresses(external_addresses(spec)));
         }
         let wanted = wanted(spec);
         for (key @ (_, program), link) in &wanted {

@@ -9,11 +9,8 @@ use lab::sluice::Sluice;
 use lab::{Host, wait_until};
 use router_ebpf::craft::{ACK, Ip, RST};
 
-use super::super::{Path, SOON, on_every_path, warm_up};
-use super::fragments::echo_all_sizes;
+use super::super::{SOON, warm_up};
 use super::{PORT, carries, tcp_pair};
-
-on_every_path!(other_bits_of_the_mark_are_others);
 
 /// What `sluice status` says is wrong with `part`, all in one.
 fn problem(sluice: &Sluice, part: &str) -> anyhow::Result<String> {
@@ -320,27 +317,6 @@ fn disowned_replies(datapath: &'static str) {
 }
 
 /// As a CNI or a multi-WAN set-up does, before and after us.
-fn other_bits_of_the_mark_are_others(path: Path) {
-    lab::test(|lab| {
-        let run = Running::new(lab, Arms::Two, path.datapath(), path.snat())?;
-        nft(
-            &run.site.router,
-            "table inet cni {
-                chain early { type filter hook prerouting priority -310;
-                    meta mark set meta mark or 0x4000; }
-                chain late { type filter hook prerouting priority -290;
-                    meta mark set meta mark and 0xfffffffd or 0x20000; }
-                chain out { type route hook output priority -150;
-                    meta mark set meta mark or 0x8000; }
-            }",
-        )?;
-        for server in SERVER {
-            warm_up(&run.site.laptop, server)?;
-        }
-        echo_all_sizes(&run, path)
-    });
-}
-
 #[test]
 fn packets_for_a_peer_that_is_not_here_are_told() {
     lab::test(|lab| {

@@ -16,6 +16,7 @@ on_every_path!(
     answers_too_big_for_the_subnets_nic_are_reported,
     answers_at_their_last_hop_are_reported,
     answers_in_parts_out_of_order_arrive,
+    other_bits_of_the_mark_are_others,
 );
 
 const TUNNEL_MTU: u16 = 1420;
@@ -89,23 +90,42 @@ fn answers_too_big_for_the_subnets_nic_are_reported(path: Path) {
 }
 
 fn answers_at_their_last_hop_are_reported(path: Path) {
+    lab::test(|lab| at_their_last_hop(&only_the_subnet_may_begin(lab, path)?, path));
+}
+
+/// A CNI's bits come and go before our ruleset looks at the mark, and while it does.
+fn other_bits_of_the_mark_are_others(path: Path) {
     lab::test(|lab| {
         let run = only_the_subnet_may_begin(lab, path)?;
-        for (server, address) in SERVER.into_iter().zip(run.client.addresses) {
-            let (_far, near) = opened(&run, server, address)?;
-            let (level, name, kind) = match server {
-                IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TTL, (11, 0)),
-                IpAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, (3, 0)),
-            };
-            set_option(&near, level, name, 1)?;
-            let at_laptop = run.site.laptop.capture(run.tunnel.device())?;
-            near.send(b"too far")?;
-            at_laptop
-                .find(SOON, "a report", |p| (p.icmp() == Some(kind)).then_some(()))
-                .with_context(|| format!("{path:?} {server}"))?;
-        }
-        Ok(())
+        let marks = "table inet cni {
+            chain early { type filter hook prerouting priority -310;
+                meta mark set meta mark or 0x4000; }
+            chain late { type filter hook prerouting priority -290;
+                meta mark set meta mark and 0xffffbfff or 0x20000; }
+            chain out { type route hook output priority -150;
+                meta mark set meta mark or 0x8000; }
+        }";
+        let nft = run.site.router.command(["nft", "-f", "-"]);
+        nft.stdin(marks).run()?;
+        at_their_last_hop(&run, path)
     });
+}
+
+fn at_their_last_hop(run: &Running, path: Path) -> anyhow::Result<()> {
+    for (server, address) in SERVER.into_iter().zip(run.client.addresses) {
+        let (_far, near) = opened(run, server, address)?;
+        let (level, name, kind) = match server {
+            IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TTL, (11, 0)),
+            IpAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, (3, 0)),
+        };
+        set_option(&near, level, name, 1)?;
+        let at_laptop = run.site.laptop.capture(run.tunnel.device())?;
+        near.send(b"too far")?;
+        at_laptop
+            .find(SOON, "a report", |p| (p.icmp() == Some(kind)).then_some(()))
+            .with_context(|| format!("{path:?} {server}"))?;
+    }
+    Ok(())
 }
 
 /// The kernel puts together what begins with a later part.

@@ -53,6 +53,12 @@ impl Hits for NoHits {
     }
 }
 
+/// Entries of the overlay and of the policy, each with its set.
+type Found = (
+    BTreeMap<Prefix, (abi::Overlay, Option<Set>)>,
+    BTreeMap<Prefix, Set>,
+);
+
 /// The maps of a router, and who fills them.
 struct Router {
     overlay: Memory<Prefix, abi::Overlay>,
@@ -89,12 +95,7 @@ impl Router {
     }
 
     /// Everything that a program can find, with sets in the place of their numbers.
-    fn found(
-        &self,
-    ) -> (
-        BTreeMap<Prefix, (abi::Overlay, Option<Set>)>,
-        BTreeMap<Prefix, Set>,
-    ) {
+    fn found(&self) -> Found {
         let sets = self.sets.look();
         let overlay = self.overlay.look();
         let overlay = overlay.iter().map(|(key, entry)| {
@@ -330,8 +331,10 @@ impl Router {
 /// Ten thousand peers, and two thousand rules with fifty of them each.
 fn crowd() -> Spec {
     let peer = |n: u32| IpNet::from(IpAddr::from(Ipv4Addr::from(0x6440_0000 + n)));
-    let mut spec = Spec::default();
-    spec.overlay = (0..10_000).map(|n| (peer(n), n + 1)).collect();
+    let mut spec = Spec {
+        overlay: (0..10_000).map(|n| (peer(n), n + 1)).collect(),
+        ..Spec::default()
+    };
     let rule = |n: u32| Rule {
         sources: (0..50)
             .map(|i| peer((n * 7919 + i * 104_729) % 10_000))
