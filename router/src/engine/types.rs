@@ -25,7 +25,8 @@ pub struct PeerSpec {
     /// Interval of persistent keepalives in seconds.
     pub keepalive: Option<u16>,
     /// It is where it was heard from last, and is looked for when it does not answer. Otherwise it is
-    /// where somebody else says it is, and no packet changes that.
+    /// where [`Engine::set_path`](crate::engine::Engine::set_path) says, and no packet changes that; only
+    /// until something is said it is at `endpoint`, or where it is first heard from.
     pub roaming: bool,
 }
 

@@ -109,6 +109,12 @@ impl Location {
         }
     }
 
+    /// Whether somebody else has said where it is. Until then it is where it is heard from, for it must
+    /// be answered.
+    fn is_settled(&self) -> bool {
+        self.is_told && (self.current.is_some() || self.relay.is_some())
+    }
+
     fn is_at(&self, remote: SocketAddr) -> bool {
         self.current.is_some_and(|current| current.remote == remote)
     }
@@ -148,6 +154,9 @@ impl Location {
         let Some(best) = self.configured.first().copied() else {
             return;
         };
+        if self.is_settled() {
+            return;
+        }
         self.roamed = self.roamed.filter(|at| !self.configured.contains(at));
         let current = self.current.map(|endpoint| endpoint.remote);
         if current.is_some_and(|at| self.configured.contains(&at)) {
@@ -167,7 +176,7 @@ impl Location {
             remote: canonical(remote),
             local,
         };
-        if self.is_told && !self.is_at(heard.remote) {
+        if self.is_settled() && !self.is_at(heard.remote) {
             return;
         }
         if !self.is_told {
@@ -188,7 +197,7 @@ impl Location {
     pub(crate) fn heard_through(&mut self, relay: RelayId) {
         self.tries = 0;
         self.silent = None;
-        if !self.is_told && (self.current.is_none() || self.relay.is_some()) {
+        if !self.is_settled() && (self.current.is_none() || self.relay.is_some()) {
             self.relay = Some(relay);
         }
     }
@@ -465,11 +474,27 @@ mod tests {
             Some(RelayId(7)),
             "a late packet decides nothing"
         );
+        location.configure(vec![at(ROAMED)]);
+        assert_eq!(location.relay(), Some(RelayId(7)), "nor do addresses");
         location.set_path(Path::Udp(at(V6)));
         assert_eq!(
             (location.relay(), location.endpoint().unwrap().remote),
             (None, at(V6))
         );
+    }
+
+    #[test]
+    fn a_peer_of_whom_nothing_is_said_yet_is_answered() {
+        let mut location = Location::new(vec![]);
+        location.set_roaming(false);
+        location.heard_through(RelayId(7));
+        assert_eq!(location.relay(), Some(RelayId(7)));
+        let mut location = Location::new(vec![]);
+        location.set_roaming(false);
+        location.heard(at(V4), local(), 2);
+        assert_eq!(location.endpoint().unwrap().remote, at(V4));
+        location.heard(at(ROAMED), local(), 2);
+        assert_eq!(location.endpoint().unwrap().remote, at(V4));
     }
 
     #[test]
