@@ -36,7 +36,7 @@ pub fn reject<T: Tables>(
     }
     // Perhaps of a flow that the other end has opened, and that nobody remembers: one more packet of it
     // from there, and it goes on.
-    if opening::other_end_may(side, packet, &packet.tuple, tables, settings) {
+    if opening::other_end_may(side, packet, tables, settings) {
         return Err(Verdict::DropPolicy);
     }
     // To the router itself or a broadcast address: the kernel knows which, judges it by the same rules,

@@ -3,7 +3,7 @@
 //! Only connection tracking knows whether it is. So the programs judge every such packet and tell by its
 //! mark, and the kernel's ruleset asks about new ones alone: the policy stands once.
 
-use crate::abi::{Overlay, Prefix, Settings, Side, Tuple};
+use crate::abi::{Overlay, Prefix, Settings, Side};
 use crate::frame::{Bytes, Frame};
 use crate::packet::{IPV6_FRAGMENT, Packet, TCP, Transport, UDP};
 use crate::policy::BY_ADDRESS;
@@ -30,61 +30,67 @@ pub fn class(opener: Side, peer: &Overlay, settings: &Settings) -> u32 {
     }
 }
 
-/// What the policy says of `packet`, which the kernel gets from the program of `side`: [`DENIED`],
-/// [`PERMITTED`] or [`SILENT`].
+/// What the policy says of `packet`, which the kernel gets from the program of `side`: [`DENIED`] or
+/// [`PERMITTED`]. Finds ports behind options in place: there is no room for another tuple on the stack (Linux
+/// 5.10 adds up those of all functions that are called).
 #[inline(always)]
-pub fn opening<F: Frame, T: Tables>(side: Side, packet: &Packet, frame: &F, tables: &T) -> u32 {
+pub fn opening<F: Frame, T: Tables>(side: Side, packet: &mut Packet, frame: &F, tables: &T) -> u32 {
     let Some(settings) = tables.settings() else {
         return DENIED;
     };
-    let mut tuple = packet.tuple;
-    if packet.transport == Transport::Options && !find_ports(packet, frame, &mut tuple) {
+    if packet.transport == Transport::Options && !find_ports(packet, frame) {
         return DENIED;
     }
     let overlay = match side {
-        Side::Overlay => tuple.source,
-        Side::Subnet => tuple.destination,
+        Side::Overlay => &packet.tuple.source,
+        Side::Subnet => &packet.tuple.destination,
     };
-    let Some(peer) = tables.peer(&Prefix::host(overlay)) else {
+    let Some(peer) = tables.peer(&Prefix::host(*overlay)) else {
         return DENIED;
     };
     let class = class(side, peer, settings);
-    if tables.permits(class, &tuple, settings).is_ok() {
-        PERMITTED
-    } else if other_end_may(side, packet, &tuple, tables, settings) {
-        SILENT
-    } else {
-        DENIED
+    match tables.permits(class, &packet.tuple, settings) {
+        Ok(_) => PERMITTED,
+        Err(_) => DENIED,
     }
 }
 
-/// Whether `packet` with `tuple` cannot be the first of a flow, but its other end may open the one that it
-/// would be of.
+/// The same of a packet that is [`DENIED`], if it is not to be [`SILENT`].
+#[inline(always)]
+pub fn denied<T: Tables>(side: Side, packet: &Packet, tables: &T) -> u32 {
+    match tables.settings() {
+        Some(settings) if other_end_may(side, packet, tables, settings) => SILENT,
+        _ => DENIED,
+    }
+}
+
+/// Whether `packet` cannot be the first of a flow, but its other end may open the one that it would be of.
 #[inline(always)]
 pub(crate) fn other_end_may<T: Tables>(
     side: Side,
     packet: &Packet,
-    tuple: &Tuple,
     tables: &T,
     settings: &Settings,
 ) -> bool {
     if !packet.is_underway(side) {
         return false;
     }
-    let turned = tuple.reversed();
     // Of what comes from a peer the other end may be another one.
-    let class = match tables.peer(&Prefix::host(turned.source)) {
+    let class = match tables.peer(&Prefix::host(packet.tuple.destination)) {
         Some(peer) => peer.class(settings.bank),
         None => BY_ADDRESS,
     };
+    let turned = packet.tuple.reversed();
     tables.permits(class, &turned, settings).is_ok()
 }
 
 /// Finds protocol and ports behind IPv4 options or IPv6 extension headers.
 #[inline(always)]
-fn find_ports<F: Frame>(packet: &Packet, frame: &F, tuple: &mut Tuple) -> bool {
+fn find_ports<F: Frame>(packet: &mut Packet, frame: &F) -> bool {
     let mut at = packet.transport_at;
-    if !packet.is_v4() {
+    let v4 = packet.is_v4();
+    let tuple = &mut packet.tuple;
+    if !v4 {
         let mut turn = 0;
         while turn < MOST_HEADERS {
             let Some(Bytes([next, len])) = frame.read::<2>(at) else {

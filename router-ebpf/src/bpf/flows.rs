@@ -105,8 +105,9 @@ pub(super) fn find(side: Side, tuple: &Tuple) -> Option<*mut Flow> {
     }
 }
 
-/// Adds an entry. Where there is a settled one, there is one in the table.
-#[inline(always)]
+/// Adds an entry. Where there is a settled one, there is one in the table. A function of its own, for its key
+/// would lie on the stack below those that [`super::lookups::claim`] calls: Linux 5.10 adds them up.
+#[inline(never)]
 pub(super) fn insert(side: Side, tuple: &Tuple, flow: &Flow) -> Result<(), Refused> {
     let added = if tuple.source.is_v4() {
         FLOWS4.insert(Key4::new(side, tuple), flow, BPF_NOEXIST.into())

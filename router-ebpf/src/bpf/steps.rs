@@ -91,7 +91,12 @@ global! {
     /// [`opening::opening`].
     sluice_opening(ctx, work, from) {
         let side = side(from);
-        opening::opening(side, &work.packet, &Skb::at(ctx, side), &Maps::new(ctx))
+        opening::opening(side, &mut work.packet, &Skb::at(ctx, side), &Maps::new(ctx))
+    }
+
+    /// [`opening::denied`].
+    sluice_denied_opening(ctx, work, from) {
+        opening::denied(side(from), &work.packet, &Maps::new(ctx))
     }
 
     /// [`fragment::lead`].
@@ -257,11 +262,16 @@ pub(crate) fn is_judged(ctx: &TcContext, side: Side, verdict: Verdict) -> bool {
     unsafe { sluice_is_judged(ctx.skb.skb, side as u32, verdict as u32) != 0 }
 }
 
-/// [`opening::opening`].
+/// [`opening::opening`], and [`opening::denied`] for what is.
 #[inline(always)]
 pub(crate) fn opening(ctx: &TcContext, side: Side) -> u32 {
     // SAFETY: as above.
-    unsafe { sluice_opening(ctx.skb.skb, side as u32) }
+    unsafe {
+        match sluice_opening(ctx.skb.skb, side as u32) {
+            opening::DENIED => sluice_denied_opening(ctx.skb.skb, side as u32),
+            told => told,
+        }
+    }
 }
 
 #[inline(always)]

@@ -15,7 +15,11 @@ fn told(world: &World, side: Side, bytes: Vec<u8>) -> u32 {
     let memory = Memory::new(side, bytes, 0);
     let mut packet = Packet::default();
     parse(side, &memory, &mut packet).unwrap();
-    opening(side, &packet, &memory, &world.view(side))
+    let view = world.view(side);
+    match opening(side, &mut packet, &memory, &view) {
+        DENIED => denied(side, &packet, &view),
+        told => told,
+    }
 }
 
 fn ends(family: Family, side: Side) -> [std::net::IpAddr; 2] {
