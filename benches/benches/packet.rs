@@ -65,7 +65,8 @@ fn world() -> World {
             gateway: [0; 4],
             link: NIC,
             mtu: 1500,
-            hardware: Some(Bytes([2; 12])),
+            resolved: true,
+            hardware: Bytes([2; 12]),
         })
     });
     world

@@ -70,7 +70,8 @@ fn world(flags: u8) -> World {
             gateway: [0; 4],
             link: if packet.ttl & 1 == 0 { LINK } else { TUN },
             mtu: if n == 2 { 1300 } else { u32::MAX },
-            hardware: (n != 3).then_some(Bytes([2; 12])),
+            resolved: n != 3,
+            hardware: Bytes([2; 12]),
         }),
     });
     world

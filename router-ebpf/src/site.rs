@@ -90,7 +90,8 @@ pub(crate) fn router(snat: bool) -> World {
             gateway: [0; 4],
             link: if to_peer { TUN } else { NIC },
             mtu: 1500,
-            hardware: (!to_peer).then_some(Bytes([6; 12])),
+            resolved: !to_peer,
+            hardware: Bytes([6; 12]),
         })
     });
     world

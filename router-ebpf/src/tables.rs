@@ -100,9 +100,11 @@ pub struct Hop {
     pub gateway: [u8; 4],
     /// MTU of the path in bytes, `u32::MAX` where the kernel does not tell.
     pub mtu: u32,
-    /// Destination, then source hardware address; `None` while the neighbour is not known, and
-    /// toward the TUN device.
-    pub hardware: Option<Bytes<12>>,
+    /// Whether the neighbour's hardware address is known; never so toward the TUN device. Not an `Option`: of
+    /// one that is none, LLVM reads what nobody wrote, and Linux 5.10 refuses the program.
+    pub resolved: bool,
+    /// Destination, then source hardware address, if `resolved`.
+    pub hardware: Bytes<12>,
 }
 
 /// The verdict of a return code of `bpf_fib_lookup` (`BPF_FIB_LKUP_RET_*` in linux/bpf.h) that is

@@ -215,7 +215,8 @@ impl Tables for Maps<'_> {
             link: answer.link,
             gateway: answer.gateway,
             mtu,
-            hardware: (code == FIB_SUCCESS).then_some(answer.hardware),
+            resolved: code == FIB_SUCCESS,
+            hardware: answer.hardware,
         })
     }
 }

@@ -50,7 +50,8 @@ fn answer(world: &mut World, mtu: u32) {
             gateway: [0; 4],
             link: if to_peer { TUN } else { NIC },
             mtu: if to_peer { u32::MAX } else { mtu },
-            hardware: (!to_peer).then_some(Bytes(MAC)),
+            resolved: !to_peer,
+            hardware: Bytes(MAC),
         })
     });
 }
@@ -170,7 +171,8 @@ fn both_directions_agree_on_the_interfaces() {
                 gateway: [0; 4],
                 link,
                 mtu: 1500,
-                hardware: Some(Bytes(MAC)),
+                resolved: true,
+                hardware: Bytes(MAC),
             })
         })
     };
@@ -213,11 +215,12 @@ fn what_may_be_cut_is_translated_before_the_kernel_cuts_it() {
             if flags == 0 && len > 1280 {
                 return Err(Verdict::SlowMtu);
             }
-            let (link, mtu, hardware) = (NIC, if flags == 0 { 0 } else { 1280 }, Some(Bytes(MAC)));
+            let (link, mtu, hardware) = (NIC, if flags == 0 { 0 } else { 1280 }, Bytes(MAC));
             Ok(Hop {
                 gateway: [0; 4],
                 link,
                 mtu,
+                resolved: true,
                 hardware,
             })
         });

@@ -103,6 +103,7 @@ mod tests {
     use super::*;
     use crate::abi::Prefix;
     use crate::craft::Ip;
+    use crate::frame::Bytes;
     use crate::site::{FAMILIES, NIC, V4, address, ip, router, up};
     use crate::world::World;
 
@@ -155,7 +156,8 @@ mod tests {
                 gateway,
                 link: NIC,
                 mtu: 1500,
-                hardware: None,
+                resolved: false,
+                hardware: Bytes([0; 12]),
             })
         });
         let out = up(&mut world, &Ip::udp(peer, server, 5)).unwrap();

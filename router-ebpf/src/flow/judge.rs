@@ -82,8 +82,8 @@ pub fn judge<T: Tables>(
     })?;
     entry.set_link(hop.link);
     entry.set_mtu(path_mtu(hop.mtu.min(route.mtu()), link, settings));
-    if let Some(hardware) = hop.hardware {
-        entry.set_hardware(&hardware);
+    if hop.resolved {
+        entry.set_hardware(&hop.hardware);
         entry.set_generation(generation);
     }
     Ok(())

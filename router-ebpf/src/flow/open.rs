@@ -104,8 +104,8 @@ pub fn draft<T: Tables>(
             overlay.mtu = path_mtu(hop.mtu.min(route.mtu()), link, settings);
             // Without it the flow is opened all the same: the answer to what the kernel carries then
             // comes by this table.
-            if let Some(hardware) = hop.hardware {
-                overlay.hardware = hardware.0;
+            if hop.resolved {
+                overlay.hardware = hop.hardware.0;
                 overlay.generation = generation;
             }
             subnet.address = tuple.source.octets;

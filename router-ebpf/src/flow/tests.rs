@@ -239,11 +239,12 @@ fn the_answer_to_what_the_kernel_carried_needs_no_rule_either() {
     world.settings.bank = 1;
     world.rules = Box::new(move |tuple| (tuple.source == address(peer)).then_some(0));
     world.routing = Box::new(|_, _| {
-        let (link, mtu, hardware) = (NIC, u32::MAX, None);
+        let (link, mtu, hardware) = (NIC, u32::MAX, Bytes([0; 12]));
         Ok(Hop {
             gateway: [0; 4],
             link,
             mtu,
+            resolved: false,
             hardware,
         })
     });
@@ -264,17 +265,18 @@ fn the_next_hop_is_found_once_a_generation() {
         world.run(Side::Overlay, &mut memory).1.unwrap()
     };
     assert_eq!(run(&mut world).hardware, [6; 12]);
-    let moved = |hardware| -> crate::world::Routing {
+    let moved = |to: Option<[u8; 12]>| -> crate::world::Routing {
         Box::new(move |_, _| {
             Ok(Hop {
                 gateway: [0; 4],
                 link: NIC,
                 mtu: 1500,
-                hardware,
+                resolved: to.is_some(),
+                hardware: Bytes(to.unwrap_or_default()),
             })
         })
     };
-    world.routing = moved(Some(Bytes([8; 12])));
+    world.routing = moved(Some([8; 12]));
     assert_eq!(run(&mut world).hardware, [6; 12]);
     world.settings.generation += 1;
     assert_eq!(run(&mut world).hardware, [8; 12]);
@@ -285,7 +287,7 @@ fn the_next_hop_is_found_once_a_generation() {
         let forward = run(&mut world);
         assert_eq!((forward.exit, forward.link), (Exit::Neighbour, NIC));
     }
-    world.routing = moved(Some(Bytes([9; 12])));
+    world.routing = moved(Some([9; 12]));
     let forward = run(&mut world);
     assert_eq!((forward.exit, forward.hardware), (Exit::Ethernet, [9; 12]));
 }
@@ -304,7 +306,8 @@ fn a_flow_whose_way_is_elsewhere_keeps_its_translation_or_waits() {
                 gateway: [0; 4],
                 link: NIC + 1,
                 mtu: 1500,
-                hardware: Some(Bytes([8; 12])),
+                resolved: true,
+                hardware: Bytes([8; 12]),
             })
         });
         world.settings.generation += 1;

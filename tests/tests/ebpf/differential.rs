@@ -174,7 +174,8 @@ fn next_hop(
             Some(mtu) if has_fib_mtu() => mtu.into(),
             _ => u32::MAX,
         },
-        hardware: mtu.map(|_| Bytes(hardware)),
+        resolved: mtu.is_some(),
+        hardware: Bytes(hardware),
     };
     // Of IPv6 the first address of a network is every router's (RFC 4291, section 2.6.1).
     let own = [Some(ROUTER), (family == Family::V6).then_some(0)];
