@@ -1,5 +1,5 @@
 //! Writes of small packets to a TUN device: one system call for each, or io_uring. What the engine's
-//! choice rests on (ARCHITECTURE.md).
+//! choice rests on (docs/findings.md).
 //!
 //! As root, in a namespace of its own: `cargo bench -p benches --bench tun_write`.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]

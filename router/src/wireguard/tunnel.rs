@@ -1,8 +1,8 @@
 //! The session with one peer, by boringtun.
 //!
 //! boringtun does the Noise protocol and the data messages. All timers are ours, for its own read a
-//! clock that callers cannot give, and count from the wrong packets (ARCHITECTURE.md, "What was
-//! found"). What else it leaves out is done here too: low-order ephemeral keys,
+//! clock that callers cannot give, and count from the wrong packets (docs/findings.md). What else it
+//! leaves out is done here too: low-order ephemeral keys,
 //! REJECT_AFTER_MESSAGES, the moment at which a handshake counts as completed, byte counts as
 //! `wg show` has them. Packets are never queued in boringtun: callers ask [`Tunnel::ready`] first,
 //! and stage them.
