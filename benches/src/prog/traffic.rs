@@ -12,7 +12,7 @@ use crate::packet::{self, Segment, TTL, ip_header, pseudo_sum};
 
 /// The first of the ports that flows come from, and how many there are. All are kept when the
 /// source is translated.
-const PORTS: (u16, u32) = (1024, 50_000);
+const PORTS: (u16, u32) = (1024, 30_000);
 /// The first of the ports that flows go to.
 pub(super) const SERVICE: u16 = 443;
 /// MSS that a SYN announces: as on a jumbo link.
