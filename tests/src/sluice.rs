@@ -345,10 +345,12 @@ impl Sluice {
             .sum())
     }
 
-    /// One of the engine's counters; 0 if it has none of that name.
+    /// One of the engine's counters.
     pub fn engine_counter(&self, name: &str) -> anyhow::Result<u64> {
         let status = self.status()?;
-        Ok(status["engine"]["counters"][name].as_u64().unwrap_or(0))
+        status["engine"]["counters"][name]
+            .as_u64()
+            .with_context(|| format!("the engine has no counter {name}"))
     }
 
     /// The metrics in Prometheus' text format.

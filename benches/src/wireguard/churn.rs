@@ -30,16 +30,8 @@ impl Case for Churn {
     }
 
     fn run(&mut self, round: Round) -> Result<Outcome, Failure> {
-        let mut slot = self.bed.bed.borrow_mut();
-        let bed = match slot.take() {
-            Some(bed) => bed,
-            None => self.bed.build()?,
-        };
-        let outcome = self.measure(&bed, round);
-        if !matches!(outcome, Err(Failure::Broken(_))) {
-            *slot = Some(bed);
-        }
-        Ok(outcome?.into())
+        let measured = self.bed.with(|bed| self.measure(bed, round))?;
+        Ok(measured.into())
     }
 }
 

@@ -331,6 +331,20 @@ impl Lazy {
             self.peers,
         )
     }
+
+    /// Measures on the bed, which stays unless something broke.
+    fn with<T>(&self, measure: impl FnOnce(&Bed) -> Result<T, Failure>) -> Result<T, Failure> {
+        let mut slot = self.bed.borrow_mut();
+        let bed = match slot.take() {
+            Some(bed) => bed,
+            None => self.build()?,
+        };
+        let outcome = measure(&bed);
+        if !matches!(outcome, Err(Failure::Broken(_))) {
+            *slot = Some(bed);
+        }
+        outcome
+    }
 }
 
 struct BedCase {
@@ -345,16 +359,8 @@ impl Case for BedCase {
     }
 
     fn run(&mut self, round: Round) -> Result<Outcome, Failure> {
-        let mut slot = self.bed.bed.borrow_mut();
-        let bed = match slot.take() {
-            Some(bed) => bed,
-            None => self.bed.build()?,
-        };
-        let outcome = self.measure(&bed, round);
-        if !matches!(outcome, Err(Failure::Broken(_))) {
-            *slot = Some(bed);
-        }
-        Ok(outcome?.into())
+        let measured = self.bed.with(|bed| self.measure(bed, round))?;
+        Ok(measured.into())
     }
 }
 

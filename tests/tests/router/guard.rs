@@ -79,7 +79,7 @@ fn forged_datagrams_end_at_the_guard(arms: Arms, datapath: &'static str) {
 
         let by_engine = || -> anyhow::Result<[u64; 2]> {
             Ok([
-                sluice.engine_counter("drop_malformed")?,
+                sluice.engine_counter("drop_other")?,
                 sluice.engine_counter("drop_index")?,
             ])
         };
