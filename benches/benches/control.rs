@@ -180,6 +180,7 @@ fn change_peers(c: &mut Criterion) {
             others: Vec::new(),
             keepalive: None,
             roaming: true,
+            masquerade: Vec::new(),
         }
     };
     let mut group = c.benchmark_group("engine/change");

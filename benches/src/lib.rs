@@ -14,6 +14,7 @@ pub mod host;
 pub mod mtu;
 pub mod packet;
 mod prog;
+mod relay;
 pub mod report;
 pub mod run;
 pub mod scale;
@@ -29,6 +30,7 @@ pub const SUITES: &[case::SuiteEntry] = &[
     clear::ENTRY,
     wireguard::ENTRY,
     wireguard::junk::ENTRY,
+    relay::ENTRY,
     mtu::ENTRY,
     scale::ENTRY,
 ];

@@ -27,7 +27,7 @@ pub use flows::*;
 pub use settled::*;
 
 /// Version of everything in this module.
-pub const ABI_VERSION: u32 = 12;
+pub const ABI_VERSION: u32 = 14;
 
 /// Section of the object that holds its [`ABI_VERSION`], in the object's byte order.
 pub const ABI_SECTION: &str = "sluice.abi";
@@ -271,7 +271,7 @@ impl WayPrefix {
 pub struct Settings {
     /// [`ABI_VERSION`] of the writer.
     pub abi_version: u32,
-    /// [`Settings::FIB_MTU`], [`Settings::REJECT`] and what of both directions is open.
+    /// [`Settings::FIB_MTU`], [`Settings::REJECT`], [`Settings::DRAINING`] and what of both directions is open.
     pub flags: u32,
     /// Interface index of the TUN device.
     pub tun: u32,
@@ -301,6 +301,8 @@ impl Settings {
     pub const OPEN_FROM_OVERLAY: u32 = 1 << 2;
     /// Flag: the same of flows that the subnet side opens.
     pub const OPEN_TO_OVERLAY: u32 = 1 << 3;
+    /// Flag: flows go on, and no new ones are opened.
+    pub const DRAINING: u32 = 1 << 4;
 
     /// Whether no rule is about a flow whose source is of `class` ([`BY_ADDRESS`]: that the
     /// subnet side opens).

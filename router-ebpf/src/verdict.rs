@@ -62,7 +62,7 @@ verdicts! {
     SlowStackRoute Slow "slow_stack_route" "The route is marked for the kernel stack.";
     SlowSnat Slow "slow_snat" "The kernel translates the sources of this route: the link has no external address of the family.";
     SlowNoFlow Slow "slow_no_flow" "In the middle of a TCP connection, or an ICMP error about a packet, of no flow here; the kernel may know it.";
-    SlowScope Slow "slow_scope" "Multicast, broadcast, loopback or link-local address.";
+    SlowScope Slow "slow_scope" "Multicast, broadcast or loopback address, or a link-local one of the subnet side.";
     SlowFragment Slow "slow_fragment" "A fragment.";
     SlowOptions Slow "slow_options" "IPv4 options or an IPv6 extension header.";
     SlowProtocol Slow "slow_protocol" "Neither TCP, UDP nor ICMP.";
@@ -74,8 +74,10 @@ verdicts! {
     SlowOtherLink Slow "slow_other_link" "The kernel's route leads to an interface that the programs are not attached to.";
     SlowFib Slow "slow_fib" "The kernel's routing refuses it or needs more than a header: forwarding off, blackhole, prohibit, encapsulation.";
     DropSpoofed Drop "drop_spoofed" "From the tunnel, with a source that is no peer's, or an ICMP error about another peer's packet.";
+    DropLinkLocal Drop "drop_link_local" "From the tunnel, to or from a link-local address or a cloud's metadata service, which nobody reaches through this router.";
     DropMalformed Drop "drop_malformed" "From the tunnel, and not a whole IP packet.";
     DropPolicy Drop "drop_policy" "Of a flow that no rule of the policy allows.";
+    DropDraining Drop "drop_draining" "A new flow, and the router drains: another one is to carry it.";
     DropSourceLimit Drop "drop_source_limit" "A new flow of a peer, or of the subnet side, that has as many as it may.";
     DropTableFull Drop "drop_table_full" "A new flow, and the flow table is full.";
     DropNatExhausted Drop "drop_nat_exhausted" "A new flow, and no port is free to translate it to; or one whose port the router itself has got.";
@@ -95,7 +97,9 @@ impl Verdict {
         matches!(
             self,
             Self::DropSpoofed
+                | Self::DropLinkLocal
                 | Self::DropPolicy
+                | Self::DropDraining
                 | Self::DropSourceLimit
                 | Self::DropTableFull
                 | Self::DropNatExhausted

@@ -3,8 +3,11 @@
 //! One thread, one loop: signals, the control source, changes of the network, DNS answers, questions
 //! from the API and the core's own deadlines. Packets never pass here.
 
+mod cloud;
+mod commands;
 mod denied;
 mod doors;
+mod drained;
 mod ending;
 mod error;
 mod facts;
@@ -12,40 +15,49 @@ mod families;
 mod fastpath;
 mod foreign;
 mod guard;
+mod inside;
+mod life;
 mod lock;
 mod machine;
+mod memory;
 mod network;
 mod notify;
 mod nowhere;
 mod resolver;
 mod sources;
 mod status;
+mod tailnet;
 mod told;
 mod uapi;
 mod underlay;
 mod whereabouts;
 
 use std::future::pending;
-use std::path::Path;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::sleep_until;
 
+use self::cloud::Cloud;
 use self::denied::DeniedLog;
 use self::doors::Doors;
 use self::ending::Ending;
 pub use self::error::Error;
 use self::fastpath::choose_datapath;
 use self::guard::UplinkGuard;
+use self::life::Course;
 pub use self::lock::LockError;
 use self::lock::RouterLock;
 use self::machine::{Machine, Wanted};
 use self::network::Network;
 use self::resolver::Resolver;
-use self::sources::{Sources, check};
+use self::sources::{Ruler, Sources, check};
+use self::tailnet::Tailnet;
 use self::told::Told;
 pub use self::underlay::try_mtu;
+use crate::cloud::detect;
 use crate::config;
 use crate::control::file::FileSource;
 use crate::core::{Action, Core, Part, tunnel_mtu};
@@ -55,10 +67,44 @@ use crate::engine::{self, Engine};
 use crate::netlink::Netlink;
 use crate::netlink::sysctl::Sysctls;
 
-/// Runs the daemon with the configuration at `config` until it is told to stop.
-pub fn run(config: &Path) -> Result<(), Error> {
+/// Who says the settings of a daemon.
+#[derive(Debug)]
+pub enum Settings {
+    /// The configuration file at this path, which is watched.
+    File(PathBuf),
+    /// The environment.
+    Environment(Box<config::Environment>),
+    /// Commands: `sluice up` and the like; what they have said is kept in this state directory.
+    Commands(PathBuf),
+}
+
+impl Settings {
+    /// What they say now, and who goes on saying.
+    fn read(self) -> Result<(Ruler, config::Config), Error> {
+        match self {
+            Self::File(path) => {
+                let file = FileSource::new(&path);
+                Ok((Ruler::File(Box::new(file)), config::load(&path)?))
+            }
+            Self::Environment(environment) => Ok((Ruler::Environment, environment.config)),
+            Self::Commands(state_dir) => {
+                let preferences = config::Preferences::load(&state_dir)?;
+                let config = preferences.config(&state_dir)?;
+                let ruler = Ruler::Commands {
+                    state_dir,
+                    preferences: Box::new(preferences),
+                };
+                Ok((ruler, config))
+            }
+        }
+    }
+}
+
+/// Runs the daemon with these settings until it is told to stop.
+pub fn run(settings: Settings) -> Result<(), Error> {
+    memory::prepare();
     runtime()?.block_on(async {
-        let mut daemon = Daemon::start(config).await?;
+        let mut daemon = Daemon::start(settings).await?;
         let outcome = daemon.serve().await;
         notify::notify("STOPPING=1");
         match outcome {
@@ -80,7 +126,8 @@ fn runtime() -> Result<tokio::runtime::Runtime, Error> {
 }
 
 /// Whether the effective capability set holds CAP_NET_ADMIN (bit 12, capability.h).
-fn has_net_admin() -> bool {
+/// Whether this process has the capability that nothing goes without.
+pub(crate) fn has_net_admin() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     effective
@@ -100,6 +147,9 @@ struct Daemon {
     machine: Machine,
     resolver: Resolver,
     doors: Doors,
+    tailnet: Option<Tailnet>,
+    life: Course,
+    cloud: Cloud,
     told: Told,
     started: Instant,
     ready: bool,
@@ -108,14 +158,15 @@ struct Daemon {
 }
 
 impl Daemon {
-    async fn start(path: &Path) -> Result<Self, Error> {
+    async fn start(settings: Settings) -> Result<Self, Error> {
         let started = Instant::now();
-        let file = FileSource::new(path);
-        let config = config::load(path)?;
+        let (ruler, config) = settings.read()?;
         if !has_net_admin() {
             return Err(Error::Rights);
         }
-        let sources = Sources::new(file, config);
+        let mut sources = Sources::new(ruler, config);
+        // What the last map says is in force before the server has answered.
+        let opened = Tailnet::open(&mut sources, detect::instance_id().as_deref())?;
         let local = &sources.local;
         let lock = RouterLock::take(&local.device)?;
         let (netlink, mut changes) = Netlink::connect()?;
@@ -125,6 +176,8 @@ impl Daemon {
         let facts = facts::gather(&netlink, sources.state(), None).await?;
         check(&sources.config, &facts)?;
 
+        let cloud = Cloud::start(&sources, &lock.networks())?;
+        let local = &sources.local;
         let (mut ebpf, datapath_reason) = choose_datapath(local)?;
         let mut doors = Doors::open(local)?;
         let engine = Engine::start(
@@ -136,7 +189,7 @@ impl Daemon {
                 workers: local.workers,
                 offloads: local.offloads,
             },
-            &sources.config.identity.private_key,
+            sources.private_key().ok_or(Error::NoKey)?,
         )?;
         // Not earlier: after a failed start the next one still finds them.
         let whereabouts = whereabouts::take(&lock.whereabouts());
@@ -152,7 +205,7 @@ impl Daemon {
             kernel: Kernel::new(&local.device),
             netlink,
             sysctls,
-            engine,
+            engine: Arc::new(engine),
             tun,
             denied: DeniedLog::of(ebpf.as_mut()),
             ebpf,
@@ -161,8 +214,12 @@ impl Daemon {
             marks: local.marks,
             guard,
             whereabouts,
+            renamed: Vec::new(),
+            dropping: Default::default(),
             skipped: Default::default(),
         };
+        let patience = sources.local.patience;
+        let drained = drained::read(&lock.drained());
         let mut daemon = Self {
             sources,
             network: Network::new(changes, facts, started),
@@ -170,11 +227,19 @@ impl Daemon {
             machine,
             resolver: Resolver::default(),
             doors,
+            tailnet: None,
+            life: Course::new(patience, drained),
+            cloud,
             told: Told::default(),
             started,
             ready: false,
             lock,
         };
+        cloud::tell_user_data(&daemon.sources.config);
+        daemon.await_cloud().await;
+        if let Some((opened, _)) = opened {
+            daemon.join_soon(opened)?;
+        }
         daemon.announce();
         let state = daemon.sources.state();
         let all = state.peers.iter().map(|peer| &peer.public_key);
@@ -206,12 +271,12 @@ impl Daemon {
         let mut successor = listen(SignalKind::user_defined1(), "listen for SIGUSR1")?;
         loop {
             self.act().await;
+            if self.live().await == Some(Ending::Stop) {
+                return Ok(Ending::Stop);
+            }
             let deadline = self.next_deadline();
             tokio::select! {
-                name = either(&mut terminate, &mut interrupt) => {
-                    tracing::info!("stopping on {name}");
-                    return Ok(Ending::Stop);
-                }
+                name = either(&mut terminate, &mut interrupt) => self.life.tell_to_stop(name),
                 _ = successor.recv() => {
                     tracing::info!("leaving on SIGUSR1 what the next daemon takes over");
                     return Ok(Ending::HandOver);
@@ -225,8 +290,11 @@ impl Daemon {
                 },
                 moved = self.resolver.moved() => self.core.touch_peers(moved),
                 asked = self.doors.asked() => self.answer(asked).await,
+                () = self.life.counted() => {}
+                event = self.cloud.next() => self.hear_cloud(event),
                 failure = self.machine.engine.failed() => return Err(Error::EngineFailed(failure)),
-                () = denied::follow(&mut self.machine.denied) => {}
+                denied = denied::follow(&mut self.machine.denied) => self.tell_refused(&denied),
+                message = inside::next(&mut self.tailnet) => self.hear_inside(&message),
                 disturbed = self.machine.kernel.disturbed() => if disturbed {
                     self.core.invalidate(Part::Datapath);
                 },
@@ -245,8 +313,9 @@ impl Daemon {
             }
         };
         tell("RELOADING=1");
-        let said = self.sources.read_file();
-        self.hear(said).await;
+        if let Some(said) = self.sources.read_file() {
+            self.hear(said).await;
+        }
         self.act().await;
         tell("READY=1");
     }
@@ -255,16 +324,19 @@ impl Daemon {
     async fn act(&mut self) {
         let now = Instant::now();
         self.look_at_network(now).await;
+        self.join_named(now);
         if self.machine.kernel.due().is_some_and(|due| due <= now) {
             self.machine.kernel.tend(now);
         }
         self.resolver.ask(now);
-        let mut foreign = Vec::new();
+        let (mut foreign, mut ways, mut large) = (Vec::new(), false, false);
         while let Some(action) = self.core.poll_action(Instant::now()) {
             let Some(plan) = self.core.wanted() else {
                 break;
             };
             let part = action.part();
+            ways |= matches!(part, Part::Routes(_) | Part::Rules(_));
+            large |= matches!(action, Action::Datapath { .. } | Action::Peers { .. });
             let had_programs = self.machine.ebpf.is_some();
             let wanted = Wanted {
                 plan,
@@ -286,16 +358,28 @@ impl Daemon {
                 Action::PeersChanged { keys, .. } => self.look_at_ways(keys).await,
                 _ => {}
             }
+            if outcome.is_ok() {
+                self.tell_paths_applied(&action);
+            }
             foreign.extend(self.core.handle_done(action, outcome, Instant::now()));
             if had_programs && self.machine.ebpf.is_none() {
                 self.replan();
             }
         }
         foreign::tell(&self.machine.tun.name, &foreign);
+        if ways {
+            self.tell_in_the_way();
+        }
+        if let Some(since) = self.told.heard.take() {
+            tracing::debug!(took = ?since.elapsed(), "an update of a control source is in force");
+        }
         if !self.ready && self.core.ready() {
             self.ready = true;
             tracing::info!(after_ms = self.started.elapsed().as_millis(), "ready");
             notify::notify("READY=1");
+        }
+        if large {
+            memory::give_back();
         }
     }
 
@@ -305,6 +389,8 @@ impl Daemon {
             self.resolver.names.poll_timeout(),
             self.network.due(self.machine.ebpf.is_some()),
             self.machine.kernel.due(),
+            self.life.due(),
+            self.cloud.due(),
         ]
         .into_iter()
         .flatten()
@@ -319,6 +405,7 @@ impl Daemon {
         plan.datapath
             .local_ports
             .clone_from(&self.network.local_ports);
+        plan.datapath.draining = self.life.has_withdrawn();
         if self.machine.ebpf.is_none() {
             plan.datapath.external.clear();
             plan.datapath.handed_over = None;
@@ -328,6 +415,7 @@ impl Daemon {
         self.tell(&plan);
         self.core.want(plan, key);
         self.guard_uplink();
+        self.tell_paths_local();
     }
 }
 

@@ -21,6 +21,8 @@ const INITIATION: usize = 148;
 const SIGNED: usize = 116;
 /// Bytes of a forged data message: one of a small packet.
 const DATA: usize = 96;
+/// What disco begins with.
+const DISCO: [u8; 6] = *b"TS\xf0\x9f\x92\xac";
 /// Messages made in advance; they go round.
 const FORGED: usize = 4096;
 /// Datagrams of one call.
@@ -38,6 +40,8 @@ pub enum Forgery {
     Data,
     /// Datagrams of every first byte and many lengths, short ones too, that are no WireGuard messages.
     Junk,
+    /// Datagrams that begin as disco does, from a key that nobody knows.
+    Disco,
 }
 
 /// What a flood is made of.
@@ -152,6 +156,7 @@ impl Messages {
             Forgery::Initiations { .. } => (1, INITIATION),
             Forgery::Data => (4, DATA),
             Forgery::Junk => (at as u8, 1 + at / 256 * 16),
+            Forgery::Disco => (DISCO[0], DATA),
         };
         let mut random = 0x9e37_79b9_7f4a_7c15;
         let (first, count) = flood.sources;
@@ -188,6 +193,9 @@ impl Messages {
                     let mut message = forge(&mut random, kind, length);
                     if let (Forgery::Junk, Some(reserved)) = (&flood.forgery, message.get_mut(1)) {
                         *reserved = 1;
+                    }
+                    if matches!(flood.forgery, Forgery::Disco) {
+                        message[..DISCO.len()].copy_from_slice(&DISCO);
                     }
                     key.as_deref()
                         .map_or(Ok(()), |key| sign(&mut message, key))?;

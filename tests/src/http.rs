@@ -105,6 +105,66 @@ fn talk(
     Ok(body)
 }
 
+/// A request, for servers of their own.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// As `GET`.
+    pub method: String,
+    /// With what is behind a question mark.
+    pub path: String,
+    /// Names in lower case.
+    pub headers: Vec<(String, String)>,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+impl Request {
+    /// Reads one.
+    pub fn read(stream: &TcpStream) -> anyhow::Result<Self> {
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        stream.set_write_timeout(Some(TIMEOUT))?;
+        let mut reader = BufReader::new(stream);
+        let mut first = String::new();
+        reader.read_line(&mut first)?;
+        let mut words = first.split_whitespace().map(str::to_owned);
+        let (method, path) = (words.next(), words.next());
+        let mut headers = Vec::new();
+        loop {
+            let mut line = String::new();
+            ensure!(reader.read_line(&mut line)? > 0, "cut off in the head");
+            let Some((name, value)) = line.trim_end().split_once(':') else {
+                break;
+            };
+            headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
+        }
+        let mut request = Self {
+            method: method.context("no method")?,
+            path: path.context("no path")?,
+            headers,
+            body: Vec::new(),
+        };
+        let length = request.header("content-length").unwrap_or("0").parse()?;
+        request.body = read_body(&mut reader, length)?;
+        Ok(request)
+    }
+
+    /// The value of a header.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let found = self.headers.iter().find(|(known, _)| known == name);
+        found.map(|(_, value)| value.as_str())
+    }
+}
+
+/// Answers a request, and ends the connection. `status` is as `200 OK`.
+pub fn answer(mut stream: &TcpStream, status: &str, body: &[u8]) -> io::Result<()> {
+    let head = format!(
+        "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes())?;
+    stream.write_all(body)
+}
+
 /// Answers one request.
 pub(crate) fn serve(stream: TcpStream) -> anyhow::Result<()> {
     stream.set_read_timeout(Some(TIMEOUT))?;
@@ -129,14 +189,7 @@ pub(crate) fn serve(stream: TcpStream) -> anyhow::Result<()> {
         }
         _ => ("400 Bad Request", Vec::new()),
     };
-    let mut stream = stream;
-    let head = format!(
-        "HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(&body)?;
-    Ok(())
+    Ok(answer(&stream, status, &body)?)
 }
 
 /// The first line, and the length of the body that follows the head.

@@ -15,6 +15,8 @@ pub enum Need {
     Demo,
     /// The tests that boot other kernels.
     Kernels,
+    /// The tests of images.
+    Images,
 }
 
 /// A program and where it comes from.
@@ -52,6 +54,14 @@ const fn kernels(program: &'static str, package: &'static str) -> Requirement {
     }
 }
 
+const fn images(program: &'static str, package: &'static str) -> Requirement {
+    Requirement {
+        program,
+        package,
+        need: Need::Images,
+    }
+}
+
 /// All of them.
 pub const REQUIREMENTS: &[Requirement] = &[
     tests("ip", "iproute2"),
@@ -75,20 +85,37 @@ pub const REQUIREMENTS: &[Requirement] = &[
     kernels("qemu-system-x86_64", "qemu-system-x86"),
     kernels("busybox", "busybox-static"),
     kernels("strip", "binutils"),
+    // Runs the container image without an engine.
+    kernels("crun", "crun"),
+    images("lxc-start", "lxc"),
+    images("lxc-attach", "lxc"),
+    images("lxc-stop", "lxc"),
+    images("lxc-usernsexec", "lxc"),
+    images("zstd", "zstd"),
+    // A container may get its address by DHCP.
+    images("dnsmasq", "dnsmasq-base"),
+    images("shellcheck", "shellcheck"),
+    // Boot disks, and give their guests addresses.
+    images("qemu-system-x86_64", "qemu-system-x86"),
+    images("qemu-system-aarch64", "qemu-system-arm"),
+    images("busybox", "busybox-static"),
 ];
 
 /// Programs that no Debian or Ubuntu system is without.
 const ESSENTIAL: &[&str] = &[
     "cat",
+    "cp",
     "id",
     "kill",
     "ldd",
+    "mknod",
     "mount",
     "nsenter",
     "setpriv",
     "sh",
     "sha256sum",
     "sleep",
+    "tar",
     "true",
     "unshare",
 ];

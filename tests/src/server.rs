@@ -29,7 +29,17 @@ enum Socket {
 impl Host {
     /// An HTTP server on all addresses of both families; [`http`] tells what it serves.
     pub fn http_server(&self, port: u16) -> anyhow::Result<Server> {
-        let listener = self.tcp_listener(any(port))?;
+        // A client that goes away is no concern of the server's: the client's side reports.
+        self.tcp_server(any(port), |stream| _ = http::serve(stream))
+    }
+
+    /// A server that has `serve` take each connection, on a thread of its own.
+    pub fn tcp_server(
+        &self,
+        address: SocketAddr,
+        serve: impl Fn(TcpStream) + Send + Sync + 'static,
+    ) -> anyhow::Result<Server> {
+        let listener = self.tcp_listener(address)?;
         let stop = Arc::new(AtomicBool::new(false));
         let connections = Arc::default();
         let (accepting, stopped, open) = (
@@ -37,7 +47,8 @@ impl Host {
             Arc::clone(&stop),
             Arc::clone(&connections),
         );
-        let thread = std::thread::spawn(move || accept(&accepting, &stopped, &open));
+        let serve = Arc::new(serve);
+        let thread = std::thread::spawn(move || accept(&accepting, &stopped, &open, &serve));
         Ok(Server {
             stop,
             socket: Socket::Tcp(listener),
@@ -66,7 +77,12 @@ fn any(port: u16) -> SocketAddr {
     (Ipv6Addr::UNSPECIFIED, port).into()
 }
 
-fn accept(listener: &TcpListener, stop: &AtomicBool, open: &Mutex<Vec<TcpStream>>) {
+fn accept(
+    listener: &TcpListener,
+    stop: &AtomicBool,
+    open: &Mutex<Vec<TcpStream>>,
+    serve: &Arc<impl Fn(TcpStream) + Send + Sync + 'static>,
+) {
     while !stop.load(Ordering::SeqCst) {
         let Ok((stream, _)) = listener.accept() else {
             continue;
@@ -76,10 +92,8 @@ fn accept(listener: &TcpListener, stop: &AtomicBool, open: &Mutex<Vec<TcpStream>
                 .unwrap_or_else(PoisonError::into_inner)
                 .push(handle);
         }
-        std::thread::spawn(move || {
-            // A client that goes away is no concern of the server's: the client's side reports.
-            let _ = http::serve(stream);
-        });
+        let serve = Arc::clone(serve);
+        std::thread::spawn(move || serve(stream));
     }
 }
 

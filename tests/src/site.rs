@@ -261,8 +261,23 @@ impl Client {
 
     /// Its end of a tunnel to another endpoint.
     pub fn tunnel_to(&self, router: &Keypair, endpoint: SocketAddr) -> Tunnel {
-        let [v4, v6] = self.addresses;
         let inside = OVERLAY.into_iter().chain(VPC).chain(TRANSIT);
+        self.tunnel_into(router, endpoint, inside)
+    }
+
+    /// Its end of a tunnel into which it sends what is for these networks, too.
+    pub fn tunnel_with(&self, router: &Keypair, more: &[&'static str]) -> Tunnel {
+        let inside = OVERLAY.into_iter().chain(VPC).chain(TRANSIT);
+        self.tunnel_into(router, ENDPOINT, inside.chain(more.iter().copied()))
+    }
+
+    fn tunnel_into(
+        &self,
+        router: &Keypair,
+        endpoint: SocketAddr,
+        inside: impl IntoIterator<Item = &'static str>,
+    ) -> Tunnel {
+        let [v4, v6] = self.addresses;
         Tunnel::new(&self.key)
             .address(&format!("{v4}/32"))
             .address(&format!("{v6}/128"))

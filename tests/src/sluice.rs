@@ -27,6 +27,8 @@ const STOP: Duration = Duration::from_secs(15);
 pub struct Config {
     /// The router's key.
     pub key: Keypair,
+    /// The tailnet that it joins; then key and addresses come from there.
+    pub tailnet: Option<Tailnet>,
     /// UDP port of the underlay.
     pub listen_port: u16,
     /// Tunnel addresses with their prefix length.
@@ -53,12 +55,35 @@ pub struct Config {
     pub flows: Option<u32>,
     /// Most flows of one peer; `None` for the router's own limit.
     pub flows_per_source: Option<u32>,
+    /// Seconds that flows have when it is told to stop; `None` for the router's own patience.
+    pub stop_timeout: Option<u32>,
     /// Where metrics are served over TCP.
     pub metrics: Option<SocketAddr>,
+    /// `[cloud]`: key and value in TOML.
+    pub cloud: Vec<(&'static str, String)>,
+    /// Variables of its environment.
+    pub variables: Vec<(&'static str, String)>,
     /// What it logs, as `RUST_LOG` says it.
     pub log: &'static str,
     /// The socket to which it says that it is ready (`NOTIFY_SOCKET` of sd_notify(3)).
     pub notify: Option<PathBuf>,
+}
+
+/// `[tailnet]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tailnet {
+    /// The coordination server.
+    pub control_url: String,
+    /// The auth key.
+    pub auth_key: Option<String>,
+    /// The name that it asks for.
+    pub hostname: Option<String>,
+    /// Whether others' routes are taken.
+    pub accept_routes: bool,
+    /// Whether the node goes when it ends.
+    pub ephemeral: bool,
+    /// More lines: key and value in TOML.
+    pub more: Vec<(&'static str, String)>,
 }
 
 /// A peer of the router.
@@ -99,6 +124,7 @@ impl Config {
     pub fn new() -> anyhow::Result<Self> {
         Ok(Self {
             key: Keypair::generate()?,
+            tailnet: None,
             listen_port: 51820,
             addresses: Vec::new(),
             mtu: None,
@@ -112,9 +138,24 @@ impl Config {
             workers: None,
             flows: None,
             flows_per_source: None,
+            stop_timeout: None,
             metrics: None,
+            cloud: Vec::new(),
+            variables: Vec::new(),
             log: "info,router=debug",
             notify: None,
+        })
+    }
+
+    /// A router that joins a tailnet.
+    pub fn joining(control_url: &str, auth_key: &str) -> anyhow::Result<Self> {
+        Ok(Self {
+            tailnet: Some(Tailnet {
+                control_url: control_url.to_owned(),
+                auth_key: Some(auth_key.to_owned()),
+                ..Tailnet::default()
+            }),
+            ..Self::new()?
         })
     }
 
@@ -132,13 +173,26 @@ impl Config {
         };
         let text = |text: &str| Value::from(text).to_string();
         section("", &[("name", text(name))])?;
-        let mut wireguard = vec![
-            ("private_key_file", text(&key.to_string_lossy())),
-            ("listen_port", self.listen_port.to_string()),
-            ("addresses", list(&self.addresses)),
-        ];
+        let mut wireguard = vec![("listen_port", self.listen_port.to_string())];
+        if self.tailnet.is_none() {
+            wireguard.insert(0, ("private_key_file", text(&key.to_string_lossy())));
+            wireguard.push(("addresses", list(&self.addresses)));
+        }
         wireguard.extend(self.mtu.map(|mtu| ("mtu", mtu.to_string())));
         section("[wireguard]", &wireguard)?;
+        if let Some(tailnet) = &self.tailnet {
+            let state = key.with_extension("state");
+            let mut lines = vec![
+                ("control_url", text(&tailnet.control_url)),
+                ("accept_routes", tailnet.accept_routes.to_string()),
+                ("ephemeral", tailnet.ephemeral.to_string()),
+                ("state_dir", text(&state.to_string_lossy())),
+            ];
+            lines.extend(tailnet.auth_key.iter().map(|key| ("auth_key", text(key))));
+            lines.extend(tailnet.hostname.iter().map(|name| ("hostname", text(name))));
+            lines.extend(tailnet.more.iter().cloned());
+            section("[tailnet]", &lines)?;
+        }
         for peer in &self.peers {
             section(
                 "[[peer]]",
@@ -181,6 +235,12 @@ impl Config {
         let limit = self.flows_per_source;
         datapath.extend(limit.map(|n| ("flows_per_source", n.to_string())));
         section("[datapath]", &datapath)?;
+        if let Some(seconds) = self.stop_timeout {
+            section("[drain]", &[("stop_timeout", seconds.to_string())])?;
+        }
+        if !self.cloud.is_empty() {
+            section("[cloud]", &self.cloud)?;
+        }
         section("[api]", &[("socket", text(&socket.to_string_lossy()))])?;
         if let Some(address) = self.metrics {
             section("[metrics]", &[("listen", text(&address.to_string()))])?;
@@ -196,6 +256,9 @@ pub struct Sluice {
     host: Host,
     process: Process,
     files: Files,
+    log: &'static str,
+    notify: Option<PathBuf>,
+    variables: Vec<(&'static str, String)>,
 }
 
 #[derive(Clone, Debug)]
@@ -226,8 +289,15 @@ impl Files {
     }
 }
 
+/// Whether a problem is only that somebody speaks to a peer that is not there yet.
+fn awaits_a_peer(problem: &serde_json::Value) -> bool {
+    let error = problem["error"].as_str().unwrap_or_default();
+    error.contains("(drop_no_endpoint)")
+}
+
 impl Host {
-    /// Starts the router in this host and waits until all it wants is in force.
+    /// Starts the router in this host and waits until all it wants is in force. That a peer is not there is no matter
+    /// of the router's: somebody may speak to it while the router starts.
     pub fn sluice(&self, config: &Config) -> anyhow::Result<Sluice> {
         let mut sluice = self.sluice_unsettled(config)?;
         let socket = &sluice.files.socket;
@@ -238,7 +308,9 @@ impl Host {
                 .ready(START, "the router to settle", || match status(socket) {
                     Ok(status) => {
                         last = status["problems"].to_string();
-                        last == "[]"
+                        status["problems"]
+                            .as_array()
+                            .is_some_and(|all| all.iter().all(awaits_a_peer))
                     }
                     Err(error) => {
                         last = format!("{error:#}");
@@ -253,17 +325,30 @@ impl Host {
     pub fn sluice_unsettled(&self, config: &Config) -> anyhow::Result<Sluice> {
         let files = Files::of(self);
         files.write(self, config)?;
-        let command = self.sluice_command(&["run"])?;
-        let command = command.env("RUST_LOG", config.log);
-        let command = match &config.notify {
-            Some(socket) => command.env("NOTIFY_SOCKET", socket),
-            None => command,
-        };
         Ok(Sluice {
             host: self.clone(),
-            process: self.spawn("sluice", command)?,
+            process: self.run_sluice(config.log, config.notify.as_deref(), &config.variables)?,
+            variables: config.variables.clone(),
+            log: config.log,
+            notify: config.notify.clone(),
             files,
         })
+    }
+
+    fn run_sluice(
+        &self,
+        log: &str,
+        notify: Option<&Path>,
+        variables: &[(&'static str, String)],
+    ) -> anyhow::Result<Process> {
+        let mut command = self.sluice_command(&["run"])?.env("RUST_LOG", log);
+        for (name, value) in variables {
+            command = command.env(name, value);
+        }
+        if let Some(socket) = notify {
+            command = command.env("NOTIFY_SOCKET", socket);
+        }
+        self.spawn("sluice", command)
     }
 
     /// Runs `sluice` with these words and this host's configuration file to its end; for a start
@@ -272,10 +357,50 @@ impl Host {
         self.sluice_command(words)?.output()
     }
 
+    /// Starts `sluice run` with these words and variables and no configuration file, and waits until it answers.
+    pub fn sluice_without_file(
+        &self,
+        words: &[&str],
+        variables: &[(&str, &str)],
+    ) -> anyhow::Result<Sluice> {
+        let command = self.sluice_said(words, variables)?;
+        let files = Files {
+            socket: self.folder().join("run/sluice/sluice0.sock"),
+            ..Files::of(self)
+        };
+        let mut sluice = Sluice {
+            host: self.clone(),
+            process: self.spawn("sluice", command)?,
+            files,
+            log: "info",
+            notify: None,
+            variables: Vec::new(),
+        };
+        let socket = &sluice.files.socket;
+        let process = &mut sluice.process;
+        process.ready(START, "the router to answer", || status(socket).is_ok())?;
+        Ok(sluice)
+    }
+
+    /// Runs the same to its end; for a start that must fail.
+    pub fn sluice_said_output(
+        &self,
+        words: &[&str],
+        variables: &[(&str, &str)],
+    ) -> anyhow::Result<Output> {
+        self.sluice_said(words, variables)?.output()
+    }
+
+    fn sluice_said(&self, words: &[&str], variables: &[(&str, &str)]) -> anyhow::Result<Cmd> {
+        let command = self.isolated()?.arg("run").args(words);
+        let variables = variables.iter();
+        Ok(variables.fold(command, |command, (name, value)| command.env(name, value)))
+    }
+
     /// The daemon keeps locks and journals in /run by network namespace, and a namespace's number is
     /// used again when it is gone: every lab has a /run of its own. It pins maps, which must go with
     /// the lab, whatever becomes of the daemon: every lab has a BPF file system of its own.
-    fn sluice_command(&self, words: &[&str]) -> anyhow::Result<Cmd> {
+    fn isolated(&self) -> anyhow::Result<Cmd> {
         const WITH_OWN: &str = r#"mount --bind "$0" /run && mount --bind "$1" /sys/fs/bpf &&
             shift && exec "$@""#;
         let run = self.folder().join("run");
@@ -285,10 +410,12 @@ impl Host {
             .command(isolate)
             .arg(&run)
             .arg(self.bpffs()?)
-            .arg(binary()?)
-            .args(words)
-            .arg("--config")
-            .arg(Files::of(self).config))
+            .arg(binary()?))
+    }
+
+    fn sluice_command(&self, words: &[&str]) -> anyhow::Result<Cmd> {
+        let config = Files::of(self).config;
+        Ok(self.isolated()?.args(words).arg("--config").arg(config))
     }
 }
 
@@ -307,6 +434,21 @@ impl Sluice {
             .arg(&self.files.socket)
             .args(words)
             .output()
+    }
+
+    /// Runs another command of `sluice`, which asks this router.
+    pub fn command(&self, words: &[&str]) -> anyhow::Result<Output> {
+        self.asking(words)?.output()
+    }
+
+    /// Starts one that waits for something.
+    pub fn command_in_background(&self, words: &[&str]) -> anyhow::Result<Process> {
+        self.host.spawn("command", self.asking(words)?)
+    }
+
+    fn asking(&self, words: &[&str]) -> anyhow::Result<Cmd> {
+        let command = self.host.command([binary()?]).args(words);
+        Ok(command.arg("--socket").arg(&self.files.socket))
     }
 
     /// Runs `wg` with these words beside the router, which has a /run of its own.
@@ -372,10 +514,37 @@ impl Sluice {
 
     /// Ends it by another signal that asks for an end, which must succeed.
     pub fn stop_by(mut self, signal: libc::c_int) -> anyhow::Result<()> {
-        self.process.signal(signal)?;
+        self.signal(signal)?;
+        self.ends()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&mut self, signal: libc::c_int) -> anyhow::Result<()> {
+        self.process.signal(signal)
+    }
+
+    /// Waits for its end, which it was asked for and which must succeed.
+    pub fn ends(mut self) -> anyhow::Result<()> {
         let status = self.process.wait(STOP)?;
         ensure!(status.success(), "{status}\n{}", self.log());
         ensure!(!self.files.socket.exists(), "its socket is still there");
+        Ok(())
+    }
+
+    /// Ends it by SIGUSR1 and starts the next daemon with the same file, which need not be ready yet.
+    pub fn hand_over(&mut self) -> anyhow::Result<()> {
+        self.succeed(libc::SIGUSR1)
+    }
+
+    /// The same by another signal; a crash is SIGKILL.
+    pub fn succeed(&mut self, signal: libc::c_int) -> anyhow::Result<()> {
+        self.process.signal(signal)?;
+        let status = self.process.wait(STOP)?;
+        let as_asked = status.success() || signal == libc::SIGKILL;
+        ensure!(as_asked, "{status}\n{}", self.log());
+        self.process = self
+            .host
+            .run_sluice(self.log, self.notify.as_deref(), &self.variables)?;
         Ok(())
     }
 
@@ -468,6 +637,7 @@ mod tests {
                 private: String::new(),
                 public: String::new(),
             },
+            tailnet: None,
             listen_port: 51821,
             addresses: vec!["100.64.0.1/24".to_owned(), "fd64::1/64".to_owned()],
             mtu: Some(1380),
@@ -493,7 +663,10 @@ mod tests {
             workers: Some(2),
             flows: Some(5000),
             flows_per_source: Some(100),
+            stop_timeout: Some(20),
             metrics: Some("127.0.0.1:9577".parse().unwrap()),
+            cloud: vec![("provider", "\"none\"".to_owned())],
+            variables: vec![("AWS_REGION", "eu-central-1".to_owned())],
             log: "info",
             notify: None,
         };
@@ -528,6 +701,10 @@ external_addresses = ["10.0.0.9"]
 workers = 2
 flows = 5000
 flows_per_source = 100
+[drain]
+stop_timeout = 20
+[cloud]
+provider = "none"
 [api]
 socket = "/s"
 [metrics]

@@ -12,6 +12,10 @@ use anyhow::Context;
 use crate::command::{Cmd, Process};
 use crate::netns::Netns;
 use crate::sweep;
+use crate::wait::wait_until;
+
+/// Long after the kernel has put an address in force.
+const ADDED: Duration = Duration::from_secs(10);
 
 static LABS: AtomicUsize = AtomicUsize::new(0);
 static SWEPT: Once = Once::new();
@@ -217,6 +221,19 @@ impl Host {
         self.run(std::iter::once("ip").chain(words.split_whitespace()))
     }
 
+    /// Gives an address with its length to a device that is up. One of IPv6 is added for sending at
+    /// once and for receiving by a work queue of the kernel: what is answered before that has run
+    /// would be lost.
+    pub fn add_address(&self, address: &str, device: &str) -> anyhow::Result<()> {
+        self.ip(&format!("address add {address} dev {device}"))?;
+        let bare = address.split('/').next().unwrap_or(address);
+        wait_until(ADDED, "the kernel to deliver to a new address", || {
+            let way = self.ip(&format!("route get {bare}"));
+            way.is_ok_and(|way| way.starts_with("local "))
+        })
+        .with_context(|| format!("{}: {address}", self.name))
+    }
+
     /// Adds a route of either family; `to` may be `default`, then of the family of `via`.
     pub fn route(&self, to: &str, via: &str) -> anyhow::Result<()> {
         self.ip(&format!("route add {to} via {via}")).map(drop)
@@ -258,7 +275,7 @@ impl Host {
 
     /// A TCP listener in this host.
     pub fn tcp_listener(&self, address: SocketAddr) -> anyhow::Result<TcpListener> {
-        let listener = self.enter(|| TcpListener::bind(address))?;
+        let listener = self.enter(|| crate::listen(address))?;
         listener.with_context(|| format!("{}: listen at {address}", self.name))
     }
 

@@ -36,6 +36,22 @@ pub fn poll<T>(
     }
 }
 
+/// Tries `attempt` again and again until it succeeds, at most for `timeout`; then its last error is the error.
+pub fn retry<T>(
+    timeout: Duration,
+    what: &str,
+    mut attempt: impl FnMut() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let mut last = None;
+    let outcome = poll(timeout, what, || {
+        attempt().map_err(|error| last = Some(error)).ok()
+    });
+    outcome.map_err(|waited| match last {
+        Some(error) => error.context(waited),
+        None => waited,
+    })
+}
+
 /// Waits until `condition` holds, at most for `timeout`.
 pub fn wait_until(
     timeout: Duration,

@@ -165,7 +165,7 @@ impl Host {
             .run()?;
         self.ip(&format!("link set {device} mtu {} up", tunnel.mtu))?;
         for address in &tunnel.addresses {
-            self.ip(&format!("address add {address} dev {device}"))?;
+            self.add_address(address, &device)?;
         }
         for cidr in tunnel.peers.iter().flat_map(|peer| &peer.allowed) {
             self.ip(&format!("route replace {cidr} dev {device}"))?;

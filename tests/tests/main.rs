@@ -1,7 +1,9 @@
 //! Integration tests, in one binary. Most need root: see `lab::test`.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod cloud;
 mod ebpf;
+mod images;
 mod kernels;
 mod lab_itself;
 mod netlink;

@@ -49,40 +49,95 @@ pub(crate) const PACKAGES: &[Package] = &[
         "/usr/include/stdio.h",
         CRYPTOGRAPHY,
     ),
-    package(Purpose::Ci, "musl-tools", "musl-gcc", OTHER_TARGET),
-    #[cfg(target_arch = "x86_64")]
+    package(Purpose::Packing, "musl-tools", "musl-gcc", OTHER_TARGET),
     package(
         Purpose::Ci,
+        "miniupnpd-nftables",
+        "miniupnpd",
+        "is the gateway that maps ports in the tests",
+    ),
+    #[cfg(target_arch = "x86_64")]
+    package(
+        Purpose::Packing,
         "gcc-aarch64-linux-gnu",
         "aarch64-linux-gnu-gcc",
         OTHER_TARGET,
     ),
     #[cfg(target_arch = "x86_64")]
     package(
-        Purpose::Ci,
+        Purpose::Packing,
         "libc6-dev-arm64-cross",
         "/usr/aarch64-linux-gnu/include/stdio.h",
         OTHER_TARGET,
     ),
     #[cfg(target_arch = "aarch64")]
     package(
-        Purpose::Ci,
+        Purpose::Packing,
         "gcc-x86-64-linux-gnu",
         "x86_64-linux-gnu-gcc",
         OTHER_TARGET,
     ),
     #[cfg(target_arch = "aarch64")]
     package(
-        Purpose::Ci,
+        Purpose::Packing,
         "libc6-dev-amd64-cross",
         "/usr/x86_64-linux-gnu/include/stdio.h",
         OTHER_TARGET,
     ),
     package(
-        Purpose::Kernels,
+        Purpose::Ci,
+        "lintian",
+        "lintian",
+        "checks the Debian package",
+    ),
+    package(
+        Purpose::Packing,
         "mmdebstrap",
         "mmdebstrap",
         "makes a Debian with systemd to boot",
+    ),
+    #[cfg(target_arch = "x86_64")]
+    package(
+        Purpose::Images,
+        "qemu-user-static",
+        "qemu-aarch64-static",
+        "runs the other processor's Debian while it is made",
+    ),
+    package(
+        Purpose::Images,
+        "arch-test",
+        "arch-test",
+        "tells whether the other processor's programs run",
+    ),
+    package(
+        Purpose::Images,
+        "fdisk",
+        "sfdisk",
+        "writes a disk's partition table",
+    ),
+    package(
+        Purpose::Images,
+        "mtools",
+        "mcopy",
+        "writes the partition of a disk's firmware",
+    ),
+    package(
+        Purpose::Images,
+        "ovmf",
+        "/usr/share/ovmf/OVMF.fd",
+        "is the firmware of disks under test",
+    ),
+    package(
+        Purpose::Images,
+        "qemu-efi-aarch64",
+        "/usr/share/qemu-efi-aarch64/QEMU_EFI.fd",
+        "is the firmware of arm64 disks under test",
+    ),
+    package(
+        Purpose::Images,
+        "python3-pip",
+        "pip3",
+        "brings the checks of templates",
     ),
     package(
         Purpose::Comfort,
@@ -99,7 +154,13 @@ pub(crate) fn is_here() -> bool {
 }
 
 /// Services that these packages would start with the machine. The lab starts its own.
-const SERVICES: [&str; 2] = ["nginx.service", "postgresql.service"];
+const SERVICES: [&str; 5] = [
+    "nginx.service",
+    "postgresql.service",
+    "lxc.service",
+    "lxc-net.service",
+    "lxc-monitord.service",
+];
 
 /// Installs `needed`, and of `wanted` what the distribution has. Starts no service, and leaves no
 /// service enabled and no database cluster made that was not there before.

@@ -16,7 +16,7 @@ const TELLING: &str = "udp-64-256-flows-1-peer-flood-up, sluice";
 /// Options of `bench`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Proves that every suite works and that --compare sees a router made slow on purpose, instead
+    /// Proves that every suite works and that --compare sees a router built without optimisation, instead
     /// of measuring. For CI: quick, and on a busy machine too.
     #[arg(long)]
     check: bool,
@@ -63,7 +63,10 @@ pub(crate) fn check() -> Result<()> {
     let old = format!("{before}/report.json");
     let compare = ["target/bench/after", "--compare", &old];
     let mut slower = bench(&slow, &[&telling[..], &compare].concat());
-    println!("> {}, with a router made slow", run::line(&slower));
+    println!(
+        "> {}, with a router that is not optimised",
+        run::line(&slower)
+    );
     let status = slower.status().context("run the benchmark")?;
     fs::remove_file(&slow).with_context(|| format!("remove {}", slow.display()))?;
     if status.code() != Some(WORSE) {

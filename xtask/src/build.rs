@@ -21,12 +21,10 @@ pub(crate) fn lab(names: &[&str]) -> Result<PathBuf> {
     folder()
 }
 
-/// Builds a router that is slow on purpose, under a name of its own.
+/// Builds a router that is slow, for nothing of it is optimised but its dependencies, under a name
+/// of its own.
 pub(crate) fn slow_router() -> Result<PathBuf> {
-    let mut options = bins(&["sluice"]);
-    options.extend(LAB);
-    options.extend(["--features", "router/bench-delay"]);
-    cargo_build(&options)?;
+    cargo_build(&bins(&["sluice"]))?;
     let slow = folder()?.join("sluice-slow");
     fs::copy(folder()?.join("sluice"), &slow).context("copy the slow router")?;
     Ok(slow)
@@ -38,6 +36,12 @@ pub(crate) fn shipped(names: &[&str]) -> Result<PathBuf> {
     options.push("--release");
     cargo_build(&options)?;
     Ok(folder()?.with_file_name("release"))
+}
+
+/// Builds an example as the tests are built, and returns the folder it is in.
+pub(crate) fn example(name: &str) -> Result<PathBuf> {
+    cargo_build(&["--locked", "--example", name])?;
+    Ok(folder()?.join("examples"))
 }
 
 fn bins<'a>(names: &[&'a str]) -> Vec<&'a str> {

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use crate::{bench, demo, fuzz, kernels, machine, run, setup, test};
+use crate::package::Arch;
+use crate::{bench, demo, fuzz, image, kernels, package, run, setup, tailscale, test};
 
 /// Runs the task: every step even after one has failed, so that one run shows everything; but
 /// nothing without set-up.
@@ -46,33 +47,25 @@ pub(crate) fn main() -> Result<ExitCode> {
     steps.run("licences, sources", || {
         run::show(run::cargo().args(["deny", "check", "licenses", "bans", "sources"]))
     });
-    steps.run("tests", || passed("tests", test::all(false, None)?));
+    steps.run("Tailscale's programs", tailscale::ensure);
+    steps.run_tests("tests", || test::all(false, None, true));
     steps.run("fuzz targets", || fuzz::run(None, fuzz::CI));
     steps.run("demo", || passed("the demo", demo::run(&[])?));
+    steps.run("demo, in a tailnet", || {
+        passed("the tailnet's demo", demo::run(&["tailnet".to_owned()])?)
+    });
     steps.run("benchmark works", bench::check);
-    steps.run("other kernels", || {
+    steps.run_tests("other kernels", || {
         setup::ensure(setup::KERNELS)?;
         kernels::fetch(&kernels::ALL, false)?;
-        passed("the tests on other kernels", kernels::run(None, None)?)
+        kernels::run(None, None, true)
     });
-    steps.run("static binary", || {
-        run::show(run::cargo().args([
-            "build",
-            "--package",
-            "router",
-            "--target",
-            &machine::musl_target(),
-        ]))
+    steps.run_tests("images", || {
+        setup::ensure(setup::IMAGES)?;
+        // The other processor's system takes minutes to be made and to boot.
+        image::run_tests(None, Some(Arch::own()), true)
     });
-    steps.run("other processor", || {
-        run::show(run::cargo().args([
-            "check",
-            "--package",
-            "router",
-            "--target",
-            &machine::other_target(),
-        ]))
-    });
+    steps.run("packages", package::check);
     Ok(steps.end())
 }
 
@@ -104,11 +97,16 @@ fn passed(what: &str, code: ExitCode) -> Result<()> {
 /// The steps taken so far.
 #[derive(Default)]
 struct Steps {
-    taken: Vec<(&'static str, Duration, Result<()>)>,
+    taken: Vec<(&'static str, Duration, Result<Vec<String>>)>,
 }
 
 impl Steps {
     fn run(&mut self, name: &'static str, step: impl FnOnce() -> Result<()>) {
+        self.run_tests(name, || step().map(|()| Vec::new()));
+    }
+
+    /// Takes a step that may yield what is to be looked at although it went well.
+    fn run_tests(&mut self, name: &'static str, step: impl FnOnce() -> Result<Vec<String>>) {
         println!("\n== {name}");
         let started = Instant::now();
         let result = step();
@@ -130,6 +128,15 @@ impl Steps {
         }
         let total: Duration = self.taken.iter().map(|(_, time, _)| *time).sum();
         println!("{:<20} {:>8.1}", "total", total.as_secs_f64());
+        // Once more, where who reads only the end finds it.
+        for (name, _, result) in &self.taken {
+            match result {
+                Ok(remarks) => remarks
+                    .iter()
+                    .for_each(|remark| println!("\n{name}: {remark}")),
+                Err(error) => println!("\n{name}: {error:#}"),
+            }
+        }
         if self.failed() {
             ExitCode::FAILURE
         } else {

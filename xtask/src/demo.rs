@@ -9,7 +9,7 @@ use crate::{build, machine, run, setup};
 /// Options of `demo`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Passed on to the demo: `--keep` leaves the lab up and prints commands to try by hand.
+    /// Passed on to the demo: `tailnet` shows a router in a tailnet, `--keep` leaves the lab up and prints commands to try by hand.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     rest: Vec<String>,
 }

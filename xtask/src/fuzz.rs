@@ -14,8 +14,16 @@ use anyhow::{Context, Result, bail};
 use crate::run;
 
 /// The targets: file names in `fuzz/fuzz_targets`, each with a corpus of its name.
-const TARGETS: [&str; 7] = [
-    "underlay", "inner", "programs", "config", "uapi", "import", "tailnet",
+const TARGETS: [&str; 9] = [
+    "underlay",
+    "inner",
+    "programs",
+    "config",
+    "uapi",
+    "import",
+    "tailnet",
+    "relay",
+    "user_data",
 ];
 
 /// How long all targets together run in CI.

@@ -12,7 +12,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::{build, machine, run, setup, system, test};
+use crate::{build, machine, package, run, setup, system, test};
 
 /// What the names of these tests begin with.
 pub(crate) const TESTS: &str = "kernels::";
@@ -28,6 +28,9 @@ const SUITES: [(&str, &str); 4] = [
 
 /// All releases.
 pub(crate) const ALL: [&str; 4] = [SUITES[0].0, SUITES[1].0, SUITES[2].0, SUITES[3].0];
+
+/// The keys of Debian's archives, on Debian.
+const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// The package that depends on the newest kernel.
 const NEWEST: &str = "linux-image-cloud-amd64";
@@ -78,25 +81,33 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     if args.fetch {
         return Ok(ExitCode::SUCCESS);
     }
-    run(one, args.inside.as_deref())
+    run(one, args.inside.as_deref(), false)?;
+    Ok(ExitCode::SUCCESS)
 }
 
-/// Runs the tests, two guests at a time, without set-up.
-pub(crate) fn run(release: Option<&str>, inside: Option<&str>) -> Result<ExitCode> {
+/// Runs the tests, two guests at a time, without set-up; `thorough` and what it yields as of [`test::all`].
+pub(crate) fn run(
+    release: Option<&str>,
+    inside: Option<&str>,
+    thorough: bool,
+) -> Result<Vec<String>> {
     let programs = build::lab(&["sluice"])?;
+    let packages = package::for_tests()?;
     let mut tests = run::cargo();
     tests
-        .args(["test", "--workspace", "--test", "integration"])
+        .args(["test", "--workspace"])
         .env("SLUICE_BIN", programs.join("sluice"))
-        .env("SLUICE_KERNELS", folder());
+        .env("SLUICE_KERNELS", folder())
+        .env("SLUICE_PACKAGES", packages);
     if let Some(inside) = inside {
         tests.env("SLUICE_INSIDE", inside);
     }
     let mut filters = vec![format!("{TESTS}{}", release.unwrap_or_default())];
     if let (Some(release), None) = (release, inside) {
-        filters.extend(["beside", "systemd"].map(|of| format!("{TESTS}{of}::{release}")));
+        filters
+            .extend(["beside", "package", "systemd"].map(|of| format!("{TESTS}{of}::{release}")));
     }
-    test::by_twos(&mut tests, &filters)
+    test::by_twos(&tests, &filters, thorough)
 }
 
 /// Brings the kernels of these releases. One that cannot be had is told and left out; it is an error
@@ -306,8 +317,7 @@ fn sources(known: &[(String, String)]) -> Result<String> {
 }
 
 fn source(address: &str, suite: &str) -> String {
-    let key = "/usr/share/keyrings/debian-archive-keyring.gpg";
-    format!("deb [arch=amd64 signed-by={key}] {address} {suite} main\n")
+    format!("deb [arch=amd64 signed-by={KEYS}] {address} {suite} main\n")
 }
 
 /// apt's source for the whole of a release.
@@ -316,6 +326,29 @@ pub(crate) fn whole(release: &str) -> Result<String> {
     let mut main = known.iter().filter(|(_, suite)| !suite.contains('-'));
     let (address, _) = main.next().context("apt knows no archive of Debian here")?;
     Ok(source(address, release))
+}
+
+/// apt's sources of a system that is kept up to date: the release with its updates, for any processor.
+pub(crate) fn archives(release: &str) -> Result<String> {
+    let known = known_archives()?;
+    let address = |is_security: bool| {
+        let mut found = known
+            .iter()
+            .filter(|(_, suite)| suite.ends_with("-security") == is_security);
+        found.next().map(|(address, _)| address)
+    };
+    let main = address(false).context("apt knows no archive of Debian here")?;
+    let mut text = String::new();
+    for (address, suite) in [
+        (Some(main), release.to_owned()),
+        (Some(main), format!("{release}-updates")),
+        (address(true), format!("{release}-security")),
+    ] {
+        if let Some(address) = address {
+            text += &format!("deb [signed-by={KEYS}] {address} {suite} main\n");
+        }
+    }
+    Ok(text)
 }
 
 /// The downloaded file of a package.

@@ -17,8 +17,12 @@ pub(crate) enum Purpose {
     Build,
     /// The lab: demo, integration tests, benchmarks.
     Lab,
+    /// What people install: `cargo xtask package`, and whatever runs it.
+    Packing,
     /// `cargo xtask kernels`.
     Kernels,
+    /// `cargo xtask image`.
+    Images,
     /// `cargo xtask ci`.
     Ci,
     /// Looking around by hand.
@@ -103,11 +107,11 @@ pub(crate) fn survey(toolchain: &Toolchain, purposes: &[Purpose]) -> Vec<Need> {
             mend: Mend::CargoDeny,
         },
     ];
-    needs.extend([musl_target(), other_target()].map(|target| Need {
+    needs.extend(MUSL_TARGETS.map(String::from).map(|target| Need {
         lack: absent(toolchain.has_target(&target)),
         what: target.clone(),
         why: "Rust's standard library for another target",
-        purpose: Purpose::Ci,
+        purpose: Purpose::Packing,
         mend: Mend::Target(target),
     }));
     needs.extend(REQUIREMENTS.iter().map(requirement));
@@ -116,20 +120,8 @@ pub(crate) fn survey(toolchain: &Toolchain, purposes: &[Purpose]) -> Vec<Need> {
     needs
 }
 
-/// The static target of this machine's processor.
-pub(crate) fn musl_target() -> String {
-    format!("{}-unknown-linux-musl", env::consts::ARCH)
-}
-
-/// The target of the processor that this machine has not.
-pub(crate) fn other_target() -> String {
-    let other = if env::consts::ARCH == "x86_64" {
-        "aarch64"
-    } else {
-        "x86_64"
-    };
-    format!("{other}-unknown-linux-gnu")
-}
+/// The targets of the static binaries that are packed.
+const MUSL_TARGETS: [&str; 2] = ["x86_64-unknown-linux-musl", "aarch64-unknown-linux-musl"];
 
 /// Whether this process has root's rights.
 pub(crate) fn is_root() -> bool {
@@ -174,11 +166,13 @@ fn requirement(requirement: &Requirement) -> Need {
         why: match requirement.need {
             requirements::Need::Tests => "used by the tests in namespaces and the demo",
             requirements::Need::Demo => "used by the demo",
-            requirements::Need::Kernels => "boots other kernels",
+            requirements::Need::Kernels => "boots other kernels, or runs what is packed",
+            requirements::Need::Images => "makes images, or runs them",
         },
         purpose: match requirement.need {
             requirements::Need::Tests | requirements::Need::Demo => Purpose::Lab,
             requirements::Need::Kernels => Purpose::Kernels,
+            requirements::Need::Images => Purpose::Images,
         },
         lack: absent(run::which(requirement.program).is_some()),
         mend: Mend::Package(requirement.package),

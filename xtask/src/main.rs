@@ -10,8 +10,10 @@ mod circles;
 mod demo;
 mod doctor;
 mod fuzz;
+mod image;
 mod kernels;
 mod machine;
+mod package;
 mod peers;
 mod probe;
 /// What the lab runs. Taken as a file, for the lab itself is much to compile before any task starts.
@@ -22,6 +24,7 @@ mod run;
 mod rust;
 mod setup;
 mod system;
+mod tailscale;
 mod test;
 
 use std::process::ExitCode;
@@ -52,6 +55,10 @@ enum Task {
     Kernels(kernels::Args),
     /// Measure Sluice beside its peers (needs root).
     Bench(bench::Args),
+    /// Make what people install: the Debian package, the container image.
+    Package(package::Args),
+    /// Make whole systems that are a router: the disk for EC2, the template of Proxmox containers; and test them.
+    Image(image::Args),
     /// Everything that must hold before a change lands: what `.ci/run` calls.
     Ci,
 }
@@ -65,6 +72,8 @@ fn main() -> ExitCode {
         Task::Fuzz(args) => fuzz::main(&args),
         Task::Kernels(args) => kernels::main(&args),
         Task::Bench(args) => bench::main(&args),
+        Task::Package(args) => package::main(&args),
+        Task::Image(args) => image::main(&args),
         Task::Ci => ci::main(),
     };
     match result {

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 
 use crate::machine::{self, Mend, Need, Purpose};
 use crate::rust::{self, Toolchain};
-use crate::{apt, peers};
+use crate::{apt, peers, tailscale};
 
 /// Options of `setup`.
 #[derive(clap::Args)]
@@ -21,7 +21,7 @@ pub(crate) struct Args {
     /// Also what `cargo xtask ci` needs: QEMU, mmdebstrap, other targets' compilers, cargo-deny.
     #[arg(long)]
     ci: bool,
-    /// Also the routers that `cargo xtask bench` compares with.
+    /// Also the routers that `cargo xtask bench` compares with, and Tailscale's programs for tests and demo.
     #[arg(long, conflicts_with = "check")]
     peers: bool,
 }
@@ -35,10 +35,25 @@ pub(crate) const KERNELS: &[Purpose] = &[
     Purpose::Build,
     Purpose::Lab,
     Purpose::Comfort,
+    Purpose::Packing,
     Purpose::Kernels,
 ];
+/// What `image` needs.
+pub(crate) const IMAGES: &[Purpose] = &[
+    Purpose::Build,
+    Purpose::Lab,
+    Purpose::Comfort,
+    Purpose::Packing,
+    Purpose::Images,
+];
 /// What `ci` needs.
-pub(crate) const CI: &[Purpose] = &[Purpose::Build, Purpose::Lab, Purpose::Comfort, Purpose::Ci];
+pub(crate) const CI: &[Purpose] = &[
+    Purpose::Build,
+    Purpose::Lab,
+    Purpose::Comfort,
+    Purpose::Packing,
+    Purpose::Ci,
+];
 
 /// Runs the task.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
@@ -50,6 +65,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     if !args.check {
         ensure(purposes)?;
         if args.peers {
+            tailscale::ensure()?;
             peers::run()?;
         }
         return Ok(ExitCode::SUCCESS);

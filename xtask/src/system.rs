@@ -8,9 +8,9 @@ use anyhow::{Context, Result};
 
 use crate::{kernels, run};
 
-/// The releases with a system. A binary of this machine must run on them, so none is older than what
-/// people develop on.
-const RELEASES: [&str; 1] = ["trixie"];
+/// The releases with a system: those on which the package must work, which needs nothing of theirs. Of the
+/// others' tests only trixie's run in one, for a binary of this machine may want newer libraries.
+const RELEASES: [&str; 2] = ["bookworm", "trixie"];
 
 /// What they have beside the essential packages: systemd with what it takes to find devices, and what
 /// the tests run in them.
@@ -59,11 +59,7 @@ fn build(release: &str, archive: &Path) -> Result<()> {
         archive.with_extension("conf"),
     );
     fs::write(&sources, kernels::whole(release)?).context("apt's sources")?;
-    // It has a configuration of its own: of this machine's apt it needs the way out. In a file, for a
-    // proxy may have a password.
-    let dump = run::read(run::command("apt-config").args(["dump", "Acquire"]))?;
-    let proxies = dump.lines().filter(|line| line.contains("::Proxy "));
-    fs::write(&options, proxies.collect::<Vec<_>>().join("\n")).context("apt's options")?;
+    fs::write(&options, proxies()?).context("apt's options")?;
     let mut make = run::command("mmdebstrap");
     make.args(["--variant=minbase", "--format=tar"])
         .arg(format!("--include={PACKAGES}"))
@@ -75,4 +71,12 @@ fn build(release: &str, archive: &Path) -> Result<()> {
         kernels::gone(fs::remove_file(file))?;
     }
     made
+}
+
+/// The way out, for an apt that has a configuration of its own. It belongs into a file, for a proxy may have
+/// a password.
+pub(crate) fn proxies() -> Result<String> {
+    let dump = run::read(run::command("apt-config").args(["dump", "Acquire"]))?;
+    let proxies = dump.lines().filter(|line| line.contains("::Proxy "));
+    Ok(proxies.collect::<Vec<_>>().join("\n"))
 }

@@ -97,6 +97,15 @@ pub struct Generator {
     server: UdpSocket,
 }
 
+/// When sessions began anew.
+#[derive(Clone, Copy, Debug)]
+pub struct Resumed {
+    /// The router's first message came.
+    pub first: Instant,
+    /// A message of the last of the sessions came.
+    pub last: Instant,
+}
+
 impl Generator {
     /// Shakes hands with the router for each of `peers`. `client` makes an unconnected UDP socket
     /// in the client's network namespace; `server` is bound to the target's server address in the
@@ -132,6 +141,44 @@ impl Generator {
             peers,
             target,
             server,
+        })
+    }
+
+    /// Answers the handshakes that the router begins, until a message of a new session has come to each
+    /// peer. No message is under way when this is called.
+    pub fn await_sessions(&self, patience: Duration) -> anyhow::Result<Resumed> {
+        let deadline = Instant::now() + patience;
+        let mut receiver = Receiver::new();
+        let mut tunnels = lock(&self.tunnels);
+        let mut waiting: Vec<&mut Tunnel> = tunnels.iter_mut().collect();
+        let all = waiting.len();
+        let mut first = None;
+        while !waiting.is_empty() {
+            let mut broken = None;
+            waiting.retain_mut(
+                |tunnel| match tunnel.heard_anew(&mut receiver, &mut first) {
+                    Ok(heard) => !heard,
+                    Err(error) => {
+                        broken = Some(error);
+                        true
+                    }
+                },
+            );
+            if let Some(error) = broken {
+                return Err(error);
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "{} of {all} peers had no session within {patience:?}",
+                    waiting.len()
+                );
+            }
+            std::thread::sleep(receive::PAUSE);
+        }
+        let last = Instant::now();
+        Ok(Resumed {
+            first: first.unwrap_or(last),
+            last,
         })
     }
 

@@ -16,6 +16,9 @@ pub(crate) const OVERHEAD: usize = 32;
 /// session.
 pub(crate) const SLACK: usize = 148;
 
+/// The first byte of a data message.
+const DATA: u8 = 4;
+
 /// How long an unanswered initiation waits. wireguard-go ignores initiations that follow each other
 /// within 20 ms, others answer the first with a cookie.
 const RETRY: Duration = Duration::from_millis(250);
@@ -114,6 +117,31 @@ impl Tunnel {
             }
         }
         Ok(())
+    }
+
+    /// Answers what has arrived, and tells whether a message of a session was among it. `first` becomes
+    /// when something came, if it is unknown.
+    pub(crate) fn heard_anew(
+        &mut self,
+        receiver: &mut Receiver,
+        first: &mut Option<Instant>,
+    ) -> anyhow::Result<bool> {
+        let mut heard = false;
+        while receiver
+            .receive(&self.socket)
+            .context("receive from the tunnel")?
+        {
+            first.get_or_insert_with(Instant::now);
+            for (from, datagram) in receiver.datagrams() {
+                let from = Some((*from.ip()).into());
+                match self.tunn.decapsulate(from, datagram, &mut self.opened) {
+                    TunnResult::WriteToNetwork(message) => transmit(&self.socket, message)?,
+                    TunnResult::Err(_) => {}
+                    _ => heard |= datagram.first() == Some(&DATA),
+                }
+            }
+        }
+        Ok(heard)
     }
 
     /// Does what is due by the clock, such as a new handshake every two minutes. To be called a few

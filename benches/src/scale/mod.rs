@@ -62,6 +62,11 @@ fn suite(context: &Context) -> anyhow::Result<Suite> {
         Ok(case) => suite.cases.push(case),
         Err(why) => suite.skipped.push(Skipped { id, why }),
     }
+    let id = CaseId::new(SUITE, "resume", Implementation::sluice(""));
+    match wireguard::resuming(context, id.clone(), crowd, live) {
+        Ok(case) => suite.cases.push(case),
+        Err(why) => suite.skipped.push(Skipped { id, why }),
+    }
     let mut add = |axis: &str, count: u32, crowd: Crowd, flows: u32, peers: u16| {
         let id = CaseId::new(SUITE, format!("packets-{axis}"), Implementation::sluice(""));
         let id = id.at(axis, count.into());

@@ -40,6 +40,8 @@ pub(super) const ECHO: u16 = 7;
 const SINK: u16 = 9;
 /// Peers that the generator can play where their number is not what is measured.
 pub(super) const PEERS: u16 = 64;
+/// UDP port of the first of them.
+const FIRST_PEER_PORT: u16 = 20_000;
 /// Before the address of the first of them.
 const BEFORE_PEERS: Ipv4Addr = Ipv4Addr::new(100, 127, 1, 0);
 
@@ -116,7 +118,7 @@ impl Bed {
         };
         let _pinned = Pinned::to(&end_cpus)?;
 
-        let (key, client_key) = (key_pair()?, key_pair()?);
+        let (mut key, client_key) = (key_pair()?, key_pair()?);
         let mut keys = vec![(client_key.public.clone(), OVERLAY_CLIENT.to_owned())];
         let mut played = Vec::new();
         for n in 1..=peers {
@@ -141,6 +143,9 @@ impl Bed {
                 crowd,
             },
         )?;
+        if let Some(own) = router.own_key()? {
+            key.public = own;
+        }
         let endpoint = SocketAddr::from((UNDERLAY_ROUTER, PORT));
         let tunnel = Tunnel::new(&client_key)
             .address(OVERLAY_CLIENT)
@@ -227,6 +232,15 @@ impl Bed {
             .context("the client's NIC has no counters")
     }
 
+    /// Has the router end in favour of the next daemon, which is started.
+    pub(super) fn hand_over(&mut self) -> anyhow::Result<()> {
+        let _pinned = match &self.placement {
+            Placement::Apart(cores) => Some(Pinned::to(&[cores.router])?),
+            Placement::Free => None,
+        };
+        self.router.hand_over()
+    }
+
     /// Where peers find the router.
     pub(super) fn endpoint(&self) -> SocketAddrV4 {
         SocketAddrV4::new(UNDERLAY_ROUTER, PORT)
@@ -277,13 +291,18 @@ impl Bed {
         };
         let peers = self.peers[..usize::from(peers)].to_vec();
         let socket = self.server.udp_socket(server.into())?;
-        let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-        Generator::connect(peers, target, socket, || self.client.udp_socket(any))
+        // A peer of a tailnet does not roam: the next generator's is where the one before was, unless that is there still.
+        let mut ports = FIRST_PEER_PORT..;
+        Generator::connect(peers, target, socket, || {
+            let at = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+            let own = self.client.udp_socket(at(ports.next().unwrap_or(0)));
+            own.or_else(|_| self.client.udp_socket(at(0)))
+        })
     }
 }
 
 /// Has the softirq work of these NICs done on these CPUs (Documentation/networking/scaling.rst).
-pub(super) fn steer(host: &Host, nics: &[&str], cpus: &[usize]) -> anyhow::Result<()> {
+pub(crate) fn steer(host: &Host, nics: &[&str], cpus: &[usize]) -> anyhow::Result<()> {
     let mask = cpus.iter().fold(0u64, |mask, cpu| mask | 1 << (cpu % 64));
     let nics = nics.join(" ");
     let script = format!(
@@ -301,12 +320,12 @@ fn in_sys(host: &Host, script: &str) -> anyhow::Result<()> {
 }
 
 /// Confines the calling thread while it lives.
-pub(super) struct Pinned {
+pub(crate) struct Pinned {
     before: Vec<usize>,
 }
 
 impl Pinned {
-    pub(super) fn to(cpus: &[usize]) -> anyhow::Result<Self> {
+    pub(crate) fn to(cpus: &[usize]) -> anyhow::Result<Self> {
         let before = cpu::affinity()?;
         cpu::pin_thread(cpus).context("pin this thread")?;
         Ok(Self { before })

@@ -1,14 +1,15 @@
 //! The `wireguard` suite: what a router costs and carries, beside its peers, with the same client
 //! and the same generator in every case.
 
-mod bed;
+pub(crate) mod bed;
 mod blast;
 mod churn;
 pub(crate) mod junk;
 mod latency;
 pub(crate) mod programs;
+mod resume;
 pub(crate) mod router;
-mod tcp;
+pub(crate) mod tcp;
 mod udp;
 
 use std::cell::RefCell;
@@ -88,6 +89,8 @@ fn build(context: &Context) -> anyhow::Result<Suite> {
         implementation,
         program,
     } in programs::candidates(context)
+        .into_iter()
+        .chain(programs::other_roles(context))
     {
         let why = match (program, &client) {
             (Ok(program), Ok(client)) if !context.cores.ends.contains(&context.cores.router) => {
@@ -292,11 +295,29 @@ pub(crate) fn churning(
     crowd: Crowd,
     peers: u16,
 ) -> Result<Box<dyn Case>, String> {
+    let bed = among_many(context, crowd, peers)?;
+    Ok(Box::new(churn::Churn { id, peers, bed }))
+}
+
+/// A router that hands over to the next daemon while `peers` beside those of `crowd` have sessions; or
+/// why that cannot be measured here.
+pub(crate) fn resuming(
+    context: &Context,
+    id: CaseId,
+    crowd: Crowd,
+    peers: u16,
+) -> Result<Box<dyn Case>, String> {
+    let bed = among_many(context, crowd, peers)?;
+    Ok(Box::new(resume::Resume { id, peers, bed }))
+}
+
+/// A router with a CPU of its own, `crowd` in its configuration, and `peers` that the generator plays.
+fn among_many(context: &Context, crowd: Crowd, peers: u16) -> Result<Lazy, String> {
     if context.cores.ends.contains(&context.cores.router) {
         return Err("the router needs a CPU to itself, and there is only one".to_owned());
     }
     let client = programs::client().map_err(|why| format!("the client: {why}"))?;
-    let bed = Lazy {
+    Ok(Lazy {
         program: Program::Sluice {
             mode: "ebpf",
             snat: true,
@@ -307,8 +328,7 @@ pub(crate) fn churning(
         crowd,
         peers,
         bed: RefCell::new(None),
-    };
-    Ok(Box::new(churn::Churn { id, peers, bed }))
+    })
 }
 
 /// A bed that is built when it is first needed, and again after something broke.
@@ -333,13 +353,13 @@ impl Lazy {
     }
 
     /// Measures on the bed, which stays unless something broke.
-    fn with<T>(&self, measure: impl FnOnce(&Bed) -> Result<T, Failure>) -> Result<T, Failure> {
+    fn with<T>(&self, measure: impl FnOnce(&mut Bed) -> Result<T, Failure>) -> Result<T, Failure> {
         let mut slot = self.bed.borrow_mut();
-        let bed = match slot.take() {
+        let mut bed = match slot.take() {
             Some(bed) => bed,
             None => self.build()?,
         };
-        let outcome = measure(&bed);
+        let outcome = measure(&mut bed);
         if !matches!(outcome, Err(Failure::Broken(_))) {
             *slot = Some(bed);
         }

@@ -26,6 +26,8 @@ pub(crate) enum Program {
         /// Whether its uplink is guarded.
         guard: bool,
     },
+    /// Sluice as a node of a tailnet, whose coordination server says who the peers are.
+    Tailnet,
     /// A program that takes a device name as its last argument and answers `wg`.
     Daemon(Vec<OsString>),
     /// The kernel's WireGuard.
@@ -79,6 +81,25 @@ pub(crate) fn candidates(context: &Context) -> Vec<Candidate> {
         }
     }
     all
+}
+
+/// What Sluice is beside a router with a file: a node of a tailnet, and a WireGuard device alone.
+pub(crate) fn other_roles(context: &Context) -> Vec<Candidate> {
+    if context.effort == Effort::Quick {
+        return Vec::new();
+    }
+    let role = |name, program| Candidate {
+        implementation: Implementation::sluice(name),
+        program,
+    };
+    let device = lab::sluice::binary().map(|binary| {
+        let words = ["wireguard".into(), "--foreground".into()];
+        Program::Daemon([binary.into()].into_iter().chain(words).collect())
+    });
+    vec![
+        role("in a tailnet", Ok(Program::Tailnet)),
+        role("wireguard", device.map_err(|error| error.to_string())),
+    ]
 }
 
 /// The newest wireguard-go there is, for the clients.

@@ -1,9 +1,17 @@
 //! A router under measurement, whichever program it is.
 
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
 use ::router::wireguard::keys::PrivateKey;
 use anyhow::Context as _;
+use base64::Engine as _;
+use lab::control_server::ControlServer;
 use lab::sluice::{self, Config, Sluice};
+use lab::tailnet::{KEY, rule};
 use lab::{Host, Keypair, Tunnel, Wireguard};
+
+use serde_json::json;
 
 use super::programs::Program;
 use crate::cpu;
@@ -11,6 +19,8 @@ use crate::scale::crowd::Crowd;
 
 /// The router's UDP port.
 pub(crate) const PORT: u16 = 51820;
+/// How long a router in a tailnet has to know its peers.
+const SOON: Duration = Duration::from_secs(20);
 
 /// What the router is to do.
 #[derive(Clone, Debug)]
@@ -38,9 +48,13 @@ pub(crate) struct Job<'a> {
 }
 
 /// A running router.
-#[derive(Debug)]
 pub(crate) enum Router {
     Sluice(Sluice),
+    /// With the server of its tailnet, which lives as long.
+    Tailnet {
+        sluice: Sluice,
+        _control: Box<ControlServer>,
+    },
     Plain(Wireguard),
 }
 
@@ -86,6 +100,7 @@ impl Router {
                 config.guard = *guard;
                 Ok(Self::Sluice(job.host.sluice(&config)?))
             }
+            Program::Tailnet => job.join(),
             Program::Daemon(argv) => {
                 job.forward()?;
                 Ok(Self::Plain(
@@ -102,9 +117,19 @@ impl Router {
     /// Its process; `None` for the kernel's own.
     pub(crate) fn process_id(&self) -> Option<u32> {
         match self {
-            Self::Sluice(router) => Some(router.id()),
+            Self::Sluice(router) | Self::Tailnet { sluice: router, .. } => Some(router.id()),
             Self::Plain(wireguard) => wireguard.process_id(),
         }
+    }
+
+    /// Its public key, if that is not the one it was given: a node of a tailnet has its own.
+    pub(crate) fn own_key(&self) -> anyhow::Result<Option<String>> {
+        let Self::Tailnet { sluice: router, .. } = self else {
+            return Ok(None);
+        };
+        let status = router.status()?;
+        let key = status["device"]["public_key"].as_str();
+        Ok(Some(key.context("no key in the status")?.to_owned()))
     }
 
     /// Memory that its process holds, in bytes (`VmRSS`); `None` for the kernel's own.
@@ -138,13 +163,21 @@ impl Router {
     pub(crate) fn set(&self, lines: &str) -> anyhow::Result<()> {
         match self {
             Self::Sluice(sluice) => sluice.set(lines),
-            Self::Plain(_) => anyhow::bail!("only Sluice is asked this"),
+            Self::Tailnet { .. } | Self::Plain(_) => anyhow::bail!("only Sluice is asked this"),
+        }
+    }
+
+    /// Has Sluice end in favour of the next daemon, which is started, and need not be ready yet.
+    pub(crate) fn hand_over(&mut self) -> anyhow::Result<()> {
+        match self {
+            Self::Sluice(sluice) => sluice.hand_over(),
+            Self::Tailnet { .. } | Self::Plain(_) => anyhow::bail!("only Sluice is asked this"),
         }
     }
 
     /// Which paths packets took so far; `None` for other programs than Sluice.
     pub(crate) fn paths(&self) -> anyhow::Result<Option<Paths>> {
-        let Self::Sluice(sluice) = self else {
+        let (Self::Sluice(sluice) | Self::Tailnet { sluice, .. }) = self else {
             return Ok(None);
         };
         let status = sluice.status()?;
@@ -204,6 +237,40 @@ impl Job<'_> {
         config.peers.extend(self.crowd.peers());
         config.routes.extend(self.crowd.routes());
         Ok(config)
+    }
+
+    /// Has the router join a tailnet of its own, and waits until the peers are in force.
+    fn join(&self) -> anyhow::Result<Router> {
+        let listener = self.host.tcp_listener((Ipv4Addr::LOCALHOST, 8080).into())?;
+        let control = ControlServer::on(listener)?;
+        control.set_filter(json!([rule(&["*"], &[self.network])]));
+        let mut config = self.config("ebpf", true)?;
+        let joining = Config::joining(&control.url(), KEY)?;
+        config.tailnet = joining.tailnet;
+        config.peers.clear();
+        config.addresses.clear();
+        let sluice = self.host.sluice(&config)?;
+        let node = control.nodes().pop().context("the router has joined")?;
+        control.approve(node.id, &[self.network]);
+        let peers = (1000..).zip(self.peers).map(|(id, (key, address))| {
+            let key = base64::engine::general_purpose::STANDARD.decode(key)?;
+            let key: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+            Ok(json!({
+                "ID": id, "StableID": format!("n{id}"), "Name": format!("peer{id}.lab."),
+                "Key": format!("nodekey:{key}"), "Addresses": [address], "AllowedIPs": [address],
+                "DiscoKey": format!("discokey:{id:064x}"), "MachineAuthorized": true,
+            }))
+        });
+        let peers = peers.collect::<anyhow::Result<Vec<_>>>()?;
+        control.push(node.id, json!({"PeersChanged": peers}));
+        lab::wait_until(SOON, "the peers", || {
+            let status = sluice.status().unwrap_or_default();
+            status["peers"].as_array().map_or(0, Vec::len) == self.peers.len()
+        })?;
+        Ok(Router::Tailnet {
+            sluice,
+            _control: Box::new(control),
+        })
     }
 
     fn tunnel(&self) -> Tunnel {

@@ -1,8 +1,10 @@
 //! TCP through the tunnel, by iperf3.
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use lab::Host;
 use serde_json::Value;
 
 use super::bed::{Bed, SERVER, protocol_counter};
@@ -10,7 +12,7 @@ use crate::case::{Effort, Measurement, Round};
 
 /// Which way the streams go, as the client sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
+pub(crate) enum Way {
     Up,
     Down,
     Both,
@@ -18,17 +20,17 @@ pub(super) enum Way {
 
 /// A TCP load.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Streams {
-    pub(super) count: u8,
-    pub(super) way: Way,
+pub(crate) struct Streams {
+    pub(crate) count: u8,
+    pub(crate) way: Way,
 }
 
 /// What iperf3 reports.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Report {
+pub(crate) struct Report {
     /// Payload bytes received, both ways together.
-    bytes: f64,
-    bits_per_second: f64,
+    pub(crate) bytes: f64,
+    pub(crate) bits_per_second: f64,
     retransmits: f64,
 }
 
@@ -59,7 +61,8 @@ pub(super) fn run(
             .sum()
     };
     let before = out_of_order()?;
-    let (report, cost) = bed.cost_of(|| iperf(bed, streams, seconds(round)))?;
+    let (report, cost) =
+        bed.cost_of(|| iperf_from(&bed.client, SERVER, streams, seconds(round)))?;
     let overtaken = out_of_order()?.saturating_sub(before) as f64;
     let gigabytes = report.bytes / 1e9;
     let mut measured = vec![Measurement::higher(
@@ -108,7 +111,7 @@ pub(super) fn background(bed: &Bed) -> anyhow::Result<lab::Process> {
         way: Way::Both,
     };
     let before = received()?;
-    let command = bed.client.command(arguments(streams, 600));
+    let command = bed.client.command(arguments(SERVER, streams, 600));
     let mut process = bed.client.spawn("iperf3", command)?;
     process.ready(Duration::from_secs(10), "the streams to flow", || {
         received().is_ok_and(|now| now > before + FLOWING)
@@ -116,11 +119,11 @@ pub(super) fn background(bed: &Bed) -> anyhow::Result<lab::Process> {
     Ok(process)
 }
 
-fn arguments(streams: Streams, seconds: u32) -> Vec<String> {
+fn arguments(server: Ipv4Addr, streams: Streams, seconds: u32) -> Vec<String> {
     let mut argv = vec![
         "iperf3".to_owned(),
         "--json".to_owned(),
-        format!("--client={SERVER}"),
+        format!("--client={server}"),
         format!("--time={seconds}"),
         format!("--parallel={}", streams.count),
     ];
@@ -132,13 +135,19 @@ fn arguments(streams: Streams, seconds: u32) -> Vec<String> {
     argv
 }
 
-fn iperf(bed: &Bed, streams: Streams, seconds: u32) -> anyhow::Result<Report> {
-    let argv = arguments(streams, seconds);
+/// Runs iperf3 on `client`, toward a server of it at `server`.
+pub(crate) fn iperf_from(
+    client: &Host,
+    server: Ipv4Addr,
+    streams: Streams,
+    seconds: u32,
+) -> anyhow::Result<Report> {
+    let argv = arguments(server, streams, seconds);
     let timeout = Duration::from_secs(u64::from(seconds) + 20);
     // A server whose last client was killed says for a moment that it is busy.
     lab::poll(Duration::from_secs(5), "a free iperf3 server", || {
         let attempt = || -> anyhow::Result<Option<Report>> {
-            let output = bed.client.command(&argv).timeout(timeout).output()?;
+            let output = client.command(&argv).timeout(timeout).output()?;
             let report: Value = serde_json::from_str(&output.stdout).context("iperf3's report")?;
             match report["error"].as_str() {
                 Some(error) if error.contains("busy") => Ok(None),

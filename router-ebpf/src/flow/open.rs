@@ -147,6 +147,10 @@ pub fn draft<T: Tables>(
 #[inline(always)]
 pub fn enter<T: Tables>(side: Side, draft: &mut Draft, tables: &T) -> Result<(), Verdict> {
     let settings = tables.settings().ok_or(Verdict::DropInternal)?;
+    // Not earlier: what the kernel carries, it knows whether that is new.
+    if settings.flags & Settings::DRAINING != 0 {
+        return Err(Verdict::DropDraining);
+    }
     let from_subnet = side == Side::Subnet;
     if from_subnet && !tables.take_place(&draft.accounts[1], settings.flows_from_subnet) {
         return Err(Verdict::DropSourceLimit);

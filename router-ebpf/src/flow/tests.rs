@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use proptest::prelude::*;
 
-use crate::abi::{Flow, Side, Tuple};
+use crate::abi::{Flow, Settings, Side, Tuple};
 use crate::craft::{Ip, TCP, UDP};
 use crate::forward::Exit;
 use crate::frame::Bytes;
@@ -197,6 +197,39 @@ fn the_policy_is_asked_once_and_again_when_it_changes() {
     world.settings.generation += 1;
     assert!(up(&mut world, &ask).is_ok());
     assert!(down(&mut world, &reply).is_ok());
+}
+
+#[test]
+fn a_router_that_drains_carries_on_and_opens_nothing() {
+    for (family, snat) in FAMILIES.into_iter().zip([true, false]) {
+        let mut world = router(snat);
+        let [peer, ..] = family.peers.map(ip);
+        let [server, _] = family.servers.map(ip);
+        let back = if snat { ip(family.external) } else { peer };
+        let ask = Ip::udp(peer, server, 5);
+        let reply = Ip::udp(server, back, 6).ports(53, 40000);
+        assert!(up(&mut world, &ask).is_ok());
+        world.settings.flags |= Settings::DRAINING;
+        world.settings.generation += 1;
+        assert!(up(&mut world, &ask).is_ok());
+        assert!(down(&mut world, &reply).is_ok());
+        let flows = world.flows().len();
+        for new in [
+            Ip::udp(peer, server, 5).ports(40001, 53),
+            Ip::tcp(peer, server, SYN, &[], 0),
+        ] {
+            assert_eq!(up(&mut world, &new), Err(Verdict::DropDraining));
+        }
+        if !snat {
+            let new = Ip::udp(server, peer, 5).ports(53, 6000);
+            assert_eq!(down(&mut world, &new), Err(Verdict::DropDraining));
+        }
+        assert_eq!(world.flows().len(), flows);
+        // What the kernel is to carry, it judges.
+        world.routes.clear();
+        let other = Ip::udp(peer, server, 5).ports(40002, 53);
+        assert_eq!(up(&mut world, &other), Err(Verdict::SlowNotRouted));
+    }
 }
 
 /// User space raises the generation behind a change: who has read it before may have judged by what was.

@@ -1,5 +1,6 @@
 //! The client of the local socket, for `sluice status`.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -8,10 +9,14 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::denied;
+use super::cloud;
 use super::flows::{self, Question};
+use super::orders::Order;
+use super::{denied, tailnet};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// For what the daemon asks others.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The daemon could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -80,14 +85,56 @@ pub fn fetch_status(socket: &Path) -> Result<Value, ClientError> {
     })
 }
 
+/// Asks a running daemon for a JSON document that takes it a while.
+pub fn ask(socket: &Path, path: &str) -> Result<Value, ClientError> {
+    let body = exchange(socket, "GET", path, "", PATIENCE)?;
+    serde_json::from_str(&body).map_err(|error| ClientError::Answer {
+        path: socket.to_owned(),
+        reason: error.to_string(),
+    })
+}
+
+/// Has a running daemon do something; what it refuses, it says why.
+pub fn order(socket: &Path, order: &Order) -> Result<(), ClientError> {
+    let body = serde_json::to_string(order).map_err(|error| ClientError::Answer {
+        path: socket.to_owned(),
+        reason: error.to_string(),
+    })?;
+    exchange(socket, "POST", "/tailnet", &body, PATIENCE).map(drop)
+}
+
+/// Has a running daemon make room for another router; `timeout` in the place of what was configured.
+pub fn drain(socket: &Path, timeout: Option<Duration>) -> Result<(), ClientError> {
+    let seconds = timeout.map(|timeout| timeout.as_secs_f64().ceil());
+    let query = seconds.map(|seconds| format!("?timeout={seconds}"));
+    let path = format!("/drain{}", query.unwrap_or_default());
+    exchange(socket, "POST", &path, "", PATIENCE).map(drop)
+}
+
+/// Takes [`drain`] back.
+pub fn undrain(socket: &Path) -> Result<(), ClientError> {
+    exchange(socket, "POST", "/undrain", "", PATIENCE).map(drop)
+}
+
 fn get(socket: &Path, path: &str) -> Result<String, ClientError> {
+    exchange(socket, "GET", path, "", TIMEOUT)
+}
+
+fn exchange(
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: &str,
+    timeout: Duration,
+) -> Result<String, ClientError> {
     let exchange = || -> io::Result<String> {
         let mut stream = UnixStream::connect(socket)?;
-        stream.set_read_timeout(Some(TIMEOUT))?;
-        stream.set_write_timeout(Some(TIMEOUT))?;
+        stream.set_read_timeout(Some(timeout))?;
+        stream.set_write_timeout(Some(timeout))?;
         write!(
             stream,
-            "GET {path} HTTP/1.1\r\nhost: sluice\r\nconnection: close\r\n\r\n"
+            "{method} {path} HTTP/1.1\r\nhost: sluice\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
         )?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
@@ -124,17 +171,7 @@ pub fn print_status(socket: &Path, json: bool) -> Result<String, ClientError> {
 /// daemon of another version.
 fn page(status: &Value) -> String {
     let mut out = String::new();
-    let text = |value: &Value| match value {
-        Value::String(s) => s.clone(),
-        Value::Null => "-".to_owned(),
-        Value::Array(all) => all
-            .iter()
-            .map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned))
-            .collect::<Vec<_>>()
-            .join(" "),
-        other => other.to_string(),
-    };
-    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let (tailnet, tailnet_peers) = tailnet::page(status);
     let device = &status["device"];
     let datapath = &status["datapath"];
     let _ = writeln!(
@@ -144,6 +181,7 @@ fn page(status: &Value) -> String {
         text(&status["version"]),
         duration(&status["uptime_seconds"])
     );
+    out.push_str(&life(&status["life"]));
     let _ = writeln!(
         out,
         "device    {} mtu {} addresses {}",
@@ -157,6 +195,7 @@ fn page(status: &Value) -> String {
         text(&device["public_key"]),
         text(&device["listen_port"])
     );
+    out.push_str(&tailnet);
     if status["changed_by_wg"] == true {
         let _ = writeln!(
             out,
@@ -183,6 +222,7 @@ fn page(status: &Value) -> String {
     if let Some(reason) = datapath["unkept"].as_str() {
         let _ = writeln!(out, "restart   flows end with the daemon: {reason}");
     }
+    cloud::lines(&status["cloud"], &mut out);
     let guard = &status["uplink_guard"];
     if guard.is_object() {
         let _ = writeln!(
@@ -237,16 +277,28 @@ fn page(status: &Value) -> String {
             text(&route["path"])
         );
     }
+    out.push_str(&tailnet_peers);
+    // Those of the tailnet stand there already.
+    let listed = list(&status["tailnet"]["peers"]);
+    let listed: HashSet<&str> = listed
+        .iter()
+        .filter_map(|peer| peer["public_key"].as_str())
+        .collect();
     let _ = writeln!(out, "\npeers");
     for peer in list(&status["peers"]) {
+        let key = peer["public_key"].as_str();
+        if key.is_some_and(|key| listed.contains(key)) {
+            continue;
+        }
         let label = peer["name"].as_str().unwrap_or_default();
         let _ = writeln!(out, "  {} {label}", text(&peer["public_key"]));
         let _ = writeln!(
             out,
             "    {}  handshake {}  received {} B  sent {} B  allowed {}",
-            match peer["relay"].as_u64() {
-                Some(relay) => format!("relay {relay}"),
-                None => format!("endpoint {}", text(&peer["endpoint"])),
+            match (peer["relay"].as_u64(), peer["peer_relay"].as_str()) {
+                (Some(relay), _) => format!("relay {relay}"),
+                (None, Some(way)) => format!("peer relay {way}"),
+                (None, None) => format!("endpoint {}", text(&peer["endpoint"])),
             },
             ago(&peer["last_handshake"]),
             text(&peer["rx_bytes"]),
@@ -288,6 +340,56 @@ fn page(status: &Value) -> String {
     out
 }
 
+/// A line about a router that does not just serve.
+fn life(life: &Value) -> String {
+    let phase = life["phase"].as_str().unwrap_or("serving");
+    if phase == "serving" && life["waits_for"].is_null() {
+        return String::new();
+    }
+    let mut line = format!("life      {phase}");
+    if let Some(reason) = life["reason"].as_str() {
+        let _ = write!(line, ", for {reason}");
+    }
+    match life["flows"].as_u64() {
+        Some(1) => line.push_str("; 1 flow is left"),
+        Some(flows) => {
+            let _ = write!(line, "; {flows} flows are left");
+        }
+        None => {}
+    }
+    if let Some(what) = life["waits_for"].as_str() {
+        let _ = write!(line, "; waits for {what}");
+    }
+    if let Some(seconds) = seconds_until(&life["until"]) {
+        let _ = write!(line, ", at most {}", duration(&seconds.into()));
+    }
+    line + "\n"
+}
+
+/// The seconds from now until a Unix time.
+fn seconds_until(epoch: &Value) -> Option<u64> {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Some(epoch.as_u64()?.saturating_sub(now.ok()?.as_secs()))
+}
+
+/// A value as a word, a list as words.
+pub(super) fn text(value: &Value) -> String {
+    match value {
+        Value::String(s) => s.clone(),
+        Value::Null => "-".to_owned(),
+        Value::Array(all) => all
+            .iter()
+            .map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned))
+            .collect::<Vec<_>>()
+            .join(" "),
+        other => other.to_string(),
+    }
+}
+
+pub(super) fn list(value: &Value) -> Vec<Value> {
+    value.as_array().cloned().unwrap_or_default()
+}
+
 /// The tables of the status' part about flows, by family.
 fn flow_tables(flows: &Value) -> impl Iterator<Item = (&String, &Value)> {
     flows["tables"].as_object().into_iter().flatten()
@@ -326,6 +428,8 @@ mod tests {
         let status = json!({
             "name": "r1", "version": "0.1.0", "uptime_seconds": 3700,
             "changed_by_wg": true,
+            "life": {"phase": "draining", "reason": "somebody has asked for it", "until": 0, "flows": 3,
+                     "waits_for": "flows to end"},
             "problems": [{"part": "routes", "error": "no such device"}],
             "datapath": {"active": "kernel", "reason": "no CAP_BPF", "unkept": "no bpffs"},
             "uplink_guard": {"interface": "eth0", "reason": "attached", "frames": {"drop_index": 7}},
@@ -336,6 +440,7 @@ mod tests {
         for part in [
             "r1",
             "up 1h1m",
+            "life      draining, for somebody has asked for it; 3 flows are left; waits for flows to end, at most 0s\n",
             "changed   `wg` has changed",
             "PROBLEM   routes: no such device",
             "kernel: no CAP_BPF",
@@ -347,6 +452,8 @@ mod tests {
         ] {
             assert!(page.contains(part), "{part} is missing in:\n{page}");
         }
+        let calm = super::page(&json!({"life": {"phase": "serving", "waits_for": null}}));
+        assert!(calm.contains("router") && !calm.contains("life"), "{calm}");
         assert!(super::page(&json!({})).contains("router"));
     }
 

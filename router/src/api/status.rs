@@ -2,9 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::Serialize;
+
+use super::tailnet::Tailnet;
+use crate::cloud::agent::Report;
 
 /// What the router is, does and suffers from, at one moment.
 #[derive(Clone, Debug, Serialize)]
@@ -20,6 +24,8 @@ pub struct Status {
     pub changed_by_wg: bool,
     /// What is wrong; empty means healthy.
     pub problems: Vec<Problem>,
+    /// Whether new flows are taken, and what is waited for if not.
+    pub life: LifeStatus,
     /// The TUN device.
     pub device: DeviceStatus,
     /// The uplink's name, if there is one.
@@ -43,6 +49,13 @@ pub struct Status {
     pub packets: Vec<Packets>,
     /// The engine.
     pub engine: EngineStatus,
+    /// What keeps the router from carrying packets, in words; empty means ready.
+    pub unready: Vec<String>,
+    /// The cloud that this machine is in, if one is asked.
+    pub cloud: Option<CloudStatus>,
+    /// The tailnet, for a router in one: an object `tailnet`, and fields of `tailscale status --json` beside it.
+    #[serde(flatten)]
+    pub tailnet: Option<Tailnet>,
 }
 
 impl Status {
@@ -50,6 +63,22 @@ impl Status {
     pub fn healthy(&self) -> bool {
         self.problems.is_empty()
     }
+
+    /// Whether the tailnet has given the router an address.
+    pub fn has_tailnet_address(&self) -> bool {
+        let own = self.tailnet.as_ref().and_then(|t| t.report.map.own());
+        own.is_some_and(|own| !own.addresses.is_empty())
+    }
+}
+
+/// The cloud that this machine is in.
+#[derive(Clone, Debug, Serialize)]
+pub struct CloudStatus {
+    /// Which, `aws`.
+    pub provider: &'static str,
+    /// What is known of it.
+    #[serde(flatten)]
+    pub report: Arc<Report>,
 }
 
 /// Something an operator should know of.
@@ -59,6 +88,23 @@ pub struct Problem {
     pub part: String,
     /// One sentence.
     pub error: String,
+}
+
+/// Where in its life the router is.
+#[derive(Clone, Debug, Serialize)]
+pub struct LifeStatus {
+    /// `starting`, `serving`, `draining`, `drained`, `leaving` or `left`.
+    pub phase: &'static str,
+    /// Why it drains, has drained or leaves: `hand`, `group`, `signal` or `spot`.
+    pub cause: Option<&'static str>,
+    /// The same in words.
+    pub reason: Option<&'static str>,
+    /// Until when flows are waited for, in seconds since the Unix epoch.
+    pub until: Option<u64>,
+    /// Flows in use as they were counted last; `None`: nobody counts them.
+    pub flows: Option<u64>,
+    /// What is waited for, in words.
+    pub waits_for: Option<&'static str>,
 }
 
 /// The TUN device.
@@ -134,6 +180,9 @@ pub struct PeerStatus {
     pub public_key: String,
     /// Where it is, as far as known.
     pub endpoint: Option<SocketAddr>,
+    /// The peer relay that it is reached through instead: address, `:vni:` and number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer_relay: Option<String>,
     /// Number of the relay that it is reached through instead.
     pub relay: Option<u32>,
     /// Overlay CIDRs that are this peer's.

@@ -93,7 +93,15 @@ fn append(path: &Path, name: &str, key: PublicKey) -> anyhow::Result<(Config, Ve
         .with_context(|| format!("lock {}", directory.display()))?;
 
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    let config = config::parse(&text, path)?;
+    let config = config::parse_layered(&text, path)?;
+    if config.tailnet.is_some() {
+        bail!(
+            "{} joins a tailnet, so the router's key and addresses are not known here; write the \
+             [[peer]] by hand, with addresses that the tailnet does not have, and give the peer the \
+             public key of `sluice status`",
+            path.display()
+        );
+    }
     let peers = &config.snapshot.peers;
     let taken = peers
         .iter()
@@ -122,7 +130,7 @@ fn append(path: &Path, name: &str, key: PublicKey) -> anyhow::Result<(Config, Ve
          [{}]\n",
         quoted.join(", ")
     );
-    config::parse(&longer, path)?;
+    config::parse_layered(&longer, path)?;
     let mode = fs::metadata(path)?.permissions().mode() & 0o7777;
     write_atomic(path, longer.as_bytes(), mode, Existing::Replace)
         .with_context(|| format!("write {}", path.display()))?;
@@ -137,7 +145,7 @@ fn free_addresses(config: &Config) -> anyhow::Result<Vec<IpNet>> {
         .peers
         .iter()
         .flat_map(|peer| &peer.allowed_ips);
-    let mut used: HashSet<IpAddr> = config.identity.addresses.iter().map(IpNet::addr).collect();
+    let mut used: HashSet<IpAddr> = config.addresses().iter().map(IpNet::addr).collect();
     let mut wide: Vec<&IpNet> = Vec::new();
     for net in nets {
         if net.prefix_len() == net.max_prefix_len() {
@@ -155,7 +163,7 @@ fn free_addresses(config: &Config) -> anyhow::Result<Vec<IpNet>> {
             format!("{network} has no free address; give the router a wider network in `wireguard.addresses`")
         })
     };
-    config.identity.addresses.iter().map(free).collect()
+    config.addresses().iter().map(free).collect()
 }
 
 fn network_of(own: &IpNet) -> IpNet {
@@ -204,11 +212,7 @@ fn client(
     if mtu != config::DEFAULT_MTU {
         let _ = writeln!(out, "MTU = {mtu}");
     }
-    let router = config
-        .identity
-        .addresses
-        .iter()
-        .map(|net| IpNet::from(net.addr()));
+    let router = config.addresses().iter().map(|net| IpNet::from(net.addr()));
     let routes = config.snapshot.routes.iter().map(|route| route.cidr);
     let endpoint = match endpoint {
         Some(endpoint) => format!("Endpoint = {endpoint}"),
@@ -221,7 +225,9 @@ fn client(
         out,
         "\n[Peer]\n# {}\nPublicKey = {}\nAllowedIPs = {}\n{endpoint}\nPersistentKeepalive = 25\n",
         local.name,
-        config.identity.private_key.public(),
+        config
+            .private_key()
+            .map_or_else(String::new, |key| key.public().to_string()),
         list(&mut router.chain(routes)),
     );
     out
@@ -324,7 +330,7 @@ mod tests {
              10.128.0.0/16, 10.96.0.0/12\nEndpoint = vpn.example.com:51820\n\
              PersistentKeepalive = 25\n",
             key.expose_base64(),
-            config.identity.private_key.public()
+            config.private_key().unwrap().public()
         );
         assert_eq!(*text, expected);
         let text = client(&config, 1360, None, &addresses, None);

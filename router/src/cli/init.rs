@@ -100,9 +100,9 @@ mod tests {
         let directory = directory.path().join("new/sluice");
         let told = init(&directory, false).unwrap();
         let config = crate::config::load(&directory.join("sluice.toml")).unwrap();
-        let public = config.identity.private_key.public().to_string();
+        let public = config.private_key().unwrap().public().to_string();
         assert!(told.contains(&public), "{told}");
-        assert!(!told.contains(&config.identity.private_key.expose_base64()));
+        assert!(!told.contains(&config.private_key().unwrap().expose_base64()));
         let mode = fs::metadata(directory.join(KEY_FILE))
             .unwrap()
             .permissions()
@@ -120,7 +120,7 @@ mod tests {
         let told = init(&directory, true).unwrap();
         assert!(told.starts_with("kept "), "{told}");
         let again = crate::config::load(&directory.join("sluice.toml")).unwrap();
-        assert_eq!(again.identity.private_key.public().to_string(), public);
+        assert_eq!(again.private_key().unwrap().public().to_string(), public);
     }
 
     #[test]

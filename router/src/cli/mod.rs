@@ -1,10 +1,14 @@
 //! The command line: argument parsing and the subcommands that are not the daemon.
 
 mod add_peer;
+mod doctor;
+mod drain;
 mod import;
 mod init;
 mod keys;
 mod logging;
+mod run;
+mod tailnet;
 mod wireguard;
 
 use std::fmt::Write as _;
@@ -12,15 +16,14 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 #[cfg(feature = "internals")]
 pub use import::fuzz::{Imported, import as import_text};
 
 use crate::datapath::ebpf::FlowFilter;
 use crate::{api, config, runtime};
 
-/// Where the configuration is looked for.
-const DEFAULT_CONFIG: &str = "/etc/sluice/sluice.toml";
+use crate::config::DEFAULT_FILE as DEFAULT_CONFIG;
 
 /// A subnet router: remote machines reach the networks behind this one over WireGuard.
 #[derive(Debug, Parser)]
@@ -38,11 +41,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the router until SIGTERM or ctrl-C. SIGHUP, or a change of the file, reads it again.
-    Run {
-        /// The configuration file.
-        #[arg(long, value_name = "FILE", default_value = DEFAULT_CONFIG)]
-        config: PathBuf,
-    },
+    Run(run::Args),
     /// Write a configuration to start from, and a new private key.
     Init {
         /// Where to: the directory is made if it is not there.
@@ -58,6 +57,9 @@ enum Command {
         #[arg(value_name = "FILE", default_value = DEFAULT_CONFIG)]
         file: PathBuf,
     },
+    /// Tell what the configuration says in all.
+    #[command(subcommand)]
+    Config(Configuration),
     /// Make a key pair for a new peer, add it to the configuration, and print the peer's own
     /// configuration for wg-quick.
     AddPeer(add_peer::Args),
@@ -73,6 +75,36 @@ enum Command {
         #[arg(long, value_name = "PATH", default_value_os_t = config::default_socket(config::DEFAULT_DEVICE))]
         socket: PathBuf,
     },
+    /// Tell what this machine or container lacks to run the router, and what mends it; the exit status is 1 if
+    /// there is anything.
+    Doctor {
+        /// The router's socket (`api.socket` in its configuration).
+        #[arg(long, value_name = "PATH", default_value_os_t = config::default_socket(config::DEFAULT_DEVICE))]
+        socket: PathBuf,
+    },
+    /// Have the router withdraw its routes and take no new flows, and wait until those that are there have ended.
+    Drain(drain::Drain),
+    /// Have a router that drains, or has drained, serve again.
+    Undrain(tailnet::Socket),
+    /// Join a tailnet, or change the settings there; waits until the router is in. For a router that runs without
+    /// configuration file.
+    Up(tailnet::Up),
+    /// Take no part in the tailnet, but stay its node.
+    Down(tailnet::Socket),
+    /// Log in anew: with a key, or where a person visits a URL.
+    Login(tailnet::Login),
+    /// End the node's key, on the coordination server too.
+    Logout(tailnet::Socket),
+    /// Change settings in the tailnet.
+    Set(tailnet::Set),
+    /// Print the router's addresses in the tailnet, or another node's.
+    Ip(tailnet::Ip),
+    /// Tell which node and whose has an address of the tailnet.
+    Whois(tailnet::Whois),
+    /// Ping a node of the tailnet, and tell the way that the answer takes.
+    Ping(tailnet::Ping),
+    /// Look at the network between this router and the tailnet's relays.
+    Netcheck(tailnet::Netcheck),
     /// List the flows that the running router's eBPF programs carry.
     Flows(Listing),
     /// List packets that the running router's eBPF programs did not let through, the latest first: a
@@ -87,6 +119,20 @@ enum Command {
     Genpsk,
     /// Read a private key from standard input and print its public key.
     Pubkey,
+}
+
+#[derive(Debug, Subcommand)]
+enum Configuration {
+    /// Print the configuration that its files, SLUICE_CONFIG and the defaults make together. Secrets are
+    /// masked.
+    Show {
+        /// The configuration file.
+        #[arg(value_name = "FILE", default_value = DEFAULT_CONFIG)]
+        file: PathBuf,
+        /// With the place that each value has come from.
+        #[arg(long)]
+        origin: bool,
+    },
 }
 
 /// What is listed, and how.
@@ -125,10 +171,15 @@ impl Listing {
     }
 }
 
+/// The command line as clap has it, for manual pages and completions.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// Parses the command line, runs the subcommand that it names and reports what went wrong.
 pub fn main() -> ExitCode {
     let cli = Cli::parse_from(wireguard::arguments(std::env::args_os()));
-    match run(cli) {
+    match carry_out(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let text = sentence(&error);
@@ -154,18 +205,33 @@ fn sentence(error: &anyhow::Error) -> String {
     })
 }
 
-fn run(cli: Cli) -> anyhow::Result<()> {
+fn carry_out(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
-        Command::Run { config } => {
+        Command::Run(args) => {
             logging::start(cli.log.as_deref())?;
-            runtime::run(&config)?;
+            runtime::run(run::settings(&args)?)?;
             Ok(())
         }
+        Command::Drain(args) => drain::drain(&args),
+        Command::Undrain(socket) => Ok(api::undrain(socket.path())?),
+        Command::Up(args) => tailnet::up(&args),
+        Command::Down(socket) => tailnet::down(&socket),
+        Command::Login(args) => tailnet::login(&args),
+        Command::Logout(socket) => tailnet::logout(&socket),
+        Command::Set(args) => tailnet::set(&args),
+        Command::Ip(args) => print(&tailnet::ip(&args)?),
+        Command::Whois(args) => print(&tailnet::whois(&args)?),
+        Command::Ping(args) => tailnet::ping(&args),
+        Command::Netcheck(args) => print(&tailnet::netcheck(&args)?),
         Command::Init { dir, force } => print(&init::init(&dir, force)?),
         Command::CheckConfig { file } => print(&check_config(&file)?),
+        Command::Config(Configuration::Show { file, origin }) => {
+            print(&config::show(&file, origin)?)
+        }
         Command::AddPeer(args) => add_peer::add_peer(&args),
         Command::Import(args) => print(&import::import(&args)?),
         Command::Status { json, socket } => print(&api::print_status(&socket, json)?),
+        Command::Doctor { socket } => doctor::doctor(&socket),
         Command::Flows(listing) => {
             let question = listing.question();
             print(&api::print_flows(&listing.socket, &question, listing.json)?)
@@ -195,6 +261,9 @@ fn print(text: &str) -> anyhow::Result<()> {
 
 fn check_config(file: &Path) -> anyhow::Result<String> {
     let config = config::load(file)?;
+    for problem in &config.user_data {
+        eprintln!("warning: the user data is left out: {problem}");
+    }
     // Only a warning: the router starts with it, and the file may be another machine's.
     match runtime::try_mtu(&config) {
         Ok((_, None)) => {}
@@ -205,7 +274,7 @@ fn check_config(file: &Path) -> anyhow::Result<String> {
     let mut line = "ok:".to_owned();
     let counts = [
         (snapshot.peers.len(), "peer"),
-        (snapshot.routes.len(), "route"),
+        (snapshot.routes.len() + config.auto_routes.len(), "route"),
         (snapshot.policy.rules.len(), "rule"),
     ];
     for (index, (count, what)) in counts.into_iter().enumerate() {
@@ -220,11 +289,29 @@ fn check_config(file: &Path) -> anyhow::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory as _;
 
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_commands_of_the_manual_are_understood() {
+        for (manual, count) in [
+            (include_str!("../../../docs/tailnet.md"), 2),
+            (include_str!("../../../docs/drain.md"), 4),
+        ] {
+            let blocks = manual.split("```sh\n").skip(1);
+            let blocks: String = blocks.filter_map(|text| text.split("```").next()).collect();
+            let whole = blocks.replace("\\\n", " ");
+            let lines = whole.lines().map(str::trim);
+            let lines: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+            assert_eq!(lines.len(), count, "{lines:?}");
+            for line in lines {
+                let words = line.trim_end_matches(" &").split_whitespace();
+                Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
+            }
+        }
     }
 
     #[test]

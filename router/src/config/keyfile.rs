@@ -45,6 +45,24 @@ pub(super) fn read<K: FromStr<Err = KeyError>>(path: &Path, make: &str) -> Resul
     })
 }
 
+/// What keeps a file that holds a secret, and may be gone by now, from being used; a sentence with the mend.
+pub(super) fn fault(path: &Path) -> Option<String> {
+    let credentials = std::env::var_os("CREDENTIALS_DIRECTORY");
+    let shown = path.display();
+    match contents(path, credentials.as_deref().map(Path::new)) {
+        Ok(_) => None,
+        Err(Fault::Io(error)) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(Fault::Io(error)) => Some(format!("{shown} cannot be read: {error}")),
+        Err(Fault::NoFile) => Some(format!(
+            "{shown} is no regular file; name the file that holds the key"
+        )),
+        Err(Fault::Mode(mode)) => Some(format!(
+            "{shown} has mode {mode:03o}, so others on this machine can get at the key; run: chmod 600 {}",
+            shell_word(path)
+        )),
+    }
+}
+
 /// A path as a command for the shell needs it.
 fn shell_word(path: &Path) -> String {
     let text = path.display().to_string();

@@ -1,15 +1,21 @@
 //! The configuration file: raw form, validation, and the validated form that the rest sees.
 //!
-//! [`load`] reads a file in two steps: `raw` takes the TOML apart and keeps the place of every
-//! value, `validate` judges the values and builds a [`Config`]. Both go on after a mistake, so that
+//! [`load`] reads a file and what lies over it (`layers`) in two steps: `raw` takes the TOML apart and keeps the
+//! place of every value, `validate` judges the values and builds a [`Config`]. Both go on after a mistake, so that
 //! [`ConfigErrors`] holds all of them. What only the running machine can tell is judged by
 //! [`check_against_system`]. docs/configuration.md describes the file for operators.
 
+mod changes;
+mod environment;
+mod flags;
 mod keyfile;
+mod layers;
 mod net;
+mod preferences;
 mod problem;
 mod raw;
 mod section;
+mod show;
 mod suggest;
 mod syntax;
 mod system;
@@ -18,8 +24,6 @@ mod validate;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::fs::File;
-use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -27,15 +31,27 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
+pub use changes::{Changes, Login};
+pub use environment::{Environment, Variables, joining, read as read_environment, variables};
+pub use flags::{SetFlags, UpFlags, duration, from_go};
+use layers::Layers;
+pub(crate) use layers::files;
+pub use layers::{DEFAULT_FILE, is_there};
 pub(crate) use net::{endpoint as parse_endpoint, host_name};
+pub use preferences::{Preferences, PreferencesError};
 pub use problem::{ConfigErrors, Position, Problem};
-pub use system::{check_against_system, check_peers_against_system};
+pub use show::show;
+pub use system::{captured, check_against_system, check_peers_against_system};
 
-use crate::control::{Identity, Peer, Policy, Snapshot, Update};
+use crate::cloud::agent;
+use crate::cloud::detect::Provider;
+use crate::cloud::life::Patience;
+use crate::control::{Identity, Peer, Policy, Route, RouteMode, Snapshot, Update};
 use crate::datapath::limits::Limits;
 use crate::datapath::marks::Marks;
 use crate::engine::Offloads;
-use crate::wireguard::keys::PublicKey;
+use crate::tailnet::node::Settings;
+use crate::wireguard::keys::{PrivateKey, PublicKey};
 
 /// UDP port of the underlay if the file names none.
 pub const DEFAULT_LISTEN_PORT: u16 = 51820;
@@ -54,50 +70,52 @@ pub fn default_socket(device: &str) -> PathBuf {
     Path::new("/run/sluice").join(format!("{device}.sock"))
 }
 
-/// No configuration file is longer, in bytes; whatever is, is another file.
-const LONGEST_FILE: u64 = 64 << 20;
-
-/// Reads and validates the configuration file at `path`, and the key files that it names.
+/// Reads and validates the configuration file at `path` with its other layers, and the key files that they
+/// name. The layers, the weaker first: for [`DEFAULT_FILE`] the files of the image in
+/// `/usr/lib/sluice/sluice.d`; the file; those in the folder of its name with `.d` in the place of `.toml`; for
+/// [`DEFAULT_FILE`] the instance's user data; the variable `SLUICE_CONFIG`.
+///
+/// A layer of user data with which all would not be valid is left out, and [`Config::user_data`] says what is wrong
+/// with it: nobody is at hand to mend it, and the rest may carry packets.
 pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
-    let unreadable = |what: String| {
-        ConfigErrors(vec![Problem {
-            file: path.into(),
-            position: None,
-            key: "".into(),
-            message: what,
-        }])
-    };
-    let mut bytes = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(LONGEST_FILE + 1).read_to_end(&mut bytes))
-        .map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => {
-                unreadable("does not exist; `sluice init` makes one".into())
-            }
-            _ => unreadable(format!("cannot be read: {error}")),
-        })?;
-    if bytes.len() as u64 > LONGEST_FILE {
-        return Err(unreadable(
-            "is longer than 64 MiB; is it the right file?".into(),
-        ));
-    }
-    let text = String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        let line = error.as_bytes()[..at]
-            .iter()
-            .filter(|b| **b == b'\n')
-            .count()
-            + 1;
-        unreadable(format!("line {line} is not UTF-8; save the file as UTF-8"))
-    })?;
-    parse(&text, path)
+    effective(path).map(|(config, _)| config)
 }
 
-/// Validates the text of a configuration file that stands (or will stand) at `path`; key files are
-/// looked for beside it.
+/// The same with the layers that it is made of.
+fn effective(path: &Path) -> Result<(Config, Layers), ConfigErrors> {
+    settle(Layers::read(path, None)?, path)
+}
+
+fn settle(layers: Layers, path: &Path) -> Result<(Config, Layers), ConfigErrors> {
+    let errors = match judge(&layers, path) {
+        Ok(config) => return Ok((config, layers)),
+        Err(errors) => errors,
+    };
+    let rest = layers.without_user_data();
+    match rest.map(|rest| (judge(&rest, path), rest)) {
+        Some((Ok(mut config), rest)) => {
+            config.user_data = errors.0.iter().map(ToString::to_string).collect();
+            Ok((config, rest))
+        }
+        _ => Err(errors),
+    }
+}
+
+/// Validates the text of a configuration file that stands (or will stand) at `path`, by itself. Key files are looked
+/// for beside it.
 pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigErrors> {
-    let mut problems = problem::Problems::new(path, text);
-    let raw = raw::read(text, &mut problems);
+    judge(&Layers::one(text, path), path)
+}
+
+/// The same of the text with the other layers of the file.
+pub fn parse_layered(text: &str, path: &Path) -> Result<Config, ConfigErrors> {
+    judge(&Layers::read(path, Some(text))?, path)
+}
+
+fn judge(layers: &Layers, path: &Path) -> Result<Config, ConfigErrors> {
+    let mut problems = problem::Problems::new(layers);
+    let sources = layers.sources();
+    let raw = raw::read(&sources, layers.main(), &mut problems);
     let config = validate::config(&raw, path, &mut problems);
     match config {
         Some(config) if problems.is_empty() => Ok(config),
@@ -105,8 +123,13 @@ pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigErrors> {
     }
 }
 
+/// Whether a network is one that is never routed, such as the link-local ones.
+pub fn is_never_routed(net: &IpNet) -> bool {
+    net::never_routed(net).is_some()
+}
+
 /// What differs between two settings and takes effect only when the daemon starts, as sentences.
-/// Private key, addresses, port and MTU are not among it: a running router takes new ones.
+/// Private key, addresses, port, MTU and `[drain]` are not among it: a running router takes new ones.
 pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
     [
         ("name", old.name != new.name),
@@ -144,10 +167,18 @@ pub fn restart_needed(old: &Local, new: &Local) -> Vec<String> {
 pub struct Config {
     /// What this machine itself decides.
     pub local: Local,
-    /// Who the router is.
-    pub identity: Identity,
+    /// Who the router is; `None`: the tailnet says it.
+    pub identity: Option<Identity>,
+    /// The tailnet that the router joins.
+    pub tailnet: Option<Settings>,
     /// Peers, routes and policy of the file.
     pub snapshot: Snapshot,
+    /// Routes whose CIDRs are found out while the router runs.
+    pub auto_routes: Vec<AutoRoute>,
+    /// What is wanted of a cloud.
+    pub cloud: Cloud,
+    /// What is wrong with the layer of the user data, which is left out then; each a sentence.
+    pub user_data: Vec<String>,
     /// The sources of each rule, as the file has them.
     sources: Vec<Vec<validate::RuleSource>>,
     /// Where in the file what stands.
@@ -155,10 +186,20 @@ pub struct Config {
 }
 
 impl Config {
+    /// The router's own overlay addresses, as far as the file says them.
+    pub fn addresses(&self) -> &[IpNet] {
+        self.identity.as_ref().map_or(&[], |own| &own.addresses)
+    }
+
+    /// The router's private key, if the file says it.
+    pub fn private_key(&self) -> Option<&PrivateKey> {
+        self.identity.as_ref().map(|own| &own.private_key)
+    }
+
     /// The file as what a control source says.
     pub fn update(&self) -> Update {
         Update::Whole {
-            identity: Some(self.identity.clone()),
+            identity: self.identity.clone(),
             snapshot: self.snapshot.clone(),
         }
     }
@@ -183,6 +224,56 @@ impl Config {
     }
 }
 
+/// Routes to networks that are found out while the router runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AutoRoute {
+    /// To which.
+    pub nets: AutoNets,
+    /// Whether sources are translated to the router's own address.
+    pub snat: bool,
+    /// Which path carries them.
+    pub mode: RouteMode,
+}
+
+impl AutoRoute {
+    /// The route to one of the networks.
+    pub fn to(&self, cidr: IpNet) -> Route {
+        Route {
+            cidr,
+            snat: self.snat,
+            mode: self.mode,
+        }
+    }
+}
+
+/// Networks that are found out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AutoNets {
+    /// Those of the VPC that this machine is in.
+    Vpc,
+    /// Those that the subnet-side interfaces are in.
+    Connected,
+}
+
+impl AutoNets {
+    /// As the file has it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Vpc => "auto:vpc",
+            Self::Connected => "auto:connected",
+        }
+    }
+}
+
+/// What is wanted of a cloud.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cloud {
+    /// Which is asked.
+    pub provider: Provider,
+    /// What for.
+    pub settings: agent::Settings,
+}
+
 /// Where the parts of a [`Config`] stand in its file, for problems that are found after parsing.
 /// All origins are equal: a value that only moved in the file has not changed.
 #[derive(Clone, Debug, Default)]
@@ -198,12 +289,21 @@ impl Eq for Origin {}
 
 #[derive(Debug)]
 struct Places {
-    file: Arc<Path>,
-    addresses: Vec<Position>,
-    uplink: Option<Position>,
-    subnet: Vec<Position>,
+    /// The layers.
+    files: Vec<Arc<Path>>,
+    addresses: Vec<Place>,
+    uplink: Option<Place>,
+    subnet: Vec<Place>,
     /// By peer, as in the snapshot: the place of each allowed IP.
-    allowed_ips: Vec<Vec<Position>>,
+    allowed_ips: Vec<Vec<Place>>,
+}
+
+/// A place in one of the layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    /// Which of [`Places::files`].
+    file: u16,
+    position: Position,
 }
 
 /// Settings that belong to this machine and never come from a control source.
@@ -236,13 +336,32 @@ pub struct Local {
     pub offloads: Offloads,
     /// Our bits of the firewall mark.
     pub marks: Marks,
+    /// How long flows may take to end when the router drains.
+    pub patience: Patience,
     /// Where Prometheus metrics, health and status are served over HTTP; `None`: only on the socket.
     pub http: Option<SocketAddr>,
+    /// What is served there.
+    pub http_pages: HttpPages,
     /// Names that HTTP requests may be for, beside addresses and `localhost`: in lower case, without a
     /// final dot.
     pub http_hosts: Vec<String>,
     /// Path of the local API socket.
     pub socket: PathBuf,
+}
+
+/// What is served over HTTP beside the local socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HttpPages {
+    /// Metrics, status, and health: healthy is what has everything in force.
+    All,
+    /// As Tailscale's containers have it: healthy is what has an address, and ready what has everything in force that
+    /// carries packets.
+    Container {
+        /// Health is served.
+        health: bool,
+        /// Metrics are served.
+        metrics: bool,
+    },
 }
 
 /// How the tunnel MTU is chosen.

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
+use router_ebpf::route::LINK_LOCAL;
 
 use super::section::quoted;
 use crate::control::Endpoint;
@@ -66,7 +67,6 @@ pub(super) fn network(text: &str) -> Result<IpNet, String> {
 
 /// Why packets for a network are never routed, if so.
 pub(super) fn never_routed(net: &IpNet) -> Option<&'static str> {
-    const V6_LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0);
     let within = |address: IpAddr, length| {
         IpNet::new(address, length).is_ok_and(|special: IpNet| special.contains(net))
     };
@@ -82,11 +82,22 @@ pub(super) fn never_routed(net: &IpNet) -> Option<&'static str> {
         (Ipv4Addr::UNSPECIFIED.into(), 8, "\"this network\""),
         (Ipv6Addr::UNSPECIFIED.into(), 128, "the unspecified address"),
         (Ipv4Addr::BROADCAST.into(), 32, "broadcast"),
-        (V6_LINK_LOCAL.into(), 10, "link-local"),
     ]
     .into_iter()
     .find(|(address, length, _)| net.prefix_len() > 0 && within(*address, *length))
     .map(|(_, _, what)| what)
+    .or_else(|| never_carried(net))
+}
+
+/// Why the router carries nothing to or from a network for its peers, whatever routes and rules say, if so.
+pub(super) fn never_carried(net: &IpNet) -> Option<&'static str> {
+    let (_, length) = LINK_LOCAL.into_iter().find(|(address, length)| {
+        IpNet::new(*address, *length).is_ok_and(|never: IpNet| never.contains(net))
+    })?;
+    Some(match length {
+        128 => "a cloud's metadata service",
+        _ => "link-local",
+    })
 }
 
 /// `host:port`, `address:port` or `[IPv6 address]:port`.
@@ -156,7 +167,8 @@ pub(super) fn usable(address: SocketAddr) -> Result<SocketAddr, String> {
     match never_routed(&IpNet::from(address.ip())) {
         // A peer on this machine is odd but works, and tests live on it.
         Some("loopback") | None => Ok(address),
-        Some("link-local") if matches!(address, SocketAddr::V6(v6) if v6.scope_id() != 0) => {
+        // The underlay may be a cable. In IPv6 the address must name its interface then.
+        Some("link-local") if !matches!(address, SocketAddr::V6(v6) if v6.scope_id() == 0) => {
             Ok(address)
         }
         Some(what) => Err(format!(

@@ -6,6 +6,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::layers::Layers;
+
 /// A place in the configuration file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position {
@@ -60,19 +62,49 @@ impl fmt::Display for ConfigErrors {
 /// Stands for the byte offset of what is in no file.
 pub(super) const NOWHERE: usize = usize::MAX;
 
-/// Translates byte offsets of a text to positions.
+/// Translates byte offsets of the text of all layers to positions.
 pub(super) struct Lines<'t> {
     text: &'t str,
     starts: Vec<usize>,
+    /// Which line each layer begins with, counted from 0, and how it is called.
+    files: Vec<(usize, Arc<Path>)>,
 }
 
 impl<'t> Lines<'t> {
-    pub(super) fn new(text: &'t str) -> Self {
+    pub(super) fn new(layers: &'t Layers) -> Self {
+        let text = layers.text();
         let after_newline = text.match_indices('\n').map(|(at, _)| at + 1);
-        Self {
+        let mut lines = Self {
             text,
             starts: std::iter::once(0).chain(after_newline).collect(),
-        }
+            files: Vec::new(),
+        };
+        let files = layers.starts().iter();
+        lines.files = files
+            .map(|(start, file)| (lines.index(*start), file.clone()))
+            .collect();
+        lines
+    }
+
+    /// The layer that holds byte `at`, by number.
+    pub(super) fn layer(&self, at: usize) -> usize {
+        let line = self.index(at);
+        let after = self.files.partition_point(|(first, _)| *first <= line);
+        after.saturating_sub(1)
+    }
+
+    /// The names of the layers.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Arc<Path>> {
+        self.files.iter().map(|(_, file)| file)
+    }
+
+    /// Number of the line that holds byte `at` in its layer, counted from 1.
+    fn number(&self, at: usize) -> usize {
+        let first = self
+            .files
+            .get(self.layer(at))
+            .map_or(0, |(first, _)| *first);
+        self.index(at) + 1 - first
     }
 
     /// Number of the line that holds byte `at`, counted from 0.
@@ -99,15 +131,16 @@ impl<'t> Lines<'t> {
         let before = self.text.as_bytes().get(self.starts[line]..at);
         let column = before.map_or(0, |bytes| String::from_utf8_lossy(bytes).chars().count());
         Position {
-            line: u32::try_from(line + 1).unwrap_or(u32::MAX),
+            line: u32::try_from(self.number(at)).unwrap_or(u32::MAX),
             column: u32::try_from(column + 1).unwrap_or(u32::MAX),
         }
     }
 }
 
-/// Collects the problems of one file. Places are byte offsets into its text.
+/// Collects the problems of one configuration. Places are byte offsets into the text of its layers.
 pub(super) struct Problems<'t> {
-    pub(super) file: Arc<Path>,
+    /// The file that was asked for.
+    file: Arc<Path>,
     pub(super) lines: Lines<'t>,
     found: Vec<(usize, Problem)>,
     /// Set when the syntax is broken: parts of the text, by byte offsets, whose reading is a guess.
@@ -115,10 +148,12 @@ pub(super) struct Problems<'t> {
 }
 
 impl<'t> Problems<'t> {
-    pub(super) fn new(file: &Path, text: &'t str) -> Self {
+    pub(super) fn new(layers: &'t Layers) -> Self {
+        let lines = Lines::new(layers);
+        let main = lines.files.get(lines.layer(layers.main()));
         Self {
-            file: file.into(),
-            lines: Lines::new(text),
+            file: main.map_or_else(|| Path::new("").into(), |(_, file)| file.clone()),
+            lines,
             found: Vec::new(),
             spoiled: None,
         }
@@ -134,8 +169,10 @@ impl<'t> Problems<'t> {
         if spoiled.into_iter().any(|range| range.contains(&at)) {
             return;
         }
+        let holder = self.lines.files.get(self.lines.layer(at));
+        let file = holder.filter(|_| at != NOWHERE).map(|(_, file)| file);
         let problem = Problem {
-            file: self.file.clone(),
+            file: file.unwrap_or(&self.file).clone(),
             position: (at != NOWHERE).then(|| self.lines.position(at)),
             key: key.into(),
             message: message.into(),
@@ -143,9 +180,16 @@ impl<'t> Problems<'t> {
         self.found.push((at, problem));
     }
 
-    /// The line number of byte `at`, for a sentence that points to another place.
-    pub(super) fn line(&self, at: usize) -> usize {
-        self.lines.index(at) + 1
+    /// The line number of byte `at`, for a sentence that points to another place; with the layer, where there
+    /// are several.
+    pub(super) fn line(&self, at: usize) -> String {
+        let number = self.lines.number(at);
+        match self.lines.files.get(self.lines.layer(at)) {
+            Some((_, file)) if self.lines.files.len() > 1 => {
+                format!("{number} of {}", file.display())
+            }
+            _ => number.to_string(),
+        }
     }
 
     /// The same in brackets, behind the name of what stands there; nothing where there is no file.
@@ -170,7 +214,7 @@ impl<'t> Problems<'t> {
     /// From now on problems in these parts of the text are passed over in silence, and so is what
     /// is missing.
     pub(super) fn spoil(&mut self, parts: Vec<Range<usize>>) {
-        self.spoiled = Some(parts);
+        self.spoiled.get_or_insert_default().extend(parts);
     }
 
     pub(super) fn into_errors(mut self) -> ConfigErrors {
@@ -186,7 +230,8 @@ mod tests {
     #[test]
     fn positions_count_lines_and_characters_from_one() {
         let text = "a\nüb\n\nc";
-        let lines = Lines::new(text);
+        let layers = Layers::one(text, Path::new("a.toml"));
+        let lines = Lines::new(&layers);
         let at = |needle: &str| {
             let Position { line, column } = lines.position(text.find(needle).unwrap());
             (line, column)
@@ -196,6 +241,7 @@ mod tests {
         assert_eq!(at("c"), (4, 1));
         assert_eq!(lines.position(text.len()).line, 4);
         assert_eq!(lines.text(1), "üb");
-        assert_eq!(Lines::new("").position(0).line, 1);
+        let empty = Layers::one("", Path::new("a.toml"));
+        assert_eq!(Lines::new(&empty).position(0).line, 1);
     }
 }

@@ -3,6 +3,7 @@
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::layers;
 use super::problem::Problems;
 use super::section::{At, Section, Text, TextOr, integer, text};
 use super::syntax;
@@ -12,17 +13,39 @@ use crate::engine::Offloads;
 pub(super) struct Raw<'i> {
     pub(super) name: Option<Text<'i>>,
     pub(super) wireguard: Option<Wireguard<'i>>,
+    pub(super) tailnet: Option<Tailnet<'i>>,
     pub(super) peers: Vec<Peer<'i>>,
     pub(super) routes: Vec<Route<'i>>,
     pub(super) rules: Vec<Rule<'i>>,
     pub(super) denied: Option<Text<'i>>,
+    pub(super) cloud: Cloud<'i>,
     pub(super) datapath: Datapath<'i>,
+    pub(super) drain: Drain,
     pub(super) metrics: Metrics<'i>,
     pub(super) offloads: Offloads,
     pub(super) socket: Option<Text<'i>>,
 }
 
+/// `[tailnet]`, but for `advertise_routes`, which are among the routes.
+pub(super) struct Tailnet<'i> {
+    pub(super) control_url: Option<Text<'i>>,
+    pub(super) auth_key: Option<Text<'i>>,
+    pub(super) client_id: Option<Text<'i>>,
+    pub(super) hostname: Option<Text<'i>>,
+    pub(super) advertise_tags: Option<At<Vec<Text<'i>>>>,
+    pub(super) accept_routes: Option<At<bool>>,
+    pub(super) accept_dns: Option<At<bool>>,
+    pub(super) ephemeral: Option<At<bool>>,
+    pub(super) static_endpoints: Option<At<Vec<Text<'i>>>>,
+    pub(super) port_mapping: Option<At<bool>>,
+    pub(super) relay_server_port: Option<At<i64>>,
+    pub(super) relay_server_static_endpoints: Option<At<Vec<Text<'i>>>>,
+    pub(super) state_dir: Option<Text<'i>>,
+    pub(super) ca: Option<Text<'i>>,
+}
+
 /// `[wireguard]`.
+#[derive(Default)]
 pub(super) struct Wireguard<'i> {
     pub(super) private_key_file: Option<Text<'i>>,
     pub(super) addresses: Option<At<Vec<Text<'i>>>>,
@@ -42,8 +65,10 @@ pub(super) struct Peer<'i> {
     pub(super) keepalive: Option<At<i64>>,
 }
 
-/// `[[route]]`.
+/// `[[route]]`, or an entry of `advertise_routes`.
 pub(super) struct Route<'i> {
+    /// Where the CIDR stands, for messages.
+    pub(super) key: &'static str,
     pub(super) cidr: Option<Text<'i>>,
     pub(super) snat: Option<At<bool>>,
     pub(super) mode: Option<Text<'i>>,
@@ -54,6 +79,16 @@ pub(super) struct Rule<'i> {
     pub(super) from: Option<At<Vec<Text<'i>>>>,
     pub(super) to: Option<At<Vec<Text<'i>>>>,
     pub(super) protocols: Option<At<Vec<TextOr<'i, At<i64>>>>>,
+}
+
+/// `[cloud]`.
+#[derive(Default)]
+pub(super) struct Cloud<'i> {
+    pub(super) provider: Option<Text<'i>>,
+    pub(super) vpc_route_tables: Option<At<Vec<Text<'i>>>>,
+    pub(super) vpc_routes: Option<At<Vec<Text<'i>>>>,
+    pub(super) launch_hook: Option<Text<'i>>,
+    pub(super) termination_hook: Option<Text<'i>>,
 }
 
 /// `[datapath]`.
@@ -76,6 +111,13 @@ pub(super) struct Datapath<'i> {
     pub(super) icmp_timeout: Option<At<i64>>,
 }
 
+/// `[drain]`.
+#[derive(Default)]
+pub(super) struct Drain {
+    pub(super) timeout: Option<At<i64>>,
+    pub(super) stop_timeout: Option<At<i64>>,
+}
+
 /// `[metrics]`.
 #[derive(Default)]
 pub(super) struct Metrics<'i> {
@@ -83,54 +125,78 @@ pub(super) struct Metrics<'i> {
     pub(super) hosts: Option<At<Vec<Text<'i>>>>,
 }
 
-/// Reads the text of a file. What has the wrong type or an unknown name becomes a problem.
+/// Reads the texts of all layers, of which `main` says where that of the file begins. What has the wrong type or an unknown name becomes a problem.
 ///
 /// After a syntax error the parser's guess at the rest is read as well, so that its mistakes are
 /// told too.
-pub(super) fn read<'i>(source: &'i str, problems: &mut Problems<'_>) -> Raw<'i> {
-    let (table, errors) = DeTable::parse_recoverable(source);
-    syntax::report(source, &table, &errors, problems);
-    top(Section::top(table), problems)
+pub(super) fn read<'i>(sources: &'i [String], main: usize, problems: &mut Problems<'_>) -> Raw<'i> {
+    let mut whole = DeTable::new();
+    for source in sources {
+        let (table, errors) = DeTable::parse_recoverable(source);
+        syntax::report(source, &table, &errors, problems);
+        layers::overlay(&mut whole, table.into_inner());
+    }
+    top(Section::top(whole, main), problems)
 }
 
 fn top<'i>(mut top: Section<'i>, problems: &mut Problems<'_>) -> Raw<'i> {
-    top.require(
-        "wireguard",
-        "a section [wireguard] with private_key_file and addresses",
-        problems,
-    );
+    let joins = top.has("tailnet");
+    if !joins {
+        top.require(
+            "wireguard",
+            "a section [wireguard] with private_key_file and addresses",
+            problems,
+        );
+    }
     let name = top.text("name", problems);
     let wireguard = top.section("wireguard", problems);
+    let tailnet = top.section("tailnet", problems);
     let peers = top.sections("peer", problems);
     let routes = top.sections("route", problems);
     let rules = top.sections("rule", problems);
     let policy = top.section("policy", problems);
+    let cloud = top.section("cloud", problems);
     let datapath = top.section("datapath", problems);
+    let drain = top.section("drain", problems);
     let offloads = top.section("offloads", problems);
     let metrics = top.section("metrics", problems);
     let api = top.section("api", problems);
     top.finish(problems);
+    let wireguard = wireguard.map(|section| self::wireguard(section, joins, problems));
+    let tailnet = tailnet.map(|section| self::tailnet(section, problems));
+    let (tailnet, advertised) = tailnet.unzip();
+    let routes = routes.into_iter().map(|s| route(s, problems));
     Raw {
         name,
-        wireguard: wireguard.map(|section| self::wireguard(section, problems)),
+        wireguard: wireguard.or_else(|| joins.then(Wireguard::default)),
+        tailnet,
+        routes: routes.chain(advertised.into_iter().flatten()).collect(),
         peers: peers.into_iter().map(|s| peer(s, problems)).collect(),
-        routes: routes.into_iter().map(|s| route(s, problems)).collect(),
         rules: rules.into_iter().map(|s| rule(s, problems)).collect(),
         denied: policy.and_then(|s| only_text(s, "denied", problems)),
+        cloud: cloud.map_or_else(Cloud::default, |s| self::cloud(s, problems)),
         datapath: datapath.map_or_else(Datapath::default, |s| self::datapath(s, problems)),
+        drain: drain.map_or_else(Drain::default, |s| self::drain(s, problems)),
         metrics: metrics.map_or_else(Metrics::default, |s| self::metrics(s, problems)),
         offloads: offloads.map_or(Offloads::ALL, |s| self::offloads(s, problems)),
         socket: api.and_then(|s| only_text(s, "socket", problems)),
     }
 }
 
-fn wireguard<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Wireguard<'i> {
-    section.require(
-        "private_key_file",
-        r#"private_key_file = "private.key""#,
-        problems,
-    );
-    section.require("addresses", r#"addresses = ["100.64.0.1/24"]"#, problems);
+/// A router that `joins` a tailnet has key and addresses from there.
+fn wireguard<'i>(
+    mut section: Section<'i>,
+    joins: bool,
+    problems: &mut Problems<'_>,
+) -> Wireguard<'i> {
+    if !joins {
+        section.require(
+            "private_key_file",
+            r#"private_key_file = "private.key""#,
+            problems,
+        );
+        section.require("addresses", r#"addresses = ["100.64.0.1/24"]"#, problems);
+    }
     let raw = Wireguard {
         private_key_file: section.text("private_key_file", problems),
         addresses: section.texts("addresses", problems),
@@ -140,6 +206,39 @@ fn wireguard<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Wireg
     };
     section.finish(problems);
     raw
+}
+
+/// The section, and the routes in it.
+fn tailnet<'i>(
+    mut section: Section<'i>,
+    problems: &mut Problems<'_>,
+) -> (Tailnet<'i>, Vec<Route<'i>>) {
+    let routes = section.texts("advertise_routes", problems);
+    let routes = routes.into_iter().flat_map(|list| list.value);
+    let routes = routes.map(|cidr| Route {
+        key: "tailnet.advertise_routes",
+        cidr: Some(cidr),
+        snat: None,
+        mode: None,
+    });
+    let raw = Tailnet {
+        control_url: section.text("control_url", problems),
+        auth_key: section.text("auth_key", problems),
+        client_id: section.text("client_id", problems),
+        hostname: section.text("hostname", problems),
+        advertise_tags: section.texts("advertise_tags", problems),
+        accept_routes: section.boolean("accept_routes", problems),
+        accept_dns: section.boolean("accept_dns", problems),
+        ephemeral: section.boolean("ephemeral", problems),
+        static_endpoints: section.texts("static_endpoints", problems),
+        port_mapping: section.boolean("port_mapping", problems),
+        relay_server_port: section.integer("relay_server_port", problems),
+        relay_server_static_endpoints: section.texts("relay_server_static_endpoints", problems),
+        state_dir: section.text("state_dir", problems),
+        ca: section.text("ca", problems),
+    };
+    section.finish(problems);
+    (raw, routes.collect())
 }
 
 fn peer<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Peer<'i> {
@@ -173,6 +272,7 @@ fn route<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Route<'i>
         problems,
     );
     let raw = Route {
+        key: "route.cidr",
         cidr: section.text("cidr", problems),
         snat: section.boolean("snat", problems),
         mode: section.text("mode", problems),
@@ -228,6 +328,27 @@ fn datapath<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Datapa
         tcp_transitory_timeout: section.integer("tcp_transitory_timeout", problems),
         udp_timeout: section.integer("udp_timeout", problems),
         icmp_timeout: section.integer("icmp_timeout", problems),
+    };
+    section.finish(problems);
+    raw
+}
+
+fn drain(mut section: Section<'_>, problems: &mut Problems<'_>) -> Drain {
+    let raw = Drain {
+        timeout: section.integer("timeout", problems),
+        stop_timeout: section.integer("stop_timeout", problems),
+    };
+    section.finish(problems);
+    raw
+}
+
+fn cloud<'i>(mut section: Section<'i>, problems: &mut Problems<'_>) -> Cloud<'i> {
+    let raw = Cloud {
+        provider: section.text("provider", problems),
+        vpc_route_tables: section.texts("vpc_route_tables", problems),
+        vpc_routes: section.texts("vpc_routes", problems),
+        launch_hook: section.text("launch_hook", problems),
+        termination_hook: section.text("termination_hook", problems),
     };
     section.finish(problems);
     raw

@@ -16,11 +16,14 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
         &[
             "name",
             "wireguard",
+            "tailnet",
             "peer",
             "route",
             "rule",
             "policy",
+            "cloud",
             "datapath",
+            "drain",
             "offloads",
             "metrics",
             "api",
@@ -37,6 +40,26 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "tailnet",
+        &[
+            "control_url",
+            "auth_key",
+            "client_id",
+            "hostname",
+            "advertise_routes",
+            "advertise_tags",
+            "accept_routes",
+            "accept_dns",
+            "ephemeral",
+            "static_endpoints",
+            "port_mapping",
+            "relay_server_port",
+            "relay_server_static_endpoints",
+            "state_dir",
+            "ca",
+        ],
+    ),
+    (
         "peer",
         &[
             "name",
@@ -50,6 +73,16 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
     ("route", &["cidr", "snat", "mode"]),
     ("rule", &["from", "to", "protocols"]),
     ("policy", &["denied"]),
+    (
+        "cloud",
+        &[
+            "provider",
+            "vpc_route_tables",
+            "vpc_routes",
+            "launch_hook",
+            "termination_hook",
+        ],
+    ),
     (
         "datapath",
         &[
@@ -70,13 +103,14 @@ pub(super) const SCHEMA: &[(&str, &[&str])] = &[
             "icmp_timeout",
         ],
     ),
+    ("drain", &["timeout", "stop_timeout"]),
     ("offloads", &Offloads::NAMES),
     ("metrics", &["listen", "hosts"]),
     ("api", &["socket"]),
 ];
 
 /// Sections that may stand more than once, as `[[peer]]`.
-const REPEATED: &[&str] = &["peer", "route", "rule"];
+pub(super) const REPEATED: &[&str] = &["peer", "route", "rule"];
 
 fn keys_of(section: &str) -> &'static [&'static str] {
     let found = SCHEMA.iter().find(|(name, _)| *name == section);
@@ -125,12 +159,12 @@ pub(super) struct Section<'i> {
 }
 
 impl<'i> Section<'i> {
-    /// The whole file.
-    pub(super) fn top(table: Spanned<DeTable<'i>>) -> Self {
+    /// The whole configuration, whose file begins at byte `at`.
+    pub(super) fn top(entries: DeTable<'i>, at: usize) -> Self {
         Self {
             name: "",
-            at: 0,
-            entries: table.into_inner(),
+            at,
+            entries,
         }
     }
 
@@ -240,6 +274,11 @@ impl<'i> Section<'i> {
         } else {
             other(self, key, problems).map(TextOr::Other)
         }
+    }
+
+    /// Whether `key` stands in the section.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.entries.contains_key(key)
     }
 
     /// Reports `key` if the section lacks it.

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::section::quoted;
-use super::{Config, Interface, Local, Places, Position, Problem};
+use super::{Config, Interface, Local, Place, Places, Problem};
 use crate::control::Peer;
 use crate::core::{Facts, LinkFacts};
 
@@ -28,7 +28,7 @@ pub fn check_against_system(config: &Config, facts: &Facts) -> Vec<Problem> {
         places,
         problems: Vec::new(),
     };
-    let at = |list: Option<&Vec<Position>>, index: usize| list.and_then(|l| l.get(index)).copied();
+    let at = |list: Option<&Vec<Place>>, index: usize| list.and_then(|l| l.get(index)).copied();
 
     if let Interface::Named(name) = &config.local.uplink {
         check.exists(name, "datapath.uplink", places.and_then(|p| p.uplink));
@@ -41,7 +41,7 @@ pub fn check_against_system(config: &Config, facts: &Facts) -> Vec<Problem> {
         );
     }
     let connected = Connected::new(&config.local, facts);
-    for (index, address) in config.identity.addresses.iter().enumerate() {
+    for (index, address) in config.addresses().iter().enumerate() {
         let position = at(places.map(|p| &p.addresses), index);
         if let Some(taken) = connected.captured(&address.trunc()) {
             let message = format!(
@@ -79,6 +79,19 @@ pub fn check_peers_against_system<'p>(
     check.problems
 }
 
+/// Which of these networks would cut the router off from its neighbours if they led into the tunnel, each with what of
+/// the machine lies in it.
+pub fn captured<'n>(
+    local: &Local,
+    nets: impl IntoIterator<Item = &'n IpNet>,
+    facts: &Facts,
+) -> Vec<(IpNet, String)> {
+    let connected = Connected::new(local, facts);
+    let nets = nets.into_iter();
+    nets.filter_map(|net| Some((*net, connected.captured(net)?)))
+        .collect()
+}
+
 struct Check<'a> {
     facts: &'a Facts,
     places: Option<&'a Places>,
@@ -86,17 +99,20 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
-    fn add(&mut self, position: Option<Position>, key: &'static str, message: String) {
-        let file = self.places.map(|places| places.file.clone());
+    fn add(&mut self, place: Option<Place>, key: &'static str, message: String) {
+        let files = self.places.map(|places| &places.files);
+        // What has no place is the file's.
+        let number = place.map_or(0, |place| usize::from(place.file));
+        let file = files.and_then(|files| files.get(number)).cloned();
         self.problems.push(Problem {
             file: file.unwrap_or_else(|| std::path::Path::new("configuration").into()),
-            position,
+            position: place.map(|place| place.position),
             key: key.into(),
             message,
         });
     }
 
-    fn peer(&mut self, peer: &Peer, connected: &Connected<'_>, places: Option<&Vec<Position>>) {
+    fn peer(&mut self, peer: &Peer, connected: &Connected<'_>, places: Option<&Vec<Place>>) {
         for (entry, net) in peer.allowed_ips.iter().enumerate() {
             if let Some(taken) = connected.captured(net) {
                 let message = format!(
@@ -109,7 +125,7 @@ impl Check<'_> {
         }
     }
 
-    fn exists(&mut self, name: &str, key: &'static str, position: Option<Position>) {
+    fn exists(&mut self, name: &str, key: &'static str, position: Option<Place>) {
         let names = || self.facts.links.values().map(|link| link.name.as_str());
         if names().any(|known| known == name) {
             return;
@@ -270,8 +286,9 @@ mod tests {
 
     #[test]
     fn tunnel_addresses_must_not_capture_the_machines_networks() {
-        let found =
-            problems(|config| config.identity.addresses[0] = "10.0.1.77/24".parse().unwrap());
+        let found = problems(|config| {
+            config.identity.as_mut().unwrap().addresses[0] = "10.0.1.77/24".parse().unwrap()
+        });
         assert!(
             found[0].contains("wireguard.addresses: \"10.0.1.77/24\""),
             "{found:?}"

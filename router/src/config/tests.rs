@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -12,6 +13,7 @@ use crate::control::{Denied, Endpoint, RouteMode};
 
 pub(crate) const EXAMPLE: &str = include_str!("../../../docs/sluice.example.toml");
 const MANUAL: &str = include_str!("../../../docs/configuration.md");
+const AWS: &str = include_str!("../../../docs/aws.md");
 const README: &str = include_str!("../../../README.md");
 
 /// The private key of Alice in RFC 7748 section 6.1, in base64.
@@ -160,10 +162,35 @@ fn each_offload_can_be_switched_off() {
 }
 
 #[test]
+fn the_file_says_how_long_flows_may_take_to_end() {
+    let base = "[wireguard]\nprivate_key_file = \"private.key\"\naddresses = [\"100.64.0.1/24\"]\n";
+    let with = |text: &str| parse_in_temporary_directory(&format!("{base}{text}"));
+    for (text, drain, stop) in [
+        ("", 300, 0),
+        ("[drain]\ntimeout = 0\n", 0, 0),
+        ("[drain]\ntimeout = 60\nstop_timeout = 20\n", 60, 20),
+    ] {
+        let wanted = Patience {
+            drain: Duration::from_secs(drain),
+            stop: Duration::from_secs(stop),
+        };
+        assert_eq!(with(text).unwrap().local.patience, wanted);
+    }
+    let error = with("[drain]\ntimeout = -1\nstop_timeout = 86401\n").unwrap_err();
+    for says in [
+        "5:11: drain.timeout: -1 is no time in seconds",
+        "6:16: drain.stop_timeout: 86401 is no time",
+    ] {
+        assert!(error.to_string().contains(says), "{error}");
+    }
+}
+
+#[test]
 fn complete_examples_of_the_documents_are_valid() {
     let mut count = 0;
     let blocks = |text: &'static str| text.split("```toml complete\n").skip(1);
-    for block in blocks(MANUAL).chain(blocks(README)) {
+    let all = [MANUAL, README, AWS].into_iter().flat_map(blocks);
+    for block in all {
         let text = block.split("```").next().unwrap();
         // The one absolute path of the examples, which is not on this machine.
         let text = &text.replace("/var/run/secrets/sluice/", "");
@@ -387,4 +414,20 @@ proptest! {
         let _ = parse(&text, Path::new("sluice.toml"));
         let _ = parse(&String::from_utf8_lossy(&bits), Path::new("sluice.toml"));
     }
+}
+
+#[test]
+fn the_examples_of_the_tailnets_manual_are_valid() {
+    let manual = include_str!("../../../docs/tailnet.md");
+    let mut blocks = manual.split("```toml\n").skip(1);
+    let block = blocks.next().unwrap().split("```").next().unwrap();
+    let text: Vec<&str> = block.lines().map(str::trim).collect();
+    let config = parse(&text.join("\n"), Path::new("/nowhere/sluice.toml")).unwrap();
+    let settings = config.tailnet.unwrap();
+    assert_eq!(settings.advertise_routes.len(), 1);
+    assert_eq!(settings.hostname.as_deref(), Some("vpc-router"));
+    assert!(
+        blocks.next().is_none(),
+        "another example, which is not tried"
+    );
 }

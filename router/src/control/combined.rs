@@ -1,15 +1,16 @@
 //! Several sources, one state: who wins where two of them want the same, and what each update changes.
 
+mod derived;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
 
-use super::{
-    Changed, Delta, Destination, Direction, Identity, Peer, Policy, Route, Rule, Snapshot, State,
-    Update,
-};
+use super::via::{self, Pool};
+use super::{Changed, Delta, Identity, Peer, Policy, Route, Snapshot, State, Update};
+use crate::via::ViaNet;
 use crate::wireguard::keys::{PrivateKey, PublicKey};
 
 /// What every source wants, and the one state that comes of it.
@@ -25,6 +26,10 @@ pub struct Combined {
     state: State,
     /// The claimants of allowed IPs that more than one peer has.
     contested: BTreeMap<IpNet, BTreeSet<PublicKey>>,
+    /// Addresses for 4via6, while there is a route of this kind.
+    pool: Option<Pool>,
+    /// Peers that may open nothing.
+    jailed: BTreeSet<PublicKey>,
 }
 
 /// What one source wants.
@@ -33,6 +38,8 @@ struct Held {
     name: &'static str,
     identity: Option<Identity>,
     peers: HashMap<PublicKey, Arc<Peer>>,
+    /// Those of them that got an address for 4via6, as the source has said them.
+    said: HashMap<PublicKey, Arc<Peer>>,
     routes: Vec<Route>,
     policy: Policy,
     /// Why it could say nothing new the last time.
@@ -64,6 +71,12 @@ impl fmt::Display for Conflict {
 }
 
 impl Held {
+    /// What the source says of a peer.
+    fn said(&self, key: &PublicKey) -> Option<&Peer> {
+        let said = self.said.get(key).or_else(|| self.peers.get(key))?;
+        Some(said)
+    }
+
     /// Whether it has a rule for flows that peers open (`true`), or for those opened to them.
     fn rules(&self, from_overlay: bool) -> bool {
         let mut rules = self.policy.rules.iter();
@@ -78,6 +91,7 @@ impl Combined {
             name,
             identity: None,
             peers: HashMap::new(),
+            said: HashMap::new(),
             routes: Vec::new(),
             policy: Policy::default(),
             failure: None,
@@ -86,6 +100,8 @@ impl Combined {
             sources: held.collect(),
             state: State::default(),
             contested: BTreeMap::new(),
+            pool: None,
+            jailed: BTreeSet::new(),
         }
     }
 
@@ -96,14 +112,13 @@ impl Combined {
 
     /// What the source with this rank wants of a peer.
     pub fn peer_of(&self, rank: usize, key: &PublicKey) -> Option<&Peer> {
-        let peer = self.sources.get(rank)?.peers.get(key)?;
-        Some(peer)
+        self.sources.get(rank)?.said(key)
     }
 
     /// All peers that the source with this rank wants, in no order.
     pub fn peers_of(&self, rank: usize) -> impl Iterator<Item = &Peer> {
         let source = self.sources.get(rank).into_iter();
-        source.flat_map(|source| source.peers.values().map(Arc::as_ref))
+        source.flat_map(|source| source.peers.keys().filter_map(|key| source.said(key)))
     }
 
     /// The name of the first source that wants a peer, and its rank.
@@ -123,13 +138,10 @@ impl Combined {
     }
 
     /// Whether the source with this rank wants just that.
-    pub fn wants(&self, rank: usize, identity: &Identity, snapshot: &Snapshot) -> bool {
+    pub fn wants(&self, rank: usize, identity: Option<&Identity>, snapshot: &Snapshot) -> bool {
         self.sources.get(rank).is_some_and(|source| {
-            let is_known = |peer: &Peer| {
-                let known = source.peers.get(&peer.public_key);
-                known.is_some_and(|known| **known == *peer)
-            };
-            source.identity.as_ref() == Some(identity)
+            let is_known = |peer: &Peer| source.said(&peer.public_key) == Some(peer);
+            source.identity.as_ref() == identity
                 && source.peers.len() == snapshot.peers.len()
                 && snapshot.peers.iter().all(is_known)
                 && source.routes == snapshot.routes
@@ -186,26 +198,40 @@ impl Combined {
     }
 
     fn take(&mut self, rank: usize, delta: Delta, gone: Vec<PublicKey>) -> Changed {
-        let keys: BTreeSet<PublicKey> = gone
+        let switches = self.switches_via(rank, &delta);
+        let mut keys: BTreeSet<PublicKey> = gone
             .iter()
             .copied()
             .chain(delta.set.iter().map(|peer| peer.public_key))
             .collect();
+        if switches {
+            let all = self.sources.iter().flat_map(|source| source.peers.keys());
+            keys.extend(all);
+        }
         // What each of these peers was, before the source says something else.
         let before: Vec<(PublicKey, Option<Arc<Peer>>)> = keys
             .into_iter()
             .map(|key| (key, self.claimant(&key).cloned()))
             .collect();
         let ranks: Vec<Option<usize>> = before.iter().map(|(key, _)| self.rank(key)).collect();
+        if switches {
+            self.switch_via();
+        }
         let source = &mut self.sources[rank];
         for key in gone {
             source.peers.remove(&key);
+            source.said.remove(&key);
         }
         for mut peer in delta.set {
             peer.allowed_ips
                 .iter_mut()
                 .for_each(|net| *net = net.trunc());
-            source.peers.insert(peer.public_key, Arc::new(peer));
+            let peer = Arc::new(peer);
+            source.said.remove(&peer.public_key);
+            source.peers.insert(peer.public_key, peer.clone());
+            if let Some(pool) = &mut self.pool {
+                derived::give(pool, source, &peer);
+            }
         }
         if let Some(identity) = delta.identity {
             source.identity = Some(identity);
@@ -220,6 +246,7 @@ impl Combined {
             .unwrap_or_else(|| std::mem::take(&mut source.policy));
         let mut changed = Changed::default();
         self.settle(&before, &ranks, &mut changed);
+        self.tidy_pool();
         let has_moved = |(key, rank): (&PublicKey, &Option<usize>)| {
             rank.is_some() && self.rank(key).is_some() && self.rank(key) != *rank
         };
@@ -231,30 +258,25 @@ impl Combined {
             changed.identity = true;
         }
         if routes {
-            let merged = self.routes();
-            changed.routes = merged != self.state.routes;
+            let wanted = self.routes();
+            let sites: Vec<ViaNet> = via::sites(&wanted).collect();
+            let unserved = via::unserved(&wanted);
+            let merged = via::ipv4(wanted);
+            changed.routes = merged != self.state.routes || sites != self.state.sites;
             self.state.routes = merged;
+            self.state.sites = sites;
+            self.state.unserved = unserved;
         }
+        let derived = self.moves_a_derived_rule(&changed);
         if policy
             || (!self.state.policy.rules.is_empty()
-                && (moved || self.moves_an_implied_rule(rank, &changed)))
+                && (moved || switches || derived || self.moves_an_implied_rule(rank, &changed)))
         {
             let merged = self.policy();
             changed.policy = merged != self.state.policy;
             self.state.policy = merged;
         }
         changed
-    }
-
-    /// Whether an update of the source with this rank has changed the allowed IPs of a source without
-    /// rules: what its peers may do is written as a rule for these.
-    fn moves_an_implied_rule(&self, rank: usize, changed: &Changed) -> bool {
-        let without = |rank: usize| {
-            let source = self.sources.get(rank);
-            source.is_some_and(|source| !(source.rules(true) && source.rules(false)))
-        };
-        let mut ranks = changed.peers.iter().filter_map(|key| self.rank(key));
-        !changed.nets.is_empty() && (without(rank) || ranks.any(without))
     }
 
     /// The first source that names a peer.
@@ -403,55 +425,6 @@ impl Combined {
             .collect()
     }
 
-    fn policy(&self) -> Policy {
-        let denied = self.sources.first().map(|source| source.policy.denied);
-        let mut rules = Vec::new();
-        for (rank, source) in self.sources.iter().enumerate() {
-            rules.extend(source.policy.rules.iter().cloned());
-            for from_overlay in [true, false] {
-                let closed = self.sources.iter().any(|other| other.rules(from_overlay));
-                if closed && !source.rules(from_overlay) {
-                    rules.extend(self.everything_for_its_peers(rank, from_overlay));
-                }
-            }
-        }
-        Policy {
-            rules,
-            denied: denied.unwrap_or_default(),
-        }
-    }
-
-    /// What the peers of a source without rules for a direction may do, written as a rule.
-    fn everything_for_its_peers(&self, rank: usize, from_overlay: bool) -> Option<Rule> {
-        let keys = self.sources.get(rank)?.peers.keys();
-        let own = keys.filter(|key| self.rank(key) == Some(rank));
-        let peers = own.filter_map(|key| self.state.peers.get(key));
-        let allowed: BTreeSet<IpNet> = peers
-            .flat_map(|peer| peer.allowed_ips.iter().copied())
-            .collect();
-        if allowed.is_empty() {
-            return None;
-        }
-        let allowed: Vec<IpNet> = allowed.into_iter().collect();
-        let anywhere = vec![IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())];
-        let (direction, sources, destinations) = if from_overlay {
-            (Direction::FromOverlay, allowed, anywhere)
-        } else {
-            (Direction::ToOverlay, anywhere, allowed)
-        };
-        let ports = 0..=u16::MAX;
-        let destinations = destinations.into_iter().map(|cidr| Destination {
-            cidr,
-            ports: ports.clone(),
-        });
-        Some(Rule {
-            direction,
-            sources,
-            destinations: destinations.collect(),
-            protocols: (0..=u8::MAX).collect(),
-        })
-    }
-
     /// What sources want and do not get, each with the name of its source.
     pub fn conflicts(&self) -> Vec<(&'static str, Conflict)> {
         let mut conflicts = Vec::new();
@@ -471,7 +444,7 @@ impl Combined {
             let lost = source
                 .routes
                 .iter()
-                .filter(|r| !self.state.routes.contains(r));
+                .filter(|r| !crate::via::overlaps(&r.cidr) && !self.state.routes.contains(r));
             conflicts.extend(lost.map(|route| (source.name, Conflict::Route(route.cidr))));
         }
         for (net, claimants) in &self.contested {

@@ -32,6 +32,11 @@ impl FileSource {
         }
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.watch.path
+    }
+
     /// Waits until the file has changed since it was last read, and has then stayed as it is for a
     /// second, so that no half-written file is read. Cancel safe. Changes of key files are not
     /// seen; SIGHUP is there for them.
@@ -75,8 +80,10 @@ impl Source for FileSource {
     }
 }
 
-/// What tells one state of a file from another; `None` when there is no file.
-type Stamp = Option<(u64, u64, u64, (i64, i64), (i64, i64))>;
+/// What tells one state of the files of a configuration from another: which there are, and of each what tells
+/// its own; `None` when there is no file.
+type Stamp = Vec<(PathBuf, Option<FileStamp>)>;
+type FileStamp = (u64, u64, u64, (i64, i64), (i64, i64));
 
 #[derive(Debug)]
 struct Watch {
@@ -92,7 +99,7 @@ impl Watch {
         let now = stamp(path);
         Self {
             path: path.to_owned(),
-            read: now,
+            read: now.clone(),
             seen: now,
         }
     }
@@ -102,7 +109,7 @@ impl Watch {
         let now = stamp(&self.path);
         let settled = now == self.seen;
         self.seen = now;
-        settled && now != self.read
+        settled && self.seen != self.read
     }
 
     /// Called before reading: what changes from now on is seen as a change.
@@ -112,6 +119,16 @@ impl Watch {
 }
 
 fn stamp(path: &Path) -> Stamp {
+    let files = config::files(path).into_iter();
+    files
+        .map(|path| {
+            let stamp = file_stamp(&path);
+            (path, stamp)
+        })
+        .collect()
+}
+
+fn file_stamp(path: &Path) -> Option<FileStamp> {
     let file = fs::metadata(path).ok()?;
     let modified = (file.mtime(), file.mtime_nsec());
     let changed = (file.ctime(), file.ctime_nsec());
@@ -150,6 +167,18 @@ mod tests {
             .set_modified(time)
             .unwrap();
         fs::rename(&other, &path).unwrap();
+        assert!(!watch.look());
+        assert!(watch.look());
+        watch.reading();
+
+        // Another layer.
+        let layer = directory.path().join("sluice.d/10.toml");
+        fs::create_dir(directory.path().join("sluice.d")).unwrap();
+        fs::write(&layer, "a").unwrap();
+        assert!(!watch.look(), "just written");
+        assert!(watch.look());
+        watch.reading();
+        fs::remove_file(&layer).unwrap();
         assert!(!watch.look());
         assert!(watch.look());
         watch.reading();

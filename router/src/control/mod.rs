@@ -8,10 +8,12 @@
 mod combined;
 mod feeds;
 pub mod file;
+mod jail;
 mod state;
+mod via;
 
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 
 use ipnet::IpNet;
@@ -96,6 +98,13 @@ pub struct Peer {
     pub endpoint: Option<Endpoint>,
     /// Interval of persistent keepalives in seconds.
     pub keepalive: Option<u16>,
+    /// It is where it was heard from last. Otherwise whoever knows the ways says where it is
+    /// ([`PeerSpec::roaming`](crate::engine::PeerSpec::roaming)).
+    pub roaming: bool,
+    /// Addresses of ours, at most one of each family, each with the one by which this peer knows it.
+    pub masquerade: Vec<(IpAddr, IpAddr)>,
+    /// It may open no flows, whatever the rules say. Without any rule this means nothing.
+    pub jailed: bool,
 }
 
 /// The underlay address of a peer as configured.

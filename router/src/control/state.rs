@@ -7,6 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::{Identity, Peer, Policy, Route};
+use crate::via::ViaNet;
 use crate::wireguard::keys::PublicKey;
 
 /// So many numbers of former peers rest before one is given again: who still counts by the number of
@@ -20,8 +21,12 @@ pub struct State {
     pub identity: Option<Identity>,
     /// The peers.
     pub peers: Peers,
-    /// Advertised routes, each CIDR once.
+    /// Advertised routes, each CIDR once; IPv4 ones in the place of those to sites (4via6).
     pub routes: Vec<Route>,
+    /// The sites' networks that peers reach by IPv6, in the order of their sources.
+    pub sites: Vec<ViaNet>,
+    /// Routes to sites that are none: of several sites at once, or to what is never reached.
+    pub unserved: Vec<IpNet>,
     /// What peers may reach.
     pub policy: Policy,
 }
@@ -192,6 +197,9 @@ mod tests {
             allowed_ips: nets.iter().map(|net| net.parse().unwrap()).collect(),
             endpoint: None,
             keepalive: None,
+            roaming: true,
+            masquerade: Vec::new(),
+            jailed: false,
         })
     }
 

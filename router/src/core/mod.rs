@@ -14,6 +14,7 @@ mod names;
 mod peers;
 mod plan;
 mod revisions;
+mod via;
 mod vrf;
 
 use std::collections::BTreeMap;
@@ -27,6 +28,7 @@ pub use mtu::{Narrow, misfit, tunnel_mtu};
 pub use names::{Names, REFRESH, RETRY};
 pub use peers::{overlay_change, peer_change, peer_spec, peer_specs, route_change, tunnel_routes};
 pub use plan::{Overlay, Plan, plan};
+pub use via::via_problems;
 
 use self::revisions::Revisions;
 use crate::control::Changed;
@@ -116,7 +118,7 @@ pub enum Action {
     },
     /// Give the TUN device exactly these addresses of the family.
     Addresses(Family, Vec<IpNet>),
-    /// Make the datapath serve the plan, and the allowed IPs of the state.
+    /// Make the datapath serve the plan, and the allowed IPs of the state; and the engine translate for sites.
     Datapath {
         /// Of both.
         revision: u64,
@@ -241,7 +243,9 @@ impl Core {
         if before == Some(&plan) && self.key == key {
             return;
         }
-        if before.is_none_or(|before| before.datapath != plan.datapath) {
+        if before
+            .is_none_or(|before| before.datapath != plan.datapath || before.sites != plan.sites)
+        {
             self.overlay.renew();
         }
         if before.is_none_or(|before| before.addresses != plan.addresses) {
@@ -436,13 +440,15 @@ impl Core {
         self.failures.iter().map(|(part, failure)| (*part, failure))
     }
 
+    /// Whether a part is in force as it is wanted.
+    pub fn holds(&self, part: Part) -> bool {
+        let plan = self.wanted.as_ref();
+        plan.is_some_and(|plan| self.applied.get(&part) == Some(&self.whole(plan, part)))
+    }
+
     /// Whether everything that is wanted is in force.
     pub fn settled(&self) -> bool {
-        self.wanted.as_ref().is_some_and(|plan| {
-            Part::ALL
-                .iter()
-                .all(|part| self.applied.get(part) == Some(&self.whole(plan, *part)))
-        })
+        Part::ALL.iter().all(|part| self.holds(*part))
     }
 
     /// Whether the router does what it can: all is in force that is for both families, and all of one
@@ -451,7 +457,7 @@ impl Core {
         let Some(plan) = &self.wanted else {
             return false;
         };
-        let is_applied = |part: &Part| self.applied.get(part) == Some(&self.whole(plan, *part));
+        let is_applied = |part: &Part| self.holds(*part);
         let whole = |family| {
             let mut parts = Part::ALL.iter().filter(|p| p.family() == Some(family));
             parts.all(is_applied)

@@ -153,6 +153,9 @@ mod tests {
                 port: 1,
             }),
             keepalive: None,
+            roaming: true,
+            masquerade: Vec::new(),
+            jailed: false,
         };
         let delta = Delta {
             set: vec![peer],

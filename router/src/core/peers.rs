@@ -27,7 +27,8 @@ pub fn peer_spec(peer: &Peer, names: &Names) -> PeerSpec {
         endpoint: endpoints.next(),
         others: endpoints.collect(),
         keepalive: peer.keepalive,
-        roaming: true,
+        roaming: peer.roaming,
+        masquerade: peer.masquerade.clone(),
     }
 }
 

@@ -15,6 +15,7 @@ use crate::datapath::masquerade;
 use crate::datapath::{External, Link, Spec};
 use crate::netlink::Family;
 use crate::netlink::sysctl::Ipv6;
+use crate::via::ViaNet;
 
 /// The desired state. Peers, their allowed IPs and the routes to these are not in it: there are many,
 /// and they stand in the [`State`] already.
@@ -40,6 +41,8 @@ pub struct Plan {
     pub stack_links: BTreeSet<Link>,
     /// The routes that lead to one of them.
     pub stack_routes: BTreeMap<IpNet, String>,
+    /// The sites' networks that peers reach by IPv6 (4via6), which the engine translates.
+    pub sites: Vec<ViaNet>,
     /// What the datapath serves, without the peers' allowed IPs.
     pub datapath: Spec,
 }
@@ -242,6 +245,7 @@ pub fn plan(local: &Local, state: &State, tun: &Link, facts: &Facts) -> Plan {
             .collect(),
         stack_links,
         stack_routes,
+        sites: state.sites.clone(),
         datapath: Spec {
             tun: tun.clone(),
             mtu,

@@ -159,7 +159,7 @@ struct Machine {
 }
 
 impl Machine {
-    fn obey(&mut self, action: &Action, state: &State) {
+    fn carry_out(&mut self, action: &Action, state: &State) {
         let names = Names::default();
         match action {
             Action::Datapath { .. } => self.overlay = state.peers.allowed_ips().clone(),
@@ -209,6 +209,9 @@ fn any_update() -> impl Strategy<Value = Update> {
             allowed_ips: hosts.into_iter().map(|h| net(h).parse().unwrap()).collect(),
             endpoint: None,
             keepalive: None,
+            roaming: true,
+            masquerade: Vec::new(),
+            jailed: false,
         }
     });
     let addresses = prop::option::of((1_u8..8, 24_u8..=32));
@@ -266,23 +269,23 @@ proptest! {
                     core.handle_done(action, Err("no".to_owned()), now);
                     continue;
                 }
-                machine.obey(&action, state);
+                machine.carry_out(&action, state);
                 core.handle_done(action, Ok(Vec::new()), now);
             }
             now += LONGEST_PAUSE;
         }
         let state = combined.state();
         while let Some(action) = core.poll_action(now) {
-            machine.obey(&action, state);
+            machine.carry_out(&action, state);
             core.handle_done(action, Ok(Vec::new()), now);
         }
         prop_assert!(core.settled());
         let mut anew = Machine { deltas: machine.deltas, ..Machine::default() };
         for family in Family::ALL {
-            anew.obey(&Action::Routes { family, way: Ipv6::On, revision: 0 }, state);
+            anew.carry_out(&Action::Routes { family, way: Ipv6::On, revision: 0 }, state);
         }
-        anew.obey(&Action::Datapath { revision: 0 }, state);
-        anew.obey(&Action::Peers { revision: 0 }, state);
+        anew.carry_out(&Action::Datapath { revision: 0 }, state);
+        anew.carry_out(&Action::Peers { revision: 0 }, state);
         prop_assert_eq!(machine, anew);
     }
 }
@@ -296,6 +299,9 @@ fn one_peer_among_many_is_told_alone() {
         allowed_ips: vec![format!("100.64.{}.{}/32", n >> 8, n & 255).parse().unwrap()],
         endpoint: None,
         keepalive: None,
+        roaming: true,
+        masquerade: Vec::new(),
+        jailed: false,
     };
     let set = |peers: Vec<Peer>| {
         Update::Delta(Delta {

@@ -15,6 +15,7 @@ pub mod policy;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use marks::Marks;
@@ -40,6 +41,19 @@ pub const LOCAL_PORTS: RangeInclusive<u16> = 32_768..=60_999;
 
 /// With fewer ports than these the programs would soon have none left toward a busy server.
 const LEAST_FAST_NAT_PORTS: usize = 4_096;
+
+/// A flow without connections is over when it had no packet for so long.
+pub const QUIET: Duration = Duration::from_secs(10);
+
+/// Which TCP connections are in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connections {
+    /// All until both ends have closed them, however idle they are.
+    Open,
+    /// Those of them that had a packet in the last [`QUIET`]: others may have moved to another router, which nobody
+    /// tells.
+    Busy,
+}
 
 /// Flows of each family that one peer may open unless the configuration says otherwise.
 pub const FLOWS_PER_SOURCE: u32 = 16_384;
@@ -105,6 +119,8 @@ pub struct Spec {
     pub route_mtus: BTreeMap<IpNet, u32>,
     /// What peers may reach.
     pub policy: Policy,
+    /// Flows that are there go on, and no new ones are let through.
+    pub draining: bool,
     /// What the eBPF programs translate sources to, by interface index of the subnet-side NICs. Flows
     /// through a NIC that has none are translated by the kernel.
     pub external: BTreeMap<u32, External>,
@@ -202,6 +218,7 @@ impl Spec {
             routes: self.routes.clone(),
             route_mtus: self.route_mtus.clone(),
             policy: Policy::default(),
+            draining: self.draining,
             external: self.external.clone(),
             chosen: self.chosen.clone(),
             addresses: self.addresses.clone(),

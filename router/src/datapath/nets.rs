@@ -22,6 +22,10 @@ impl<V> Default for Nets<V> {
 }
 
 impl<V> Nets<V> {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.by_net.is_empty()
+    }
+
     pub(crate) fn get(&self, net: &IpNet) -> Option<&V> {
         self.by_net.get(net)
     }

@@ -56,6 +56,9 @@ counters! {
     DropAuth = "drop_auth", "data message that does not decrypt";
     DropReplay = "drop_replay", "data message seen before or too old";
     DropExpired = "drop_expired", "data message of an expired session";
+    RxInside = "rx_inside", "messages between the nodes of a tailnet that came inside the tunnel";
+    DropInside = "drop_inside", "message between the nodes of a tailnet: more than were taken, or by a host behind the router";
+    DropVia = "drop_via", "4via6 packet that has no form in the other IP version, or is too large for the tunnel";
     DropInner = "drop_inner", "decrypted packet is no IP packet";
     DropSource = "drop_source", "inner source is not an allowed IP of the peer (spoofed)";
     DropCongestion = "drop_congestion", "congestion mark on a packet that cannot carry it (RFC 6040)";

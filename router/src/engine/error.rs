@@ -21,7 +21,7 @@ pub enum Error {
     DeviceExists(String),
     /// No TUN driver, or no right to use it.
     #[error(
-        "open /dev/net/tun: {0}; the tun module must be loaded, and in a container the device must be passed in"
+        "open /dev/net/tun: {0}; {mend}", mend = crate::container::tun_mend(.0)
     )]
     TunOpen(#[source] io::Error),
     /// A descriptor that was passed in is no TUN device, or not of the right kind.

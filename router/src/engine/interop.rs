@@ -195,8 +195,11 @@ fn a_peer_joins_through_a_relay() {
     let mut message = [0; INITIATION];
     tunnel.initiate_again(&mut message);
     let (relay, key) = (RelayId(4), peer.public_key);
-    assert!(!engine.receive_relayed(relay, key, b"no message"));
-    assert!(engine.receive_relayed(relay, key, &message));
+    let nothing: &[u8] = b"no message";
+    assert_eq!(
+        engine.receive_relayed(relay, [(key, nothing), (key, &message[..])]),
+        1
+    );
     let response = relayed.blocking_recv().unwrap();
     assert_eq!((response.relay, response.peer), (relay, key));
     let now = Duration::ZERO;
@@ -204,17 +207,29 @@ fn a_peer_joins_through_a_relay() {
         .handshake(&response.bytes, now, &mut message)
         .unwrap();
     assert!(done);
-    assert!(engine.receive_relayed(relay, key, &message[..length.unwrap()]));
+    let answer = [(key, &message[..length.unwrap()])];
+    assert_eq!(engine.receive_relayed(relay, answer), 0);
     until("the handshake to be complete", || {
         engine.peer_stats()[0].last_handshake.is_some()
     });
     assert_eq!(engine.peer_stats()[0].path, Some(Path::Relay(relay)));
     let direct = Path::Udp(([192, 0, 2, 7], 7).into());
-    assert!(engine.set_path(&key, direct).unwrap());
+    assert!(engine.set_path(&key, direct, None).unwrap());
     until("the path to be direct", || {
         engine.peer_stats()[0].path == Some(direct)
     });
-    assert!(!engine.set_path(&PublicKey([8; 32]), direct).unwrap());
+    assert!(!engine.set_path(&PublicKey([8; 32]), direct, None).unwrap());
+    let drops = || {
+        let counters = engine.counters();
+        let (_, drops) = *counters
+            .iter()
+            .find(|(name, _)| *name == "drop_relay")
+            .unwrap();
+        drops
+    };
+    let before = drops();
+    engine.count_relay_drops(3);
+    assert_eq!(drops(), before + 3, "what the relays' carrier drops shows");
 }
 
 #[test]

@@ -11,8 +11,6 @@
 mod clock;
 mod control;
 mod counters;
-#[cfg(feature = "bench-delay")]
-mod delay;
 mod error;
 mod forward;
 #[cfg(feature = "internals")]
@@ -28,11 +26,22 @@ mod interop;
 #[cfg(test)]
 mod packets;
 
+/// Batched datagrams for a thread that has sockets of its own beside the engine's.
+pub(crate) mod datagrams {
+    pub(crate) use super::forward::batch::{Endpoint, LONGEST, SEGMENTS};
+    pub(crate) use super::io::poll::{Epoll, Waker};
+    pub(crate) use super::io::udp::{alone, overflows};
+    pub(crate) use super::io::udp_io::{Cut, Receiver, Sender, send_one};
+}
+
 pub use control::Engine;
 pub use counters::Counter;
 pub use error::{Error, Failure};
+pub use forward::inside::ECHO;
+pub use io::tun::usable as try_tun;
 pub use offload::refusals::Refused;
 pub use path::{Path, PathError, RelayId, Relayed};
 pub use types::{
-    Features, IndexWatch, Nowhere, Offloads, Options, PeerChange, PeerSpec, PeerStats, Skipped,
+    Datagram, Features, IndexWatch, Nowhere, Offloads, Options, PeerChange, PeerSpec, PeerStats,
+    Skipped,
 };

@@ -15,27 +15,40 @@ pub struct RelayId(pub u32);
 pub enum Path {
     /// By UDP, to this address.
     Udp(SocketAddr),
+    /// By UDP to a node at this address, which carries on what is behind a header with this number (24 bits).
+    PeerRelay(SocketAddr, u32),
     /// Through a relay, which knows the peer by its public key.
     Relay(RelayId),
 }
 
 impl Path {
-    /// The address, if it is by UDP.
+    /// The peer's own address, if that is the way.
     pub fn endpoint(self) -> Option<SocketAddr> {
         match self {
             Self::Udp(endpoint) => Some(endpoint),
+            Self::PeerRelay(..) | Self::Relay(_) => None,
+        }
+    }
+
+    /// Where our sockets send, and behind a header with which number, if it is by UDP.
+    pub(crate) fn by_udp(self) -> Option<(SocketAddr, Option<u32>)> {
+        match self {
+            Self::Udp(to) => Some((to, None)),
+            Self::PeerRelay(to, number) => Some((to, Some(number))),
             Self::Relay(_) => None,
         }
     }
 }
 
 const RELAY: &str = "relay:";
+const NUMBER: &str = ":vni:";
 
-/// An address, or `relay:` and a number.
+/// An address, with `:vni:` and a number behind it (as Tailscale writes it), or `relay:` and a number.
 impl fmt::Display for Path {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Udp(endpoint) => endpoint.fmt(f),
+            Self::PeerRelay(relay, number) => write!(f, "{relay}{NUMBER}{number}"),
             Self::Relay(RelayId(relay)) => write!(f, "{RELAY}{relay}"),
         }
     }
@@ -43,7 +56,9 @@ impl fmt::Display for Path {
 
 /// A text that is no path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a path is an address with a port, or {RELAY} and a number")]
+#[error(
+    "a path is an address with a port, that with {NUMBER} and a number, or {RELAY} and a number"
+)]
 pub struct PathError;
 
 impl FromStr for Path {
@@ -52,7 +67,14 @@ impl FromStr for Path {
     fn from_str(text: &str) -> Result<Self, PathError> {
         let path = match text.strip_prefix(RELAY) {
             Some(relay) => relay.parse().ok().map(|relay| Self::Relay(RelayId(relay))),
-            None => text.parse().ok().map(Self::Udp),
+            None => match text.rsplit_once(NUMBER) {
+                Some((at, number)) => at
+                    .parse()
+                    .ok()
+                    .zip(number.parse().ok())
+                    .map(|(at, number)| Self::PeerRelay(at, number)),
+                None => text.parse().ok().map(Self::Udp),
+            },
         };
         path.ok_or(PathError)
     }
@@ -78,7 +100,13 @@ mod tests {
 
     #[test]
     fn a_path_reads_as_it_is_written() {
-        for text in ["192.0.2.1:7", "[2001:db8::1]:51820", "relay:12"] {
+        for text in [
+            "192.0.2.1:7",
+            "[2001:db8::1]:51820",
+            "relay:12",
+            "192.0.2.1:7:vni:16777215",
+            "[2001:db8::1]:7:vni:1",
+        ] {
             assert_eq!(text.parse::<Path>().unwrap().to_string(), text);
         }
         for text in ["", "relay:", "relay:-1", "192.0.2.1", "relay:4294967296"] {

@@ -28,6 +28,9 @@ pub struct PeerSpec {
     /// where [`Engine::set_path`](crate::engine::Engine::set_path) says, and no packet changes that; only
     /// until something is said it is at `endpoint`, or where it is first heard from.
     pub roaming: bool,
+    /// Addresses of ours, at most one of each family, each with the one by which this peer knows it: what
+    /// it sends there comes to ours, and what ours sends to it comes from there.
+    pub masquerade: Vec<(IpAddr, IpAddr)>,
 }
 
 /// A change of the peers.
@@ -63,6 +66,10 @@ pub struct PeerStats {
     pub rx_bytes: u64,
     /// Underlay bytes sent to it.
     pub tx_bytes: u64,
+    /// WireGuard messages received from it.
+    pub rx_packets: u64,
+    /// WireGuard messages sent to it.
+    pub tx_packets: u64,
     /// The kernel has refused to cut messages to it into datagrams (UDP GSO) within the last seconds:
     /// each is sent by itself.
     pub uncut: bool,

@@ -32,6 +32,7 @@ use crate::engine::offload::segment;
 use crate::engine::offload::vnet;
 use crate::engine::path::Relayed;
 use crate::engine::types::Datagram;
+use crate::wireguard::keys::PublicKey;
 
 /// Buffers of one receive call, each for a whole GRO run, and their length in bytes.
 const BUFFERS: (usize, usize) = (8, 65_536);
@@ -62,13 +63,17 @@ pub(super) type Listener = Channel<Datagram>;
 /// What the control side asks of a worker.
 pub(super) enum Command {
     /// Apply a change, then say so.
-    Apply(Change, Done<()>),
+    Apply(Box<Change>, Done<()>),
     /// Talk to the underlay through these sockets, then say so.
     Rebind(Arc<Sockets>, Done<()>),
     /// Give datagrams that are no WireGuard message to this one, then say so.
     Listen(Listener, Done<()>),
+    /// Give messages between nodes to this one, then say so.
+    Inside(Channel<Box<[u8]>>, Done<()>),
     /// Give messages that go through relays to this one, then say so.
     Relay(Channel<Relayed>, Done<()>),
+    /// Tell this one of traffic to peers that do not roam, then say so.
+    Watch(Channel<PublicKey>, Done<()>),
     /// A way to a peer has been found to be, or not to be, a detour.
     Judge(PeerId, Way),
     /// End the thread.
@@ -116,6 +121,8 @@ impl Worker {
             exchange: self.exchange,
             counters: &self.counters,
             listener: None,
+            inside: None,
+            watcher: None,
         };
         let mut receiver = Receiver::new(BUFFERS.0, BUFFERS.1);
         let mut strangers = Receiver::new(STRANGERS.0, STRANGERS.1);
@@ -197,6 +204,12 @@ impl Worker {
                     });
                 }
             }
+            for key in self.forwarder.busy.drain(..) {
+                if let Some(watcher) = &port.watcher {
+                    // One that is not heard of now is in some seconds, as long as there is traffic.
+                    let _ = watcher.try_send(key);
+                }
+            }
             port.exchange.wake();
             for id in port.outlet.stale.drain(..) {
                 self.forwarder.forget_source(id);
@@ -228,7 +241,7 @@ fn run_commands(
     loop {
         match inbox.try_recv() {
             Ok(Command::Apply(change, done)) => {
-                forwarder.apply(change, now, port);
+                forwarder.apply(*change, now, port);
                 // The caller may have given up waiting.
                 let _ = done.send(());
             }
@@ -237,8 +250,16 @@ fn run_commands(
                 port.listener = Some(listener);
                 let _ = done.send(());
             }
+            Ok(Command::Inside(taker, done)) => {
+                port.inside = Some(taker);
+                let _ = done.send(());
+            }
             Ok(Command::Relay(carrier, done)) => {
                 port.outlet.carrier = Some(carrier);
+                let _ = done.send(());
+            }
+            Ok(Command::Watch(watcher, done)) => {
+                port.watcher = Some(watcher);
                 let _ = done.send(());
             }
             Ok(Command::Judge(id, way)) => forwarder.judge(id, &way),
@@ -289,8 +310,6 @@ fn receive(
         }
         receiver.take(filled, |origin, buffer, stride| {
             port.counters.add(Counter::UdpReceives, 1);
-            #[cfg(feature = "bench-delay")]
-            crate::engine::delay::packets(buffer.len().div_ceil(stride.max(1)));
             forwarder.receive(origin, buffer, stride, now, port);
         });
         if !filled.all {
@@ -322,8 +341,6 @@ fn read(
             },
         };
         port.counters.add(Counter::TunReads, 1);
-        #[cfg(feature = "bench-delay")]
-        crate::engine::delay::packets(1);
         let (head, packet) = buffer.split_at_mut(LEAD + vnet::LEN);
         let header = if vnet {
             head.last_chunk().and_then(vnet::Header::decode)
@@ -350,6 +367,10 @@ struct Port<'a> {
     counters: &'a Counters,
     /// Who takes what is no WireGuard message.
     listener: Option<Listener>,
+    /// Who takes messages between nodes.
+    inside: Option<Channel<Box<[u8]>>>,
+    /// Who hears of traffic to peers that do not roam.
+    watcher: Option<Channel<PublicKey>>,
 }
 
 impl Port<'_> {
@@ -407,6 +428,21 @@ impl port::Port for Port<'_> {
                 self.listener = None;
                 Counter::DropOther
             }
+        }
+    }
+
+    fn takes_inside(&self) -> bool {
+        self.inside.is_some()
+    }
+
+    fn inside(&mut self, packet: &[u8]) -> Counter {
+        let took = self
+            .inside
+            .as_ref()
+            .map(|taker| taker.try_send(packet.into()));
+        match took {
+            Some(Ok(())) => Counter::RxInside,
+            _ => Counter::DropInside,
         }
     }
 

@@ -4,9 +4,9 @@
 //! the kernel in one piece (an nf_tables ruleset) or in great number (100,000 routes) goes through
 //! a blocking socket instead.
 
-mod behind;
 mod changes;
 mod concern;
+mod fewest;
 mod mtus;
 mod neighbours;
 pub(crate) mod nft;
@@ -42,7 +42,7 @@ pub use changes::{Change, Changes};
 pub use concern::Concern;
 pub use nft::Family;
 pub use routes::NextHop;
-pub use rules::{Priorities, RuleSpec};
+pub use rules::{DroppingRule, Priorities, RuleSpec};
 
 use crate::datapath::Link;
 use crate::datapath::marks::Marks;
@@ -272,6 +272,35 @@ impl Netlink {
             _ => None,
         });
         Ok(messages.collect())
+    }
+
+    /// Gives our own device its name back, if somebody has given it another. Tells that, in words; `None` is
+    /// no device: it is in another network namespace.
+    pub async fn name_link(&self, index: u32, name: &str) -> Result<Option<Vec<String>>, Error> {
+        let Some(info) = self.link_by_index(index).await? else {
+            return Ok(None);
+        };
+        let found = info.link.name;
+        if found == name {
+            return Ok(Some(Vec::new()));
+        }
+        let doing = format!("rename interface {found} to {name}");
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+        let rename = RouteNetlinkMessage::SetLink(message.clone());
+        match self.request(rename.clone(), NLM_F_ACK, &doing).await {
+            // Before Linux 6.2 it has to be down.
+            Err(error) if error.errno == libc::EBUSY => {
+                message.attributes.clear();
+                message.header.change_mask = LinkFlags::Up;
+                let down = RouteNetlinkMessage::SetLink(message);
+                self.request(down, NLM_F_ACK, &doing).await?;
+                self.request(rename, NLM_F_ACK, &doing).await?;
+            }
+            outcome => drop(outcome?),
+        }
+        Ok(Some(vec![format!("it was called {found}")]))
     }
 
     /// Gives our own device its MTU (bytes) and sets it up or down. The kernel makes no link-local

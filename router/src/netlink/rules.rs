@@ -1,5 +1,6 @@
 //! The rules that lead packets to our routing table.
 
+use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL};
 use netlink_packet_route::route::RouteProtocol;
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
@@ -182,6 +183,96 @@ fn priority(message: &RuleMessage) -> u32 {
     priorities.next().unwrap_or(0)
 }
 
+/// A rule of others that ends packets before they come to the main table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DroppingRule {
+    /// Of these packets.
+    pub family: Family,
+    /// Its priority.
+    pub priority: u32,
+    /// As `ip rule` calls what it does.
+    pub action: &'static str,
+    /// Only packets from there.
+    pub from: Option<IpNet>,
+    /// Only packets to there.
+    pub to: Option<IpNet>,
+    /// Only packets that came by this interface.
+    pub iif: Option<String>,
+    /// Whether it stands before our first rule, hence before the routes to peers.
+    pub before_ours: bool,
+}
+
+impl DroppingRule {
+    /// Reads a rule; `None` when it drops nothing, or only packets of which the router knows nothing: those
+    /// with a mark, of some socket, or all but some.
+    fn read(message: &RuleMessage, family: Family, before_ours: bool) -> Option<Self> {
+        let header = &message.header;
+        let action = match header.action {
+            RuleAction::Blackhole => "blackhole",
+            RuleAction::Unreachable => "unreachable",
+            RuleAction::Prohibit => "prohibit",
+            _ => return None,
+        };
+        if header.flags.contains(RuleFlags::Invert) {
+            return None;
+        }
+        let mut rule = Self {
+            family,
+            priority: 0,
+            action,
+            from: None,
+            to: None,
+            iif: None,
+            before_ours,
+        };
+        for attribute in &message.attributes {
+            match attribute {
+                RuleAttribute::Priority(value) => rule.priority = *value,
+                RuleAttribute::Source(address) => {
+                    rule.from = Some(IpNet::new(*address, header.src_len).ok()?);
+                }
+                RuleAttribute::Destination(address) => {
+                    rule.to = Some(IpNet::new(*address, header.dst_len).ok()?);
+                }
+                RuleAttribute::Iifname(name) => rule.iif = Some(name.clone()),
+                RuleAttribute::FwMark(mark) if *mark != 0 => return None,
+                RuleAttribute::Oifname(_) | RuleAttribute::UidRange(_) => return None,
+                _ => {}
+            }
+        }
+        Some(rule)
+    }
+
+    /// As `ip rule` takes and shows it.
+    pub fn text(&self) -> String {
+        let from = self.from.map_or("all".to_owned(), |net| net.to_string());
+        let to = self.to.map(|net| format!(" to {net}")).unwrap_or_default();
+        let iif = self.iif.as_ref().map(|name| format!(" iif {name}"));
+        let iif = iif.unwrap_or_default();
+        format!("from {from}{to}{iif} {}", self.action)
+    }
+}
+
+/// Those of the rules of one family, in the kernel's order.
+fn dropping(present: &[RuleMessage], spec: &RuleSpec, family: Family) -> Vec<DroppingRule> {
+    let ours = present.iter().position(|message| spec.owns(message));
+    let is_main = |message: &RuleMessage| {
+        let plain = message.header.flags.is_empty() && message.header.src_len == 0;
+        let suppresses = |a: &RuleAttribute| matches!(a, RuleAttribute::SuppressPrefixLen(0));
+        u32::from(message.header.table) == MAIN
+            && plain
+            && message.header.dst_len == 0
+            && !message.attributes.iter().any(suppresses)
+    };
+    let behind = present.iter().position(is_main).unwrap_or(present.len());
+    let before = present.iter().enumerate().take(behind);
+    before
+        .filter_map(|(at, message)| {
+            DroppingRule::read(message, family, ours.is_none_or(|ours| at < ours))
+        })
+        .collect()
+}
+
 /// One rule: packets without the mark look up a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Rule {
@@ -279,6 +370,16 @@ impl Netlink {
         }
         let wrong = change.wrong.into_iter();
         Ok(wrong.map(|what| format!("{name}: {what}")).collect())
+    }
+
+    /// The rules of one family that end packets before they come to the main table.
+    pub async fn dropping_rules(
+        &self,
+        spec: &RuleSpec,
+        family: Family,
+    ) -> Result<Vec<DroppingRule>, Error> {
+        let present = self.rules(address_family(family)).await?;
+        Ok(dropping(&present.unwrap_or_default(), spec, family))
     }
 
     /// Removes the rules of [`Netlink::sync_rules`]; returns how many there were.
@@ -473,6 +574,47 @@ mod tests {
         present.insert(3, local);
         let change = spec.compare(present.clone());
         assert_eq!(after(present, change), whole);
+    }
+
+    #[test]
+    fn rules_that_drop_are_found_as_far_as_they_come_before_the_main_table() {
+        let spec = RuleSpec::new(51820, 0x1000);
+        let drop = |action, priority, from: Option<&str>| {
+            let mut message = kernels(0, priority);
+            message.header.action = action;
+            if let Some(from) = from {
+                let net: IpNet = from.parse().unwrap();
+                message.header.src_len = net.prefix_len();
+                message.attributes.push(RuleAttribute::Source(net.addr()));
+            }
+            message
+        };
+        let mut marked = drop(RuleAction::Blackhole, 7, None);
+        marked.attributes.push(RuleAttribute::FwMark(3));
+        let [first, second, third] = spec.wanted(0).map(|r| r.message(AddressFamily::Inet));
+        let mut main = kernels(MAIN, 32766);
+        main.header.table = MAIN as u8;
+        let present = [
+            kernels(LOCAL, 0),
+            marked,
+            drop(RuleAction::Blackhole, 100, Some("100.64.0.0/10")),
+            first,
+            drop(RuleAction::Unreachable, 6000, None),
+            second,
+            third,
+            main,
+            drop(RuleAction::Prohibit, 40_000, None),
+        ];
+        let found = dropping(&present, &spec, Family::V4);
+        let texts: Vec<_> = found.iter().map(|r| (r.text(), r.before_ours)).collect();
+        assert_eq!(
+            texts,
+            [
+                ("from 100.64.0.0/10 blackhole".to_owned(), true),
+                ("from all unreachable".to_owned(), false)
+            ]
+        );
+        assert_eq!(found[0].priority, 100);
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Values that the router needs could not be set.
-    #[error("cannot set {}; set them outside (in a container: from its host or runtime)", .0.join(", "))]
+    #[error("cannot set {}; {}", .0.join(", "), crate::container::sysctl_mend())]
     Refused(Vec<String>),
 }
 
@@ -82,6 +82,18 @@ pub fn ipv6_of(device: &str) -> Ipv6 {
 /// Whether a switch is on, named by its path below `/proc/sys`.
 pub fn is_set(path: &str) -> bool {
     read(&Path::new("/proc/sys").join(path)).is_some_and(|value| value != "0")
+}
+
+/// Whether this process may write forwarding sysctls. Changes nothing.
+pub fn try_to_write() -> io::Result<()> {
+    let path = Path::new("/proc/sys/net/ipv4/ip_forward");
+    match fs::OpenOptions::new().write(true).open(path) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let text = format!("{} cannot be written: {error}", path.display());
+            Err(io::Error::new(error.kind(), text))
+        }
+    }
 }
 
 fn ipv6_at(root: &Path, device: &str) -> Ipv6 {

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ipnet::IpNet;
 
-use super::behind::{Behind, Difference};
+use super::fewest::{Difference, Fewest};
 use super::socket::{Refusal, Socket};
 use super::wire::{self, Payload};
 use super::{Error, Family, Netlink, PROTOCOL, address_from};
@@ -23,15 +23,28 @@ pub(super) type Tables = Arc<Mutex<HashMap<(u32, Family), Held>>>;
 pub(super) struct Held {
     /// Where the routes lead.
     index: Option<u32>,
-    nets: BTreeSet<IpNet>,
-    behind: Behind,
+    /// The networks for which they are.
+    wanted: BTreeSet<IpNet>,
+    routes: Fewest,
+    /// Routes of others that take packets which ours would take.
+    in_the_way: Vec<Other>,
+}
+
+/// A route in our table that is not ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Other {
+    net: IpNet,
+    /// Lower ones come first.
+    metric: u32,
 }
 
 impl Netlink {
-    /// Makes `table` hold exactly these routes of one family into the interface `index`, without
-    /// touching those that are right already, or routes of others. Behind them lie routes that drop
-    /// in silence, as few as hold the same addresses: when the interface is gone, or where there is
-    /// no `index` because it cannot carry this family, packets for peers go nowhere else.
+    /// Makes `table` lead these networks of one family into the interface `index`, by as few routes as
+    /// hold the same addresses, without touching those that are right already, or routes of others.
+    /// Behind each lies one that drops in silence: when the interface is gone, or where there is no
+    /// `index` because it cannot carry this family, packets for peers go nowhere else.
+    ///
+    /// A route of others in the place of one of ours stays, see [`Netlink::routes_in_the_way`].
     ///
     /// Returns what had to be changed, in words.
     pub async fn sync_routes(
@@ -42,17 +55,19 @@ impl Netlink {
         wanted: &[IpNet],
     ) -> Result<Vec<String>, Error> {
         let ours = wanted.iter().filter(|net| Family::of(net.addr()) == family);
-        let held = Held {
+        let wanted: BTreeSet<IpNet> = ours.map(IpNet::trunc).collect();
+        let mut held = Held {
             index,
-            nets: ours.map(IpNet::trunc).collect(),
-            behind: Behind::of(wanted.iter().filter(|net| Family::of(net.addr()) == family)),
+            routes: Fewest::of(&wanted),
+            wanted,
+            in_the_way: Vec::new(),
         };
         let tables = self.tables.clone();
         let work = move |socket: &mut Socket| {
             let mut tables = tables.lock().unwrap_or_else(PoisonError::into_inner);
             // What a failure leaves is not known.
             tables.remove(&(table, family));
-            let changed = sync(socket, table, family, &held)?;
+            let changed = sync(socket, table, family, &mut held)?;
             tables.insert((table, family), held);
             Ok(changed)
         };
@@ -92,14 +107,39 @@ impl Netlink {
         self.in_bulk(work).await
     }
 
+    /// Routes that somebody else has put into `table`, and that take packets which are for peers, as far as
+    /// [`Netlink::sync_routes`] has seen them: each with what mends it.
+    pub fn routes_in_the_way(&self, table: u32) -> Vec<String> {
+        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut told = Vec::new();
+        for family in Family::ALL {
+            let Some(held) = tables.get(&(table, family)) else {
+                continue;
+            };
+            let option = match family {
+                Family::V4 => "",
+                Family::V6 => "-6 ",
+            };
+            told.extend(held.in_the_way.iter().map(|Other { net, metric }| {
+                format!(
+                    "somebody else has put a route to {net} into routing table {table}, which is this \
+                     router's own: packets for peers there go that way, and not into the tunnel; remove it \
+                     by `ip {option}route del {net} table {table} metric {metric}`, and have whoever made \
+                     it use another table"
+                )
+            }));
+        }
+        told
+    }
+
     /// Removes what [`Netlink::sync_routes`] has put into `table` and the kernel does not remove
     /// with the interface.
     pub async fn release_routes(&self, table: u32) -> Result<(), Error> {
         let work = move |socket: &mut Socket| {
             for family in Family::ALL {
-                let mut held = present(socket, table, family)?;
-                held.retain(|(_, target)| *target == Target::Nowhere);
-                remove(socket, table, &held)?;
+                let mut ours = present(socket, table, family)?.ours;
+                ours.retain(|(_, target)| *target == Target::Nowhere);
+                remove(socket, table, &ours)?;
             }
             Ok(())
         };
@@ -174,20 +214,35 @@ fn write_route(payload: &mut Payload<'_>, table: u32, target: Target, net: IpNet
     }
 }
 
-/// Our routes of one family in `table`, and where each leads.
-fn present(socket: &mut Socket, table: u32, family: Family) -> Result<Vec<(IpNet, Target)>, Error> {
+/// The routes of one family in a table.
+#[derive(Default)]
+struct Present {
+    /// Ours, and where each leads.
+    ours: Vec<(IpNet, Target)>,
+    others: Vec<Other>,
+}
+
+fn present(socket: &mut Socket, table: u32, family: Family) -> Result<Present, Error> {
     let family = match family {
         Family::V4 => libc::AF_INET as u8,
         Family::V6 => libc::AF_INET6 as u8,
     };
     let request = |payload: &mut Payload<'_>| {
-        payload.fixed(&[family, 0, 0, 0, 0, PROTOCOL, 0, 0, 0, 0, 0, 0]);
+        payload.fixed(&[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         payload.u32(uapi::RTA_TABLE, table);
     };
     match socket.dump(uapi::RTM_GETROUTE, request) {
-        Ok(answer) => Ok(wire::messages(&answer)
-            .filter_map(|message| read_route(message.payload, family, table))
-            .collect()),
+        Ok(answer) => {
+            let mut present = Present::default();
+            for message in wire::messages(&answer) {
+                match read_route(message.payload, family, table) {
+                    Some(Ok(route)) => present.ours.push(route),
+                    Some(Err(other)) => present.others.push(other),
+                    None => {}
+                }
+            }
+            Ok(present)
+        }
         // The kernel makes a table when it gets its first route.
         Err(refusal)
             if matches!(
@@ -195,13 +250,13 @@ fn present(socket: &mut Socket, table: u32, family: Family) -> Result<Vec<(IpNet
                 libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP
             ) =>
         {
-            Ok(Vec::new())
+            Ok(Present::default())
         }
         Err(refusal) => Err(Error::refused("list our routes", refusal)),
     }
 }
 
-fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, Target)> {
+fn read_route(payload: &[u8], family: u8, table: u32) -> Option<Result<(IpNet, Target), Other>> {
     let [found, prefix, _, _, _, protocol, _, kind, ..]: [u8; 12] = wire::field(payload, 0)?;
     let attributes = payload.get(12..)?;
     let host_u32 = |kind| {
@@ -209,7 +264,7 @@ fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, Target)>
         Some(u32::from_ne_bytes(value.try_into().ok()?))
     };
     // Asked for a family that it lacks, the kernel may list the others instead.
-    if found != family || protocol != PROTOCOL || host_u32(uapi::RTA_TABLE) != Some(table) {
+    if found != family || host_u32(uapi::RTA_TABLE) != Some(table) {
         return None;
     }
     let address = match wire::attribute(attributes, uapi::RTA_DST) {
@@ -218,24 +273,57 @@ fn read_route(payload: &[u8], family: u8, table: u32) -> Option<(IpNet, Target)>
         None => IpAddr::from([0u8; 16]),
     };
     let net = IpNet::new(address, prefix).ok()?;
+    if protocol != PROTOCOL {
+        return Some(Err(Other {
+            net,
+            metric: host_u32(uapi::RTA_PRIORITY).unwrap_or(0),
+        }));
+    }
     let target = match kind {
         uapi::RTN_BLACKHOLE => Target::Nowhere,
         _ => Target::Device(host_u32(uapi::RTA_OIF)?),
     };
-    Some((net, target))
+    Some(Ok((net, target)))
+}
+
+/// The metric of our routes into the device: the least in IPv4, the kernel's usual one in IPv6.
+fn metric(family: Family) -> u32 {
+    match family {
+        Family::V4 => 0,
+        Family::V6 => 1024,
+    }
 }
 
 fn sync(
     socket: &mut Socket,
     table: u32,
     family: Family,
-    wanted: &Held,
+    wanted: &mut Held,
 ) -> Result<Vec<String>, Error> {
-    let into = |net: &IpNet| Some((*net, Target::Device(wanted.index?)));
-    let nowhere = wanted.behind.nets().map(|net| (net, Target::Nowhere));
-    let mut missing: HashSet<_> = wanted.nets.iter().filter_map(into).chain(nowhere).collect();
-    let mut surplus = present(socket, table, family)?;
+    let into = |net| Some((net, Target::Device(wanted.index?)));
+    let nowhere = wanted.routes.nets().map(|net| (net, Target::Nowhere));
+    let mut missing: HashSet<_> = wanted
+        .routes
+        .nets()
+        .filter_map(into)
+        .chain(nowhere)
+        .collect();
+    let Present {
+        ours: mut surplus,
+        mut others,
+    } = present(socket, table, family)?;
     surplus.retain(|route| !missing.remove(route));
+    // In the place of a route of ours the kernel takes none.
+    let taken = |net: IpNet| {
+        let mut others = others.iter();
+        others.any(|other| other.net == net && other.metric == metric(family))
+    };
+    missing.retain(|(net, target)| *target == Target::Nowhere || !taken(*net));
+    others.retain(|other| match wanted.routes.holder(other.net) {
+        Some(holder) => holder != other.net || other.metric <= metric(family),
+        None => wanted.wanted.iter().any(|net| net.prefix_len() == 0),
+    });
+    wanted.in_the_way = others;
     let of = |count: usize, state: &str, first: Option<&(IpNet, Target)>| {
         let (net, _) = first?;
         Some(match count {
@@ -250,7 +338,12 @@ fn sync(
     let is_last = |(_, target): &(IpNet, Target)| *target == Target::Nowhere;
     let (last, first): (Vec<_>, Vec<_>) = surplus.into_iter().partition(is_last);
     let (safety, then): (Vec<_>, Vec<_>) = missing.into_iter().partition(is_last);
-    // In this order, for nothing may leave by another way meanwhile.
+    // What leads elsewhere must go before the one in its place comes.
+    let moved: HashSet<IpNet> = first.iter().map(|(net, _)| *net).collect();
+    let (then, at_once): (Vec<_>, Vec<_>) =
+        then.into_iter().partition(|(net, _)| moved.contains(net));
+    // In this order, for nothing may leave by another way or be dropped meanwhile.
+    add(socket, table, &at_once)?;
     add(socket, table, &safety)?;
     remove(socket, table, &first)?;
     add(socket, table, &then)?;
@@ -265,29 +358,27 @@ fn change(
     mut add_nets: Vec<IpNet>,
     mut remove_nets: Vec<IpNet>,
 ) -> Result<(), Error> {
-    let mut behind = Difference::default();
-    add_nets.retain(|net| held.nets.insert(*net));
-    remove_nets.retain(|net| held.nets.remove(net));
+    let mut changed = Difference::default();
+    add_nets.retain(|net| held.wanted.insert(*net));
+    remove_nets.retain(|net| held.wanted.remove(net));
     for net in &add_nets {
-        held.behind.add(*net, &mut behind);
+        held.routes.add(*net, &mut changed);
     }
     for net in &remove_nets {
-        held.behind.remove(*net, &held.nets, &mut behind);
+        held.routes.remove(*net, &held.wanted, &mut changed);
     }
-    let index = held.index;
-    let into = |nets: Vec<IpNet>| -> Vec<_> {
-        let nets = nets.into_iter();
-        nets.filter_map(|net| Some((net, Target::Device(index?))))
-            .collect()
-    };
-    let nowhere = |nets: BTreeSet<IpNet>| -> Vec<_> {
-        nets.into_iter().map(|net| (net, Target::Nowhere)).collect()
+    let to = |nets: &BTreeSet<IpNet>, target: Target| -> Vec<_> {
+        nets.iter().map(|net| (*net, target)).collect()
     };
     // In the same order as above.
-    add(socket, table, &nowhere(behind.new))?;
-    remove(socket, table, &into(remove_nets))?;
-    add(socket, table, &into(add_nets))?;
-    remove(socket, table, &nowhere(behind.gone))
+    if let Some(index) = held.index {
+        add(socket, table, &to(&changed.new, Target::Device(index)))?;
+    }
+    add(socket, table, &to(&changed.new, Target::Nowhere))?;
+    if let Some(index) = held.index {
+        remove(socket, table, &to(&changed.gone, Target::Device(index)))?;
+    }
+    remove(socket, table, &to(&changed.gone, Target::Nowhere))
 }
 
 fn remove(socket: &mut Socket, table: u32, routes: &[(IpNet, Target)]) -> Result<(), Error> {
@@ -364,7 +455,7 @@ mod tests {
                     libc::AF_INET6 as u8
                 };
                 let read = |table| read_route(message.payload, family, table);
-                assert_eq!(read(51820), Some((net, target)));
+                assert_eq!(read(51820), Some(Ok((net, target))));
                 assert_eq!(read(51821), None);
             }
         }

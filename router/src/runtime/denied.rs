@@ -39,11 +39,12 @@ impl DeniedLog {
     }
 
     /// Waits for packets, logs and keeps them. Cancel safe.
-    async fn follow(&mut self) -> io::Result<()> {
+    async fn follow(&mut self) -> io::Result<Vec<DeniedPacket>> {
         let mut ready = self.packets.readable_mut().await?;
         // Before reading: what comes meanwhile makes it ready anew.
         ready.clear_ready();
-        for packet in ready.get_inner_mut().read()? {
+        let packets = ready.get_inner_mut().read()?;
+        for packet in &packets {
             tracing::debug!(
                 target: "denied",
                 source = %packet.source,
@@ -55,9 +56,9 @@ impl DeniedLog {
             if self.recent.len() == KEPT {
                 self.recent.pop_front();
             }
-            self.recent.push_back(packet);
+            self.recent.push_back(*packet);
         }
-        Ok(())
+        Ok(packets)
     }
 
     /// The packets that `question` is for; `peers` tells whose they are.
@@ -78,13 +79,14 @@ fn peer(peers: &Peers, address: IpAddr) -> Option<String> {
     Some(peer.name.clone().unwrap_or_else(key))
 }
 
-/// Follows `log`, and ends it when it fails. Cancel safe.
-pub(super) async fn follow(log: &mut Option<DeniedLog>) {
+/// Follows `log`, and ends it when it fails. Yields what has come. Cancel safe.
+pub(super) async fn follow(log: &mut Option<DeniedLog>) -> Vec<DeniedPacket> {
     let Some(followed) = log else {
         return pending().await;
     };
-    if let Err(error) = followed.follow().await {
+    followed.follow().await.unwrap_or_else(|error| {
         tracing::warn!(%error, "denied packets are not listed any more");
         *log = None;
-    }
+        Vec::new()
+    })
 }

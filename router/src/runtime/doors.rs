@@ -32,7 +32,8 @@ impl Doors {
     pub(super) fn open(local: &Local) -> Result<Self, Error> {
         let (sender, requests) = mpsc::channel(WAITING);
         let hosts = local.http_hosts.clone();
-        let api = api::Server::start(&local.socket, local.http, hosts, Metrics::default(), sender)?;
+        let http = local.http.map(|address| (address, local.http_pages, hosts));
+        let api = api::Server::start(&local.socket, http, Metrics::default(), sender)?;
         let (_, questions) = mpsc::channel(WAITING);
         Ok(Self {
             requests,
@@ -66,6 +67,19 @@ impl Daemon {
     pub(super) async fn answer(&mut self, asked: Asked) {
         match asked {
             Asked::Api(api::Request::Status(answer)) => drop(answer.send(self.status())),
+            Asked::Api(api::Request::Order(order, answer)) => self.obey(*order, answer).await,
+            Asked::Api(api::Request::Drain(timeout, answer)) => {
+                drop(answer.send(self.drain_by_hand(timeout)));
+            }
+            Asked::Api(api::Request::Undrain(answer)) => drop(answer.send(self.undrain())),
+            Asked::Api(api::Request::Ways(answer)) => {
+                let ways = self.tailnet.as_ref().map(|tailnet| api::Ways {
+                    report: tailnet.node.report(),
+                    paths: tailnet.paths.clone(),
+                    inside: tailnet.inside.clone(),
+                });
+                drop(answer.send(ways));
+            }
             Asked::Api(api::Request::Flows(answer)) => {
                 drop(answer.send(self.machine.ebpf.as_ref().map(Ebpf::flows)));
             }

@@ -15,6 +15,7 @@ impl Daemon {
     /// Ends, and leaves to the next daemon what keeps flows alive. Until that comes, packets for
     /// peers are dropped in silence: whoever was refused would give up.
     pub(super) async fn hand_over(mut self) {
+        self.leave_tailnet(false).await;
         if let Some(config) = self.sources.peek()
             && config.local.device != self.sources.local.device
         {
@@ -29,11 +30,15 @@ impl Daemon {
         if let Err(error) = whereabouts::leave(&path, &self.machine.engine.peer_stats()) {
             tracing::warn!(%error, path = %path.display(), "clients have to come back by themselves");
         }
+        let path = self.lock.networks();
+        if let Err(error) = self.cloud.leave(&path) {
+            tracing::warn!(%error, path = %path.display(), "flows into the VPC may end here");
+        }
         let mut machine = self.machine;
         machine.guard.remove();
         // The programs go after the device, lest a packet of a flow of theirs reach the kernel; and the
         // kernel's ruleset goes with `machine`, after all of it.
-        machine.engine.shutdown();
+        drop(machine.engine);
         if let Some(ebpf) = machine.ebpf
             && let Err(error) = ebpf.leave()
         {
@@ -42,7 +47,8 @@ impl Daemon {
     }
 
     /// Takes away everything that the daemon made.
-    pub(super) async fn stop(self) {
+    pub(super) async fn stop(mut self) {
+        self.leave_tailnet(true).await;
         self.machine.remove().await;
     }
 }

@@ -12,6 +12,9 @@ pub enum Error {
     /// The configuration is refused; every problem on a line of its own.
     #[error("{0}")]
     Config(#[from] config::ConfigErrors),
+    /// What commands have said before cannot be read.
+    #[error(transparent)]
+    Preferences(#[from] config::PreferencesError),
     /// The configuration does not fit this machine; every problem on a line of its own.
     #[error("{0}")]
     System(String),
@@ -33,6 +36,12 @@ pub enum Error {
     /// The datapath that the configuration insists on does not work here.
     #[error("{0}; set `datapath.mode = \"auto\"` to run on the kernel datapath")]
     Datapath(datapath::Error),
+    /// No source says who the router is.
+    #[error("no private key: the file has neither private_key_file nor [tailnet]")]
+    NoKey,
+    /// The tailnet's state cannot be used.
+    #[error(transparent)]
+    Tailnet(#[from] crate::tailnet::node::OpenError),
     /// The API could not start.
     #[error(transparent)]
     Api(#[from] api::Error),

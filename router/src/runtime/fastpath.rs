@@ -2,6 +2,7 @@
 
 use super::{Daemon, Error};
 use crate::config::{DatapathMode, Local};
+use crate::container;
 use crate::datapath::ebpf::{AtLimit, Ebpf, Opener, Options, Pins};
 
 impl Daemon {
@@ -83,6 +84,11 @@ pub(super) fn choose_datapath(local: &Local) -> Result<(Option<Ebpf>, String), E
                 Some(ebpf),
                 "the kernel and the rights allow eBPF".to_owned(),
             ),
+            // As expected: nothing to act on.
+            Err(error) if mode == DatapathMode::Auto && container::is_unprivileged() => {
+                tracing::debug!(%error, "no eBPF here");
+                (None, container::WITHOUT_EBPF.to_owned())
+            }
             Err(error) if mode == DatapathMode::Auto => {
                 tracing::warn!(%error, "no eBPF here");
                 (None, format!("no eBPF here: {error}"))

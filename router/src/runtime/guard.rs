@@ -55,11 +55,18 @@ impl UplinkGuard {
         }
     }
 
-    /// Guards `port` at `addresses` on `uplink`.
-    fn follow(&mut self, uplink: Option<&Link>, port: u16, addresses: &[IpAddr]) {
+    /// Guards `port` at `addresses` on `uplink`. `others`: what is no WireGuard message is wanted too.
+    fn follow(&mut self, uplink: Option<&Link>, port: u16, addresses: &[IpAddr], others: bool) {
         let Some(guard) = &mut self.guard else {
             return;
         };
+        if let Err(error) = guard.let_others_pass(others) {
+            tracing::warn!(
+                %error,
+                "the uplink's guard may drop the datagrams by which peers of a tailnet are found; \
+                 uplink_guard = \"off\" in [datapath] takes it away"
+            );
+        }
         if let Err(error) = guard.protect(port, addresses) {
             // It guards what it knew before.
             tracing::warn!(%error, "the uplink's guard does not know of a change");
@@ -138,8 +145,8 @@ impl Daemon {
             .map(IpNet::addr)
             .collect();
         let uplink = self.core.wanted().and_then(|plan| plan.uplink.as_ref());
-        self.machine
-            .guard
-            .follow(uplink, self.machine.engine.listen_port(), &addresses);
+        let engine = &self.machine.engine;
+        let (port, others) = (engine.listen_port(), engine.takes_others());
+        self.machine.guard.follow(uplink, port, &addresses, others);
     }
 }

@@ -102,6 +102,16 @@ impl RouterLock {
     pub(super) fn whereabouts(&self) -> PathBuf {
         self.stem.with_added_extension("peers")
     }
+
+    /// Where the next daemon finds out that somebody has drained the router.
+    pub(super) fn drained(&self) -> PathBuf {
+        self.stem.with_added_extension("drained")
+    }
+
+    /// Where the next daemon finds out which networks the VPC had.
+    pub(super) fn networks(&self) -> PathBuf {
+        self.stem.with_added_extension("networks")
+    }
 }
 
 impl Drop for RouterLock {

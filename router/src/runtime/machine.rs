@@ -1,6 +1,7 @@
 //! Puts in force what the core has decided: the one part of the runtime that changes the machine.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::denied::DeniedLog;
 use super::fastpath::discard_pins;
@@ -16,7 +17,7 @@ use crate::datapath::marks::Marks;
 use crate::datapath::{Datapath, Link, Spec};
 use crate::engine::{self, Engine, PeerChange, Skipped};
 use crate::netlink::sysctl::{self, Ipv6, Sysctls};
-use crate::netlink::{Netlink, RuleSpec};
+use crate::netlink::{DroppingRule, Netlink, RuleSpec};
 use crate::wireguard::keys::{PrivateKey, PublicKey};
 
 /// Our routing table.
@@ -26,7 +27,7 @@ pub(super) const TABLE: u32 = 51_820;
 pub(super) struct Machine {
     pub(super) netlink: Netlink,
     pub(super) sysctls: Sysctls,
-    pub(super) engine: Engine,
+    pub(super) engine: Arc<Engine>,
     pub(super) tun: Link,
     pub(super) kernel: Kernel,
     pub(super) ebpf: Option<Ebpf>,
@@ -39,6 +40,10 @@ pub(super) struct Machine {
     pub(super) guard: UplinkGuard,
     /// Where peers were when the daemon before ended, until the engine has been told.
     pub(super) whereabouts: Vec<(PublicKey, engine::Path)>,
+    /// By what other names the device was called, in words, until that is told.
+    pub(super) renamed: Vec<String>,
+    /// Rules of others that drop packets, by family, as last seen.
+    pub(super) dropping: [Vec<DroppingRule>; 2],
     /// Peers that the engine does not take, and why.
     pub(super) skipped: BTreeMap<PublicKey, String>,
 }
@@ -85,7 +90,10 @@ impl Machine {
             Action::Datapath { .. } => {
                 let spec = wanted.spec();
                 self.kernel.apply(&spec).map_err(text)?;
-                self.apply_to_programs(&spec)
+                let applied = self.apply_to_programs(&spec)?;
+                // Nothing is translated before the policy about it stands.
+                self.engine.set_sites(&wanted.plan.sites).map_err(text)?;
+                Ok(applied)
             }
             Action::OverlayChanged { nets, .. } => {
                 let change = overlay_change(state, nets);
@@ -119,8 +127,10 @@ impl Machine {
             }
             Action::Rules(family) => {
                 let rules = self.rules();
-                let synced = self.netlink.sync_rules(&rules, *family);
-                synced.await.map_err(text)
+                let synced = self.netlink.sync_rules(&rules, *family).await;
+                let dropping = self.netlink.dropping_rules(&rules, *family).await;
+                self.dropping[*family as usize] = dropping.map_err(text)?;
+                synced.map_err(text)
             }
             Action::Key(key) => {
                 if let Some(key) = key {
@@ -148,6 +158,7 @@ impl Machine {
     }
 
     async fn set_up_device(&mut self, mtu: u16) -> Result<Vec<String>, String> {
+        self.name_device().await?;
         let index = self.tun.index;
         let changed = self.netlink.set_link(index, u32::from(mtu), true).await;
         // Packets are padded no further.
@@ -162,7 +173,23 @@ impl Machine {
                 self.tun.name
             );
         }
-        changed.map_err(text)
+        let changed = changed.map_err(text)?;
+        Ok([std::mem::take(&mut self.renamed), changed].concat())
+    }
+
+    /// Has the device bear its name, by which sysctls are found.
+    pub(super) async fn name_device(&mut self) -> Result<(), String> {
+        let Link { index, name } = &self.tun;
+        match self.netlink.name_link(*index, name).await.map_err(text)? {
+            Some(renamed) => {
+                self.renamed.extend(renamed);
+                Ok(())
+            }
+            None => Err(format!(
+                "somebody has moved {name} to another network namespace, so no packet passes between \
+                 peers and this machine: restart the daemon (`systemctl restart sluice`), which makes it anew"
+            )),
+        }
     }
 
     /// Where the configuration leaves the choice and the programs fail, they go, and the kernel datapath
@@ -258,7 +285,7 @@ impl Machine {
             warn("a route", &error);
         }
         // The filter goes after the device, lest a packet pass without it.
-        self.engine.shutdown();
+        drop(self.engine);
         if let Err(error) = self.sysctls.restore() {
             warn("a forwarding sysctl", &error);
         }

@@ -116,12 +116,15 @@ impl Daemon {
             self.core.invalidate(Part::Forwarding(family));
             self.core.invalidate(Part::Routes(family));
         }
+        // What is read by its name is there again. An error comes again with the device's own part.
+        let _ = self.machine.name_device().await;
         let gathered = self.gather().await;
         match gathered.map(|facts| self.remember_subnet(facts)) {
             Ok(facts) if facts != self.network.facts => {
                 tracing::debug!("the network changed");
                 self.network.facts = facts;
                 self.replan();
+                self.follow_networks();
             }
             Ok(_) => {}
             Err(error) => {

@@ -1,20 +1,29 @@
 //! What is wanted: the sources, what they want together, and the settings of the machine.
 
+use std::path::PathBuf;
+
+use super::cloud::tell_user_data;
 use super::{Daemon, Error};
-use crate::config::{self, Config, ConfigErrors, Local};
+use crate::config::{self, Config, ConfigErrors, Local, Preferences};
 use crate::control::file::FileSource;
-use crate::control::{Changed, Combined, Feeds, Source as _, State, Update};
+use crate::control::{Changed, Combined, Feeds, Source, State, Update};
+use crate::wireguard::keys::PrivateKey;
 
 /// The rank of the configuration file. What `wg` sets are updates of its part, until it is read again.
 pub(super) const FILE: usize = 0;
+/// The rank of the tailnet.
+pub(super) const TAILNET: usize = 1;
+/// The rank of routes to networks that are found out: behind those that somebody has said.
+pub(super) const FOUND: usize = 2;
 
 /// Conflicts that are named; more are counted.
 const NAMED: usize = 16;
 
 /// The sources and what they have said.
 pub(super) struct Sources {
-    file: FileSource,
-    /// What the file said when it was last taken.
+    /// Who says the settings.
+    pub(super) ruler: Ruler,
+    /// What the ruler said when it was last taken.
     pub(super) config: Config,
     /// The settings in force.
     pub(super) local: Local,
@@ -22,6 +31,32 @@ pub(super) struct Sources {
     others: Feeds,
     /// What the last reading of the file could not do, for `status`.
     reload_problems: Vec<String>,
+}
+
+/// Who says the settings: one rules, and the others are refused.
+pub(super) enum Ruler {
+    /// A configuration file.
+    File(Box<FileSource>),
+    /// The environment, once and for all.
+    Environment,
+    /// `sluice up` and the like.
+    Commands {
+        /// Where the preferences are kept.
+        state_dir: PathBuf,
+        /// What was said so far.
+        preferences: Box<Preferences>,
+    },
+}
+
+impl Ruler {
+    /// A word for the status.
+    pub(super) fn label(&self) -> &'static str {
+        match self {
+            Self::File(_) => "file",
+            Self::Environment => "environment",
+            Self::Commands { .. } => "commands",
+        }
+    }
 }
 
 /// What one of them has said.
@@ -33,18 +68,34 @@ pub(super) enum Said {
 }
 
 impl Sources {
-    /// `file` has just been read as `config`.
-    pub(super) fn new(file: FileSource, config: Config) -> Self {
-        let mut combined = Combined::new(&["the configuration file"]);
+    /// `ruler` says `config` now.
+    pub(super) fn new(ruler: Ruler, config: Config) -> Self {
+        let name = match &ruler {
+            Ruler::File(_) => "the configuration file",
+            Ruler::Environment => "the environment",
+            Ruler::Commands { .. } => "what `sluice up` has said",
+        };
+        let found = "what a route with \"auto:\" has found out";
+        let mut combined = Combined::new(&[name, "the tailnet", found]);
         combined.apply(FILE, config.update());
         Self {
-            file,
+            ruler,
             local: config.local.clone(),
             config,
             combined,
             others: Feeds::default(),
             reload_problems: Vec::new(),
         }
+    }
+
+    /// Asks another source from now on.
+    pub(super) fn add(&mut self, rank: usize, source: impl Source + 'static) {
+        self.others.add(rank, source);
+    }
+
+    /// The key of the first source that says one.
+    pub(super) fn private_key(&self) -> Option<&PrivateKey> {
+        self.state().identity.as_ref().map(|own| &own.private_key)
     }
 
     /// What they want together.
@@ -58,21 +109,53 @@ impl Sources {
 
     /// Waits for what one of them says next. Cancel safe.
     pub(super) async fn next(&mut self) -> Said {
+        let file = async {
+            match &mut self.ruler {
+                Ruler::File(file) => file.next().await,
+                _ => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            said = self.file.next() => Said::File(said),
+            said = file => Said::File(said),
             (rank, said) = self.others.next() => Said::Other(rank, said),
         }
     }
 
-    /// Reads the file, changed or not.
-    pub(super) fn read_file(&mut self) -> Said {
-        Said::File(self.file.load())
+    /// Reads the file, changed or not, if there is one.
+    pub(super) fn read_file(&mut self) -> Option<Said> {
+        match &mut self.ruler {
+            Ruler::File(file) => Some(Said::File(file.load())),
+            _ => None,
+        }
     }
 
     /// What the file says now, without taking it.
     pub(super) fn peek(&mut self) -> Option<Config> {
-        self.file.load().ok()?;
-        self.file.take_loaded()
+        let Ruler::File(file) = &mut self.ruler else {
+            return None;
+        };
+        file.load().ok()?;
+        file.take_loaded()
+    }
+
+    /// Whether commands say the settings.
+    pub(super) fn is_commanded(&self) -> bool {
+        matches!(self.ruler, Ruler::Commands { .. })
+    }
+
+    /// Whether the router is to take part in its tailnet.
+    pub(super) fn is_up(&self) -> bool {
+        match &self.ruler {
+            Ruler::Commands { preferences, .. } => preferences.running,
+            _ => true,
+        }
+    }
+
+    /// What commands have said from now on.
+    pub(super) fn prefer(&mut self, said: Preferences) {
+        if let Ruler::Commands { preferences, .. } = &mut self.ruler {
+            **preferences = said;
+        }
     }
 
     /// Takes what a source says; tells what has changed of what they want together.
@@ -88,6 +171,11 @@ impl Sources {
             .map(|problem| ("config", problem.clone()))
             .collect();
         let failing = self.combined.failures();
+        let user_data = self.config.user_data.iter();
+        problems.extend(user_data.map(|problem| {
+            let text = format!("the user data is left out, and the rest is in force: {problem}");
+            ("user-data", text)
+        }));
         problems.extend(failing.map(|(source, why)| {
             let text = format!(
                 "{source} says nothing new: {why}. What it said before stays in force, and it is asked again"
@@ -115,12 +203,20 @@ impl Daemon {
     pub(super) async fn hear(&mut self, said: Said) {
         match said {
             Said::File(said) => self.hear_file(said).await,
-            Said::Other(rank, Ok(update)) => {
+            Said::Other(rank, Ok(mut update)) => {
+                self.told.heard.get_or_insert_with(std::time::Instant::now);
+                if rank == TAILNET {
+                    self.spare_own_networks(&mut update);
+                }
                 let changed = self.sources.apply(rank, update);
                 if changed.routes {
                     self.network.look_soon();
                 }
+                let nets = !changed.nets.is_empty() || changed.identity;
                 self.take(&changed);
+                if nets {
+                    self.follow_networks();
+                }
             }
             Said::Other(rank, Err(why)) => {
                 tracing::warn!("a control source fails: {why}");
@@ -145,18 +241,40 @@ impl Daemon {
         &mut self,
         said: Result<Update, ConfigErrors>,
     ) -> Result<Vec<String>, Error> {
-        let update = said?;
-        let Some(config) = self.sources.file.take_loaded() else {
-            return Ok(Vec::new());
+        said?;
+        let config = match &mut self.sources.ruler {
+            Ruler::File(file) => file.take_loaded(),
+            _ => None,
         };
+        match config {
+            Some(config) => self.take_config(config).await,
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Has a configuration in force. What needs a restart comes back as sentences.
+    pub(super) async fn take_config(&mut self, config: Config) -> Result<Vec<String>, Error> {
         let facts = self.gather().await?;
         check(&config, &facts)?;
         // The only thing that may fail by others' fault comes first.
         self.listen_on(config.local.listen_port)?;
-        let needs_restart = config::restart_needed(&self.sources.local, &config.local);
+        let mut needs_restart = config::restart_needed(&self.sources.local, &config.local);
+        needs_restart.extend(self.take_tailnet(config.tailnet.as_ref()));
+        if config.cloud.provider != self.sources.config.cloud.provider {
+            needs_restart.push(
+                "cloud.provider has changed, which takes effect when sluice is restarted"
+                    .to_owned(),
+            );
+        }
+        if config.user_data != self.sources.config.user_data {
+            tell_user_data(&config);
+        }
         let remeasured = config.local.mtu != self.sources.local.mtu;
         self.sources.local.mtu = config.local.mtu;
-        let changed = self.sources.apply(FILE, update);
+        let other_patience = config.local.patience != self.sources.local.patience;
+        self.sources.local.patience = config.local.patience;
+        self.life.set_patience(config.local.patience);
+        let changed = self.sources.apply(FILE, config.update());
         self.sources.config = config;
         // What leads to new routes is another question.
         let facts = match changed.routes {
@@ -166,7 +284,7 @@ impl Daemon {
         let facts = self.remember_subnet(facts);
         let moved = facts != self.network.facts;
         self.network.facts = facts;
-        if !changed.is_nothing() || moved || remeasured {
+        if !changed.is_nothing() || moved || remeasured || other_patience {
             let state = self.sources.state();
             tracing::info!(
                 peers = state.peers.len(),
@@ -176,6 +294,8 @@ impl Daemon {
             );
         }
         self.take(&changed);
+        self.follow_networks();
+        self.tell_cloud();
         if moved || remeasured {
             self.replan();
         }
@@ -226,7 +346,7 @@ impl Daemon {
             combined,
             ..
         } = &self.sources;
-        !combined.wants(FILE, &config.identity, &config.snapshot)
+        !combined.wants(FILE, config.identity.as_ref(), &config.snapshot)
             || local.listen_port != config.local.listen_port
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::Daemon;
+use super::{Daemon, Tailnet};
 use crate::api::{
     DatapathStatus, DeviceStatus, EngineStatus, FlowStatus, FlowTableStatus, Packets, PeerStatus,
     Problem, RouteStatus, Status,
@@ -13,6 +13,7 @@ use crate::control::{Route, RouteMode};
 use crate::datapath::ebpf::Ebpf;
 use crate::datapath::{Datapath, slow_reason};
 use crate::engine::{self, PeerStats};
+use crate::tailnet::node::BackendState;
 use crate::wireguard::keys::PublicKey;
 
 /// How many of those that have as many flows as they may are named.
@@ -30,6 +31,10 @@ impl Daemon {
             })
             .collect();
         problems.extend(self.contested());
+        problems.extend(self.in_the_way().into_iter().map(|error| Problem {
+            part: "routing".to_owned(),
+            error,
+        }));
         let vrf = self.core.wanted().map(|plan| &plan.vrf_problems);
         problems.extend(vrf.into_iter().flatten().map(|error| Problem {
             part: "vrf".to_owned(),
@@ -39,15 +44,26 @@ impl Daemon {
             part: "ipv6".to_owned(),
             error: error.to_owned(),
         }));
+        let via = crate::core::via_problems(self.sources.state(), &self.network.facts);
+        problems.extend(via.into_iter().map(|error| Problem {
+            part: "4via6".to_owned(),
+            error,
+        }));
         let sources = self.sources.problems().into_iter();
         problems.extend(sources.map(|(part, error)| Problem {
             part: part.to_owned(),
             error,
         }));
+        problems.extend(self.tailnet.iter().flat_map(Tailnet::problems));
+        problems.extend(self.cloud.problems());
         problems.extend(self.skipped_peers());
         problems.extend(self.resolver.names.failures().map(|(host, error)| Problem {
             part: "endpoint".to_owned(),
             error: format!("{host}: {error}"),
+        }));
+        problems.extend(self.life.problem().map(|error| Problem {
+            part: "life".to_owned(),
+            error,
         }));
         problems.extend(self.told.unserved.iter().map(|error| Problem {
             part: "subnet".to_owned(),
@@ -104,6 +120,7 @@ impl Daemon {
             uptime_seconds: self.started.elapsed().as_secs(),
             changed_by_wg: self.differs_from_file(),
             problems,
+            life: self.life.status(),
             device: DeviceStatus {
                 name: self.machine.tun.name.clone(),
                 index: self.machine.tun.index,
@@ -161,7 +178,34 @@ impl Daemon {
                 workers: self.machine.engine.features().workers,
                 counters: self.machine.engine.counters().into_iter().collect(),
             },
+            unready: self.unready(),
+            cloud: self.cloud.status(),
+            tailnet: self.tailnet.as_ref().map(|tailnet| crate::api::Tailnet {
+                report: tailnet.node.report(),
+                ways: tailnet.paths.report(),
+                stats,
+                settings_from: self.sources.ruler.label(),
+            }),
         }
+    }
+
+    /// What keeps the router from carrying packets.
+    fn unready(&self) -> Vec<String> {
+        let mut found: Vec<String> = self.life.unready().into_iter().collect();
+        found.extend(self.cloud.unready(&self.sources.config));
+        if let Some(tailnet) = &self.tailnet {
+            let report = tailnet.node.report();
+            if report.state != BackendState::Running {
+                found.push(format!("tailnet: {}, so no map is in force", report.state));
+            }
+        }
+        if !self.core.ready() {
+            found.push("datapath: not everything that is wanted is in force yet".to_owned());
+        }
+        let failures = self.core.failures();
+        found
+            .extend(failures.map(|(part, failure)| format!("{}: {}", part.label(), failure.error)));
+        found
     }
 
     fn public_key(&self) -> String {
@@ -305,6 +349,10 @@ impl Daemon {
                 name: peer.name.clone(),
                 public_key: peer.public_key.to_string(),
                 endpoint: stats.and_then(|stats| stats.endpoint()),
+                peer_relay: stats.and_then(|stats| match stats.path {
+                    Some(way @ engine::Path::PeerRelay(..)) => Some(way.to_string()),
+                    _ => None,
+                }),
                 relay: stats.and_then(|stats| match stats.path {
                     Some(engine::Path::Relay(relay)) => Some(relay.0),
                     _ => None,

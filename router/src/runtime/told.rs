@@ -1,6 +1,7 @@
 //! What has been told of the plan, so that each thing is said once.
 
 use std::net::IpAddr;
+use std::time::Instant;
 
 use super::Daemon;
 use crate::core::Plan;
@@ -15,6 +16,10 @@ pub(super) struct Told {
     pub(super) missed: Vec<String>,
     /// Where packets go that no flow is carried of.
     pub(super) unserved: Vec<String>,
+    /// Routes and rules of others that take or drop packets of peers.
+    pub(super) in_the_way: Vec<String>,
+    /// When another source than the file has said something that is not in force yet.
+    pub(super) heard: Option<Instant>,
     /// Who had as many flows as it may.
     pub(super) at_limit: Vec<AtLimit>,
 }

@@ -177,7 +177,7 @@ impl Present<'_> {
     fn new_identity(&self, private_key: PrivateKey, before: &PrivateKey) -> Option<Identity> {
         (private_key != *before).then(|| Identity {
             private_key,
-            addresses: self.file.identity.addresses.clone(),
+            addresses: self.file.addresses().to_vec(),
         })
     }
 
@@ -305,6 +305,9 @@ impl Merge<'_> {
             public_key: spec.public_key,
             preshared_key: spec.preshared_key,
             keepalive: spec.keepalive,
+            roaming: true,
+            masquerade: Vec::new(),
+            jailed: false,
         }
     }
 

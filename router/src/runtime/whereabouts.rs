@@ -71,6 +71,8 @@ mod tests {
             last_handshake: age.map(|age| now - Duration::from_secs(age)),
             rx_bytes: 0,
             tx_bytes: 0,
+            rx_packets: 0,
+            tx_packets: 0,
             nowhere: None,
             uncut: false,
         };

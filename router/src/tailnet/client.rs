@@ -3,7 +3,7 @@
 //! After `control/controlhttp` and `control/ts2021` of Tailscale's sources. TLS is verified wherever it is used, though
 //! Noise alone would do: a server behind a CA of its own needs that CA named.
 
-mod dial;
+pub(in crate::tailnet) mod dial;
 mod http;
 mod stream;
 mod tls;
@@ -20,8 +20,11 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
-pub use tls::{TlsError, client_config};
-pub use url::{ControlUrl, Proxy, ProxyError, UrlError};
+pub(crate) use dial::socket as marked_socket;
+pub(in crate::tailnet) use tls::client_config_by;
+pub use tls::{TlsError, TlsRoots, client_config};
+pub(super) use url::unescape;
+pub use url::{ControlUrl, Proxies, Proxy, ProxyError, UrlError};
 
 use crate::tailnet::keys::{KeyError, MachinePublic, MachineSecret};
 use crate::tailnet::session::Answer;
@@ -100,6 +103,8 @@ pub struct Config {
     /// How often the connection is asked whether it lives; it is given up when it does not answer for as long. See
     /// [`KEEP_ALIVE`].
     pub keep_alive: Duration,
+    /// Firewall mark of the connections (`SO_MARK`), which keeps them out of the tunnel; 0 for none.
+    pub mark: u32,
 }
 
 /// A client of one server. Its requests share one connection, which is made when one is needed.
@@ -128,7 +133,7 @@ impl Client {
                 key: config.server_key,
                 ..State::default()
             }),
-            dialer: Dialer::new(config.url, config.tls, config.proxy),
+            dialer: Dialer::new(config.url, config.tls, config.proxy).marked(config.mark),
             keep_alive: config.keep_alive,
             machine,
         }
@@ -194,7 +199,7 @@ impl Client {
                 .map_err(|_| Error::Late(OUTSIDE))?
                 .map(drop);
         }
-        let sent = http::outside(&self.dialer, method, &answer.url, answer.body);
+        let sent = http::outside(&self.dialer, method, &answer.url, &[], answer.body);
         tokio::time::timeout(OUTSIDE, sent)
             .await
             .map_err(|_| Error::Late(OUTSIDE))?
@@ -262,9 +267,35 @@ impl Client {
 
     async fn fetch_key(&self) -> Result<MachinePublic, Error> {
         let url = format!("{}/key?v={CAPABILITY_VERSION}", self.dialer.url);
-        let response = http::outside(&self.dialer, Method::GET, &url, None).await?;
+        let response = http::outside(&self.dialer, Method::GET, &url, &[], None).await?;
         let body = Self::whole(response).await?;
         let keys: ServerKeys = serde_json::from_slice(&body).map_err(|_| Error::NoKeys)?;
         Ok(keys.public_key.ok_or(Error::NoKeys)?.parse()?)
     }
+}
+
+/// A request outside Noise.
+pub(super) struct Outside<'r> {
+    pub(super) method: Method,
+    /// Below the server's URL, with a slash before it.
+    pub(super) path: &'r str,
+    pub(super) headers: &'r [(&'r str, &'r str)],
+    pub(super) body: Option<Vec<u8>>,
+}
+
+/// One exchange with a server, outside Noise, on a connection of its own. The answer's status is a success.
+pub(super) async fn ask(
+    server: &ControlUrl,
+    tls: &Arc<rustls::ClientConfig>,
+    proxy: Option<Proxy>,
+    request: Outside<'_>,
+) -> Result<Bytes, Error> {
+    let dialer = Dialer::new(server.clone(), tls.clone(), proxy);
+    let url = format!("{server}{}", request.path);
+    let asked = async {
+        let response = http::outside(&dialer, request.method, &url, request.headers, request.body);
+        Client::whole(response.await?).await
+    };
+    let answer = tokio::time::timeout(OUTSIDE, asked).await;
+    answer.map_err(|_| Error::Late(OUTSIDE))?
 }

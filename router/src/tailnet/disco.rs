@@ -4,7 +4,7 @@
 //! body. Opening a box costs an X25519 for each new peer, so ask for the sender's key first and open only what
 //! comes from a key that the map knows; [`Boxes`] keeps what the X25519 has yielded.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use crypto_box::aead::Aead as _;
@@ -123,14 +123,16 @@ impl Message {
     }
 }
 
-fn endpoint(bytes: &[u8; ENDPOINT]) -> SocketAddr {
+/// Reads an address, IPv4 mapped into IPv6, and a port.
+pub(super) fn endpoint(bytes: &[u8; ENDPOINT]) -> SocketAddr {
     let (address, port) = bytes.split_at(16);
     let address = <[u8; 16]>::try_from(address).unwrap_or_default();
     let port = u16::from_be_bytes([port[0], port[1]]);
     SocketAddr::new(Ipv6Addr::from(address).to_canonical(), port)
 }
 
-fn bytes(endpoint: &SocketAddr) -> [u8; ENDPOINT] {
+/// Writes what [`endpoint`] reads.
+pub(super) fn bytes(endpoint: &SocketAddr) -> [u8; ENDPOINT] {
     let mut bytes = [0; ENDPOINT];
     let address = match endpoint.ip() {
         IpAddr::V4(address) => address.to_ipv6_mapped(),
@@ -168,11 +170,15 @@ impl Boxes {
     /// What is in a datagram from `sender`. `None` when it is not from there, or of a kind that is not known.
     /// Ask only for senders that the map knows: each new one costs an X25519 and a place.
     pub fn open(&mut self, sender: &DiscoPublic, datagram: &[u8]) -> Option<Message> {
+        Message::parse(&self.open_clear(sender, datagram)?)
+    }
+
+    /// The same for a message of any kind.
+    pub fn open_clear(&mut self, sender: &DiscoPublic, datagram: &[u8]) -> Option<Vec<u8>> {
         let (nonce, sealed) = datagram
             .get(HEADER - NONCE..)?
             .split_first_chunk::<NONCE>()?;
-        let clear = self.boxed(sender).decrypt(nonce.into(), sealed).ok()?;
-        Message::parse(&clear)
+        self.boxed(sender).decrypt(nonce.into(), sealed).ok()
     }
 
     /// The datagram with `message` for `receiver`. The nonce must be a random one.
@@ -182,11 +188,17 @@ impl Boxes {
         message: &Message,
         nonce: [u8; NONCE],
     ) -> Option<Vec<u8>> {
-        let clear = message.clear();
-        let sealed = self
-            .boxed(receiver)
-            .encrypt((&nonce).into(), clear.as_slice())
-            .ok()?;
+        self.seal_clear(receiver, &message.clear(), nonce)
+    }
+
+    /// The same with what a message of any kind is when it is not sealed.
+    pub fn seal_clear(
+        &mut self,
+        receiver: &DiscoPublic,
+        clear: &[u8],
+        nonce: [u8; NONCE],
+    ) -> Option<Vec<u8>> {
+        let sealed = self.boxed(receiver).encrypt((&nonce).into(), clear).ok()?;
         let mut out = Vec::with_capacity(HEADER + sealed.len());
         out.extend(MAGIC);
         out.extend(self.public.as_bytes());
@@ -198,6 +210,11 @@ impl Boxes {
     /// Forgets a key that nobody has any more.
     pub fn forget(&mut self, peer: &DiscoPublic) {
         self.boxes.remove(peer);
+    }
+
+    /// Forgets all other keys.
+    pub fn keep(&mut self, peers: &BTreeSet<DiscoPublic>) {
+        self.boxes.retain(|peer, _| peers.contains(peer));
     }
 
     fn boxed(&mut self, peer: &DiscoPublic) -> &SalsaBox {

@@ -1,7 +1,7 @@
 //! Ties a [`Session`] to a [`Client`]: carries out what the session wants and tells it what came of it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use http_body_util::BodyExt as _;
 use tokio::sync::mpsc;
@@ -9,26 +9,13 @@ use tokio::task::JoinHandle;
 
 use crate::tailnet::client::{Client, Error};
 use crate::tailnet::frames::Frames;
-use crate::tailnet::session::{About, AuthKey, Event, Failure, Now, Session, Transmit};
-use crate::tailnet::wire::{
-    MapRequest, MapResponse, PingResponse, RegisterRequest, RegisterResponse,
-};
+use crate::tailnet::session::{Answer, Event, Failure, Now, Session, Transmit};
+use crate::tailnet::wire::{MapRequest, MapResponse, RegisterRequest, RegisterResponse};
 
 /// How long a registration may take. A server lets one wait until a person has come, and asks anew after some minutes.
 const REGISTER: Duration = Duration::from_secs(600);
 /// How long a request that only tells may take.
 const UPDATE: Duration = Duration::from_secs(30);
-
-/// What the rest of the router asks of the session.
-#[derive(Debug)]
-pub enum Command {
-    /// Tells something else about the node.
-    About(Box<About>),
-    /// Joins, with a key if there is one; for a new node key if the second is true.
-    LogIn(Option<AuthKey>, bool),
-    /// Leaves.
-    LogOut,
-}
 
 /// What came of a request.
 enum Done {
@@ -38,119 +25,161 @@ enum Done {
     StreamEnded(u64, Failure),
 }
 
-/// Runs a session until `commands` is closed. `look` is called with every event, and with the session as it is then.
-pub async fn run(
-    mut session: Session,
-    client: Client,
-    mut commands: mpsc::Receiver<Command>,
-    mut look: impl FnMut(Event, &mut Session),
-) -> Session {
-    let client = Arc::new(client);
-    let (done, mut finished) = mpsc::channel(16);
-    // One frame waits at most: the server's TCP window waits for the rest.
-    let (frame, mut frames) = mpsc::channel(1);
-    let mut stream: Option<JoinHandle<()>> = None;
-    let mut registration: Option<JoinHandle<()>> = None;
-    session.handle_timeout(Now::read());
-    loop {
-        while let Some(transmit) = session.poll_transmit() {
-            match transmit {
-                Transmit::Register { request, attempt } => {
-                    let (client, done) = (client.clone(), done.clone());
-                    let task = tokio::spawn(async move {
-                        let result = within(REGISTER, register(&client, &request)).await;
-                        let _ = done.send(Done::Registered(attempt, result)).await;
-                    });
-                    if let Some(old) = registration.replace(task) {
-                        old.abort();
-                    }
-                }
-                Transmit::Update(request) => {
-                    let (client, done) = (client.clone(), done.clone());
-                    tokio::spawn(async move {
-                        let result = within(UPDATE, update(&client, &request)).await;
-                        let _ = done.send(Done::Updated(result)).await;
-                    });
-                }
-                Transmit::OpenStream {
-                    request,
-                    stream: id,
-                } => {
-                    let (client, frame) = (client.clone(), frame.clone());
-                    let task = tokio::spawn(async move {
-                        let failure = read(&client, &request, id, &frame).await;
-                        let _ = frame.send(Done::StreamEnded(id, failure)).await;
-                    });
-                    if let Some(old) = stream.replace(task) {
-                        old.abort();
-                    }
-                }
-                Transmit::CloseStream => {
-                    if let Some(old) = stream.take() {
-                        old.abort();
-                    }
-                }
-                Transmit::Answer(answer) => {
-                    let client = client.clone();
-                    tokio::spawn(async move {
-                        if let Err(error) = client.answer(answer).await {
-                            tracing::debug!(
-                                "an answer to the coordination server is lost: {error}"
-                            );
-                        }
-                    });
-                }
-            }
-        }
-        while let Some(event) = session.poll_event() {
-            match &event {
-                Event::DialPlan(plan) => client.set_plan(plan.clone()).await,
-                // The next stream is not to meet what has ended this one.
-                Event::Disconnected(Failure::Silent | Failure::Broken(_)) => {
-                    client.disconnect().await;
-                }
-                Event::Ping(asked) => {
-                    // Until something else answers: that nothing can is an answer too.
-                    for kind in &asked.kinds {
-                        let found = PingResponse {
-                            kind: Some(kind.clone()),
-                            ip: Some(asked.address.clone()),
-                            err: Some("this node does not ping for others".to_owned()),
-                            ..PingResponse::default()
-                        };
-                        if let Ok(answer) = asked.answer(&found) {
-                            let client = client.clone();
-                            tokio::spawn(async move { client.answer(answer).await });
-                        }
-                    }
-                }
-                _ => {}
-            }
-            look(event, &mut session);
-        }
-        let due = session.poll_timeout(Now::read());
-        let timer = async {
-            match due {
-                Some(due) => tokio::time::sleep_until(due.into()).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            command = commands.recv() => match command {
-                None => break,
-                Some(Command::About(about)) => session.set_about(*about, Now::read()),
-                Some(Command::LogIn(key, fresh)) => session.log_in(key, fresh, Now::read()),
-                Some(Command::LogOut) => session.log_out(Now::read()),
-            },
-            Some(done) = finished.recv() => handle(&mut session, done),
-            Some(frame) = frames.recv(), if session.reads() => handle(&mut session, frame),
-            () = timer => session.handle_timeout(Now::read()),
+/// A session and its connection to the server. Requests that are on their way end with it.
+pub struct Driver {
+    session: Session,
+    client: Arc<Client>,
+    done: mpsc::Sender<Done>,
+    finished: mpsc::Receiver<Done>,
+    frame: mpsc::Sender<Done>,
+    frames: mpsc::Receiver<Done>,
+    stream: Option<AbortOnDrop>,
+    registration: Option<AbortOnDrop>,
+}
+
+impl Driver {
+    /// Drives `session` by `client`. Needs a runtime.
+    pub fn new(mut session: Session, client: Client) -> Self {
+        session.handle_timeout(Now::read());
+        let (done, finished) = mpsc::channel(16);
+        // One frame waits at most: the server's TCP window waits for the rest.
+        let (frame, frames) = mpsc::channel(1);
+        Self {
+            session,
+            client: Arc::new(client),
+            done,
+            finished,
+            frame,
+            frames,
+            stream: None,
+            registration: None,
         }
     }
-    for task in [stream, registration].into_iter().flatten() {
-        task.abort();
+
+    /// The session as it is now.
+    pub fn session(&self) -> &Session {
+        &self.session
     }
-    session
+
+    /// The session, to be told something. What that leads to is done by the next [`Driver::next`].
+    pub fn session_mut(&mut self) -> &mut Session {
+        &mut self.session
+    }
+
+    /// The session, at the end.
+    pub fn into_session(self) -> Session {
+        self.session
+    }
+
+    /// For answers to what the server has asked.
+    pub fn answers(&self) -> Answers {
+        Answers(self.client.clone())
+    }
+
+    /// Does what the session wants until something has happened. Cancel safe.
+    pub async fn next(&mut self) -> Event {
+        loop {
+            while let Some(transmit) = self.session.poll_transmit() {
+                self.transmit(transmit);
+            }
+            if let Some(event) = self.session.poll_event() {
+                self.look(&event);
+                return event;
+            }
+            let due = self.session.poll_timeout(Now::read());
+            let timer = async {
+                match due {
+                    Some(due) => tokio::time::sleep_until(due.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                Some(done) = self.finished.recv() => handle(&mut self.session, done),
+                Some(frame) = self.frames.recv(), if self.session.reads() => {
+                    handle(&mut self.session, frame);
+                }
+                () = timer => self.session.handle_timeout(Now::read()),
+            }
+        }
+    }
+
+    /// What an event means for the connection.
+    fn look(&self, event: &Event) {
+        let client = self.client.clone();
+        match event {
+            Event::DialPlan(plan) => {
+                let plan = plan.clone();
+                tokio::spawn(async move { client.set_plan(plan).await });
+            }
+            // The next stream is not to meet what has ended this one.
+            Event::Disconnected(Failure::Silent | Failure::Broken(_)) => {
+                tokio::spawn(async move { client.disconnect().await });
+            }
+            _ => {}
+        }
+    }
+
+    fn transmit(&mut self, transmit: Transmit) {
+        match transmit {
+            Transmit::Register { request, attempt } => {
+                let (client, done) = (self.client.clone(), self.done.clone());
+                self.registration = Some(AbortOnDrop::spawn(async move {
+                    let result = within(REGISTER, register(&client, &request)).await;
+                    let _ = done.send(Done::Registered(attempt, result)).await;
+                }));
+            }
+            Transmit::Update(request) => {
+                let (client, done) = (self.client.clone(), self.done.clone());
+                tokio::spawn(async move {
+                    let result = within(UPDATE, update(&client, &request)).await;
+                    let _ = done.send(Done::Updated(result)).await;
+                });
+            }
+            Transmit::OpenStream {
+                request,
+                stream: id,
+            } => {
+                let (client, frame) = (self.client.clone(), self.frame.clone());
+                self.stream = Some(AbortOnDrop::spawn(async move {
+                    let failure = read(&client, &request, id, &frame).await;
+                    let _ = frame.send(Done::StreamEnded(id, failure)).await;
+                }));
+            }
+            Transmit::CloseStream => self.stream = None,
+            Transmit::Answer(answer) => {
+                let answers = self.answers();
+                tokio::spawn(async move { answers.send(answer).await });
+            }
+        }
+    }
+}
+
+/// Takes answers to what the server has asked.
+#[derive(Clone)]
+pub struct Answers(Arc<Client>);
+
+impl Answers {
+    /// Sends one. That it is lost is told to nobody but the log.
+    pub async fn send(&self, answer: Answer) {
+        if let Err(error) = self.0.answer(answer).await {
+            tracing::debug!("an answer to the coordination server is lost: {error}");
+        }
+    }
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl AbortOnDrop {
+    fn spawn(future: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(tokio::spawn(future))
+    }
+}
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 fn handle(session: &mut Session, done: Done) {
@@ -220,7 +249,12 @@ async fn read(client: &Client, request: &MapRequest, id: u64, out: &mpsc::Sender
                 continue;
             };
             frames.push(&data);
-            while let Some(map) = frames.pop()? {
+            loop {
+                let begin = Instant::now();
+                let Some(map) = frames.pop()? else {
+                    break;
+                };
+                tracing::debug!(took = ?begin.elapsed(), "a map frame was read");
                 if out.send(Done::Frame(id, Box::new(map))).await.is_err() {
                     return Ok(());
                 }

@@ -116,6 +116,16 @@ fn rule(
     }))
 }
 
+/// The networks that a rule is about, as far as they are understood.
+pub fn sources(wire: &FilterRule, holders: &dyn Fn(&str) -> Vec<IpNet>) -> Vec<IpNet> {
+    let networks = |text: &String| match Addresses::parse(text) {
+        Some(Addresses::Networks(networks)) => networks,
+        Some(Addresses::Capability(name)) => holders(name),
+        None => Vec::new(),
+    };
+    each(&wire.src_ips).flat_map(networks).collect()
+}
+
 fn reached(range: &NetPortRange) -> Result<Vec<Destination>, Problem> {
     let text = range.ip.as_deref().unwrap_or_default();
     let networks = match Addresses::parse(text) {

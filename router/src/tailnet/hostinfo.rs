@@ -19,6 +19,8 @@ pub struct Wishes {
     pub routes: Vec<IpNet>,
     /// Tags to ask for, each with `tag:`.
     pub tags: Vec<String>,
+    /// Whether it carries datagrams between others.
+    pub relays: bool,
 }
 
 /// Gathers it. Of the machine it tells what Go's client does too, and nothing that names it but the host name.
@@ -64,6 +66,7 @@ fn gather_in(root: &Path, wishes: &Wishes, machine: &MachinePublic) -> Hostinfo 
         userspace: Some(false),
         userspace_router: Some(false),
         state_encrypted: Some(false),
+        peer_relay: wishes.relays.then_some(true),
         ..Hostinfo::default()
     }
 }

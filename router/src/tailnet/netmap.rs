@@ -7,6 +7,8 @@
 mod node;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -24,6 +26,15 @@ use crate::tailnet::wire::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the server's first map does not say who this node is")]
 pub struct NoSelf;
+
+/// Whoever has this toward a node may carry datagrams for it.
+const RELAY_TARGET: &str = "tailscale.com/cap/relay-target";
+/// Whoever has this toward a node may have it carry datagrams.
+const RELAY: &str = "tailscale.com/cap/relay";
+/// A node with this uses no peer relays.
+const NO_RELAYS: &str = "disable-relay-client";
+/// A node with this is no peer relay.
+const NO_RELAY: &str = "disable-relay-server";
 
 /// What a response has changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -51,18 +62,18 @@ impl Change {
     }
 }
 
-/// The map.
+/// The map. A clone shares what there is much of.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Netmap {
     own: Option<Node>,
-    peers: BTreeMap<NodeId, Node>,
-    filters: BTreeMap<String, List<FilterRule>>,
+    peers: BTreeMap<NodeId, Arc<Node>>,
+    filters: BTreeMap<String, Arc<List<FilterRule>>>,
     /// The capabilities that the filters name as sources. A stream begins with the filters, so it need not be kept.
     #[serde(skip)]
     named: BTreeSet<String>,
-    derp: DerpMap,
-    users: BTreeMap<i64, UserProfile>,
+    derp: Arc<DerpMap>,
+    users: BTreeMap<i64, Arc<UserProfile>>,
     health: Vec<String>,
     messages: BTreeMap<String, DisplayMessage>,
     domain: String,
@@ -80,22 +91,22 @@ impl Netmap {
 
     /// All peers.
     pub fn peers(&self) -> impl Iterator<Item = &Node> {
-        self.peers.values()
+        self.peers.values().map(Arc::as_ref)
     }
 
     /// A peer.
     pub fn peer(&self, id: NodeId) -> Option<&Node> {
-        self.peers.get(&id)
+        self.peers.get(&id).map(Arc::as_ref)
     }
 
     /// The relays, without those that are null.
-    pub fn derp(&self) -> &DerpMap {
+    pub fn derp(&self) -> &Arc<DerpMap> {
         &self.derp
     }
 
     /// The name of a user.
     pub fn user(&self, id: i64) -> Option<&UserProfile> {
-        self.users.get(&id)
+        self.users.get(&id).map(Arc::as_ref)
     }
 
     /// What the server finds wrong, for people.
@@ -133,15 +144,83 @@ impl Netmap {
 
     /// The packet filter as policy.
     pub fn policy(&self) -> Compiled {
-        filter::compile(
-            self.filters.values().flat_map(|rules| rules.iter()),
-            &|cap| {
-                let holders = self.peers.values().filter(|peer| peer.caps.contains(cap));
-                holders
-                    .flat_map(|peer| peer.addresses.iter().copied())
-                    .collect::<Vec<IpNet>>()
-            },
-        )
+        filter::compile(self.rules(), &|cap| self.holders(cap))
+    }
+
+    fn rules(&self) -> impl Iterator<Item = &FilterRule> {
+        self.filters.values().flat_map(|rules| rules.iter())
+    }
+
+    /// The addresses of the peers that have a capability.
+    fn holders(&self, cap: &str) -> Vec<IpNet> {
+        let holders = self.peers.values().filter(|peer| peer.caps.contains(cap));
+        holders
+            .flat_map(|peer| peer.addresses.iter().copied())
+            .collect()
+    }
+
+    /// Peers that may carry datagrams between this node and others: the filter grants them that toward this node.
+    /// Looks at all peers, if there is such a grant.
+    pub fn peer_relays(&self) -> BTreeSet<NodePublic> {
+        match self
+            .own
+            .as_ref()
+            .is_some_and(|own| own.caps.contains(NO_RELAYS))
+        {
+            true => BTreeSet::new(),
+            false => self.granted(RELAY_TARGET, Node::knows_relays),
+        }
+    }
+
+    /// Peers for which this node may carry datagrams: the filter grants them that toward this node. Looks at all peers,
+    /// if there is such a grant.
+    pub fn relay_clients(&self) -> BTreeSet<NodePublic> {
+        self.granted(RELAY, |_| true)
+    }
+
+    /// Whether the tailnet lets this node be a peer relay.
+    pub fn may_relay(&self) -> bool {
+        self.own
+            .as_ref()
+            .is_some_and(|own| !own.caps.contains(NO_RELAY))
+    }
+
+    /// Peers that are `fit` and have a capability toward this node, by the filter.
+    fn granted(&self, cap: &str, fit: impl Fn(&Node) -> bool) -> BTreeSet<NodePublic> {
+        let Some(own) = &self.own else {
+            return BTreeSet::new();
+        };
+        // As Tailscale's client: of each family the first address counts.
+        let own_of = |v4: bool| {
+            let mut addresses = own.addresses.iter().map(IpNet::addr);
+            addresses.find(|address| address.is_ipv4() == v4)
+        };
+        let families = [true, false].map(own_of);
+        let grants = |rule: &FilterRule, own: IpAddr| {
+            each(&rule.cap_grant).any(|grant| {
+                let map = grant.cap_map.iter().flat_map(|map| map.0.iter());
+                let named = each(&grant.caps).chain(map).any(|other| other == cap);
+                let contains =
+                    |net: &String| net.parse().is_ok_and(|net: IpNet| net.contains(&own));
+                named && each(&grant.dsts).any(contains)
+            })
+        };
+        let granted = families.into_iter().flatten().flat_map(|own| {
+            let rules = self.rules().filter(move |rule| grants(rule, own));
+            let sources = rules.flat_map(|rule| filter::sources(rule, &|cap| self.holders(cap)));
+            sources.filter(move |net| net.addr().is_ipv4() == own.is_ipv4())
+        });
+        let granted: Vec<IpNet> = granted.collect();
+        if granted.is_empty() {
+            return BTreeSet::new();
+        }
+        let holders = self.peers.values().filter(|peer| {
+            let mut addresses = peer.addresses.iter();
+            fit(peer)
+                && peer.signed
+                && addresses.any(|own| granted.iter().any(|net| net.contains(own)))
+        });
+        holders.map(|peer| peer.key).collect()
     }
 
     /// Takes a response that is no keep-alive. `first` is whether it is the first of its stream. `now` dates peers
@@ -178,8 +257,8 @@ impl Netmap {
         }
         for profile in each(&response.user_profiles) {
             if let Some(id) = profile.id {
-                let old = self.users.insert(id, profile.clone());
-                change.names |= old.as_ref() != Some(profile);
+                let old = self.users.insert(id, Arc::new(profile.clone()));
+                change.names |= old.as_deref() != Some(profile);
             }
         }
         if let Some(health) = response.health {
@@ -260,7 +339,7 @@ impl Netmap {
     }
 
     fn set(&mut self, mut node: Node, change: &mut Change) {
-        let old = self.peers.get(&node.id);
+        let old = self.peers.get(&node.id).map(Arc::as_ref);
         if let Some(old) = old {
             node.keep_newer_disco(old);
             if *old == node {
@@ -268,12 +347,12 @@ impl Netmap {
             }
         }
         self.note(old, Some(&node), change);
-        self.peers.insert(node.id, node);
+        self.peers.insert(node.id, Arc::new(node));
     }
 
     fn remove(&mut self, id: NodeId, change: &mut Change) {
         if let Some(old) = self.peers.remove(&id) {
-            self.note(Some(&old), None, change);
+            self.note(Some(&*old), None, change);
         }
     }
 
@@ -282,11 +361,11 @@ impl Netmap {
         let Some(old) = id.and_then(|id| self.peers.get(&id)) else {
             return;
         };
-        let mut node = old.clone();
+        let mut node = Node::clone(old);
         edit(&mut node);
-        if *old != node {
+        if **old != node {
             self.note(Some(old), Some(&node), change);
-            self.peers.insert(node.id, node);
+            self.peers.insert(node.id, Arc::new(node));
         }
     }
 
@@ -332,10 +411,15 @@ impl Netmap {
             self.filters.clear();
         }
         if let Some(base) = &response.packet_filter {
-            self.filters.insert("base".to_owned(), base.clone());
+            self.filters
+                .insert("base".to_owned(), Arc::new(base.clone()));
         }
         if let Some(named) = &response.packet_filters {
-            merge(&mut self.filters, named.clone());
+            let shared = |rules: &Option<List<FilterRule>>| rules.clone().map(Arc::new);
+            let named = named
+                .iter()
+                .map(|(name, rules)| (name.clone(), shared(rules)));
+            merge(&mut self.filters, named.collect());
         }
         change.filter |= before != self.filters;
         self.named = self.named_capabilities();
@@ -356,7 +440,7 @@ impl Netmap {
             }
             _ => {}
         }
-        replace(&mut self.derp, new)
+        replace(&mut self.derp, Arc::new(new))
     }
 }
 

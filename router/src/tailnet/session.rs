@@ -8,7 +8,7 @@
 
 mod answer;
 mod auth_key;
-mod backoff;
+pub(in crate::tailnet) mod backoff;
 mod login;
 
 use std::collections::VecDeque;
@@ -108,6 +108,8 @@ pub enum Event {
         /// Another key than before.
         new_key: bool,
     },
+    /// Registration has failed on the way. It is tried again.
+    Unregistered(Failure),
     /// Registration is refused for good: nothing more is tried until [`Session::log_in`].
     Refused(String),
     /// The node's key has ended and another one is asked for.
@@ -276,6 +278,16 @@ impl Session {
     /// The map, for what is learned of peers elsewhere.
     pub fn map_mut(&mut self) -> &mut Netmap {
         &mut self.map
+    }
+
+    /// The map, at the end.
+    pub fn into_map(self) -> Netmap {
+        self.map
+    }
+
+    /// How far the server's clock is ahead of ours, in microseconds; 0 if they agree.
+    pub fn ahead(&self) -> i64 {
+        self.ahead
     }
 
     /// The node key that is let in, or will be.

@@ -19,6 +19,8 @@ use crate::tailnet::netmap::Netmap;
 
 const NODE: &str = "node.json";
 const MAP: &str = "map.json";
+/// What [`Store::set_aside`] makes of the keys.
+pub const FORMER: &str = "node.json.former";
 /// Raised when a file means something else than before.
 const VERSION: u32 = 1;
 
@@ -97,6 +99,9 @@ struct NodeFile<'a> {
     registered: bool,
     /// Of the machine where this was written, not the id itself.
     machine_id: Option<Cow<'a, str>>,
+    /// The same of the cloud's instance id.
+    #[serde(default)]
+    instance_id: Option<Cow<'a, str>>,
     #[serde(borrow)]
     machine_key: Cow<'a, str>,
     #[serde(borrow)]
@@ -117,21 +122,28 @@ struct MapFile<T> {
 pub struct Store {
     folder: PathBuf,
     machine_id: Option<String>,
+    instance_id: Option<String>,
 }
 
 impl Store {
-    /// The state in `folder`, which exists.
-    pub fn new(folder: &Path) -> Self {
+    /// The state in `folder`, which exists, of a cloud's `instance` or another machine.
+    pub fn new(folder: &Path, instance: Option<&str>) -> Self {
         // Containers have none, or an empty one.
         let id = fs::read_to_string("/etc/machine-id").unwrap_or_default();
-        Self::with_machine_id(folder, id.trim())
+        Self::of_machine(folder, id.trim(), instance)
     }
 
-    fn with_machine_id(folder: &Path, id: &str) -> Self {
+    fn of_machine(folder: &Path, id: &str, instance: Option<&str>) -> Self {
         Self {
             folder: folder.to_owned(),
             machine_id: (!id.is_empty()).then(|| digest(id)),
+            instance_id: instance.map(digest),
         }
+    }
+
+    /// Whether the state is looked at as that of this instance.
+    pub fn is_of(&self, instance: &str) -> bool {
+        self.instance_id.as_deref() == Some(digest(instance).as_str())
     }
 
     /// Who the node is.
@@ -162,15 +174,21 @@ impl Store {
             server_key: file.server_key,
             registered: file.registered,
         });
-        let elsewhere = file
-            .machine_id
-            .as_deref()
-            .zip(self.machine_id.as_deref())
-            .is_some_and(|(there, here)| there != here);
-        Ok(match elsewhere {
-            true => Loaded::Cloned(identity),
-            false => Loaded::Known(identity),
-        })
+        let differ = |there: &Option<Cow<'_, str>>, here: &Option<String>| {
+            let both = there.as_deref().zip(here.as_deref());
+            both.is_some_and(|(there, here)| there != here)
+        };
+        // An image of a disk may keep the machine's id, and a state directory on a volume may move.
+        if differ(&file.machine_id, &self.machine_id)
+            || differ(&file.instance_id, &self.instance_id)
+        {
+            return Ok(Loaded::Cloned(identity));
+        }
+        if file.instance_id.is_none() && self.instance_id.is_some() {
+            // Or a copy of this would not be known as one.
+            self.save(&identity)?;
+        }
+        Ok(Loaded::Known(identity))
     }
 
     /// Keeps who the node is.
@@ -186,11 +204,28 @@ impl Store {
                 server_key: identity.server_key,
                 registered: identity.registered,
                 machine_id: self.machine_id.as_deref().map(Cow::from),
+                instance_id: self.instance_id.as_deref().map(Cow::from),
                 machine_key: machine.as_str().into(),
                 node_key: node.as_str().into(),
                 disco_key: disco.as_str().into(),
             },
         )
+    }
+
+    /// Keeps the keys of another node or machine beside, for whoever wants them back, and forgets its map.
+    pub fn set_aside(&self) -> Result<(), Error> {
+        let path = self.folder.join(NODE);
+        if let Err(error) = fs::rename(&path, self.folder.join(FORMER)) {
+            return Err(Error::Io { path, error });
+        }
+        self.forget_map();
+        Ok(())
+    }
+
+    /// Forgets the map.
+    pub fn forget_map(&self) {
+        // Without keys, or with others, it is not read.
+        let _ = fs::remove_file(self.folder.join(MAP));
     }
 
     /// The last map of a server. One that cannot be read is no loss: the server sends it again.
@@ -249,7 +284,7 @@ mod tests {
     #[test]
     fn an_identity_comes_back_and_only_to_its_owner() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::with_machine_id(folder.path(), "a");
+        let store = Store::of_machine(folder.path(), "a", None);
         assert!(matches!(store.load().unwrap(), Loaded::Nothing));
         let mut identity = Identity::generate("https://hs.example.org").unwrap();
         identity.registered = true;
@@ -270,20 +305,40 @@ mod tests {
     #[test]
     fn a_copy_of_another_machine_is_noticed() {
         let folder = tempfile::tempdir().unwrap();
-        let here = Store::with_machine_id(folder.path(), "a");
+        let here = Store::of_machine(folder.path(), "a", None);
         here.save(&Identity::generate("http://a").unwrap()).unwrap();
         let text = fs::read_to_string(folder.path().join(NODE)).unwrap();
         assert!(!text.contains("\"a\""), "the id itself: {text}");
-        let copy = Store::with_machine_id(folder.path(), "b");
+        let copy = Store::of_machine(folder.path(), "b", None);
         assert!(matches!(copy.load().unwrap(), Loaded::Cloned(_)));
-        let unknown = Store::with_machine_id(folder.path(), "");
+        let unknown = Store::of_machine(folder.path(), "", None);
         assert!(matches!(unknown.load().unwrap(), Loaded::Known(_)));
+    }
+
+    #[test]
+    fn a_copy_of_another_instance_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = |instance| Store::of_machine(folder.path(), "a", instance);
+        let identity = Identity::generate("http://a").unwrap();
+        store(None).save(&identity).unwrap();
+        assert!(store(Some("i-1")).is_of("i-1") && !store(None).is_of("i-1"));
+        // The first instance that is seen owns the state from then on.
+        for (instance, is_known) in [
+            (Some("i-1"), true),
+            (Some("i-2"), false),
+            (None, true),
+            (Some("i-1"), true),
+        ] {
+            let loaded = store(instance).load().unwrap();
+            let known = matches!(loaded, Loaded::Known(_));
+            assert_eq!(known, is_known, "{instance:?}");
+        }
     }
 
     #[test]
     fn damage_is_told_without_the_contents() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::with_machine_id(folder.path(), "a");
+        let store = Store::of_machine(folder.path(), "a", None);
         let identity = Identity::generate("http://a").unwrap();
         store.save(&identity).unwrap();
         let path = folder.path().join(NODE);
@@ -306,7 +361,7 @@ mod tests {
     #[test]
     fn the_last_map_comes_back_for_its_server() {
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::with_machine_id(folder.path(), "a");
+        let store = Store::of_machine(folder.path(), "a", None);
         assert!(store.load_map("http://a").is_none());
         let mut map = Netmap::default();
         let name = "router-2-05-MapResponse";

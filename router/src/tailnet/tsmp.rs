@@ -144,27 +144,33 @@ impl Message {
 
 /// The whole IP packet of a message. `None` where the addresses are of two families.
 pub fn packet(message: &Message, source: IpAddr, destination: IpAddr) -> Option<Vec<u8>> {
+    around(PROTOCOL, &message.payload(), source, destination)
+}
+
+/// An IP packet around this. `None` where the addresses are of two families, or it does not fit.
+pub(super) fn around(
+    protocol: u8,
+    payload: &[u8],
+    source: IpAddr,
+    destination: IpAddr,
+) -> Option<Vec<u8>> {
     const HOPS: u8 = 64;
-    let payload = message.payload();
     let mut out = Vec::with_capacity(40 + payload.len());
     match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            let total = u16::try_from(20 + payload.len()).ok()?;
             out.extend([0x45, 0]);
-            out.extend((20 + payload.len() as u16).to_be_bytes());
-            out.extend([0, 0, 0, 0, HOPS, PROTOCOL, 0, 0]);
+            out.extend(total.to_be_bytes());
+            out.extend([0, 0, 0, 0, HOPS, protocol, 0, 0]);
             out.extend(source.octets());
             out.extend(destination.octets());
-            let sum = out.chunks_exact(2).fold(0_u32, |sum, pair| {
-                sum + u32::from(u16::from_be_bytes([pair[0], pair[1]]))
-            });
-            let sum = (sum & 0xffff) + (sum >> 16);
-            let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+            let sum = checksum(&out);
             out[10..12].copy_from_slice(&sum.to_be_bytes());
         }
         (IpAddr::V6(source), IpAddr::V6(destination)) => {
             out.extend([0x60, 0, 0, 0]);
-            out.extend((payload.len() as u16).to_be_bytes());
-            out.extend([PROTOCOL, HOPS]);
+            out.extend(u16::try_from(payload.len()).ok()?.to_be_bytes());
+            out.extend([protocol, HOPS]);
             out.extend(source.octets());
             out.extend(destination.octets());
         }
@@ -172,6 +178,16 @@ pub fn packet(message: &Message, source: IpAddr, destination: IpAddr) -> Option<
     }
     out.extend(payload);
     Some(out)
+}
+
+/// The checksum of RFC 1071, of few bytes.
+pub(super) fn checksum(bytes: &[u8]) -> u16 {
+    let sum = bytes.chunks(2).fold(0_u32, |sum, pair| {
+        let low = pair.get(1).copied().unwrap_or(0);
+        sum + u32::from(u16::from_be_bytes([pair[0], low]))
+    });
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !((sum & 0xffff) + (sum >> 16)) as u16
 }
 
 /// Tells the sender of a flow from `source` to `destination` that it was refused by policy: the packet

@@ -2,7 +2,9 @@
 //!
 //! Metrics are derived from the status document on each scrape, so the two cannot disagree.
 
-use std::sync::Arc;
+pub mod tailscaled;
+
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use metrics::{Key, Label, Level, Metadata, Recorder, Unit};
@@ -10,6 +12,7 @@ use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle, Prometheu
 use metrics_util::MetricKindMask;
 
 use crate::api::Status;
+use crate::cloud::life::Phase;
 
 /// Version, as a label.
 pub const BUILD_INFO: &str = "sluice_build_info";
@@ -19,6 +22,10 @@ pub const HEALTHY: &str = "sluice_healthy";
 pub const UPTIME: &str = "sluice_uptime_seconds";
 /// The datapath in use, as a label.
 pub const DATAPATH_INFO: &str = "sluice_datapath_info";
+/// The cloud's instance, as labels.
+pub const CLOUD_INFO: &str = "sluice_cloud_info";
+/// What is wrong with what is asked of the cloud.
+pub const CLOUD_PROBLEMS: &str = "sluice_cloud_problems";
 /// Clear packets.
 pub const PACKETS: &str = "sluice_packets_total";
 /// Bytes of the clear packets.
@@ -35,6 +42,11 @@ pub const PEER_RECEIVED: &str = "sluice_peer_receive_bytes_total";
 pub const PEER_SENT: &str = "sluice_peer_transmit_bytes_total";
 /// Time of a peer's last handshake.
 pub const PEER_HANDSHAKE: &str = "sluice_peer_last_handshake_timestamp_seconds";
+
+/// Where in its life the router is, as a label.
+pub const LIFE: &str = "sluice_life_phase";
+/// Flows that a router which drains still carries.
+pub const LIFE_FLOWS: &str = "sluice_drain_flows";
 
 /// Flows in the fast path's table.
 pub const FLOWS: &str = "sluice_flows";
@@ -71,9 +83,33 @@ const DESCRIPTIONS: &[(Kind, &str, Unit, &str)] = &[
     ),
     (
         Kind::Gauge,
+        LIFE,
+        Unit::Count,
+        "1 for the phase of its life that the router is in, 0 for the others",
+    ),
+    (
+        Kind::Gauge,
+        LIFE_FLOWS,
+        Unit::Count,
+        "Flows that a router which drains still carries; 0 for one that does not drain",
+    ),
+    (
+        Kind::Gauge,
         DATAPATH_INFO,
         Unit::Count,
         "The datapath in use and how it is attached; always 1",
+    ),
+    (
+        Kind::Gauge,
+        CLOUD_INFO,
+        Unit::Count,
+        "The cloud's instance that the router is; always 1",
+    ),
+    (
+        Kind::Gauge,
+        CLOUD_PROBLEMS,
+        Unit::Count,
+        "Problems with what is asked of the cloud",
     ),
     (
         Kind::Counter,
@@ -174,6 +210,7 @@ enum Kind {
 pub struct Metrics {
     recorder: Arc<PrometheusRecorder>,
     handle: PrometheusHandle,
+    by_path: Arc<Mutex<tailscaled::ByPath>>,
 }
 
 impl Default for Metrics {
@@ -181,7 +218,7 @@ impl Default for Metrics {
         let recorder = PrometheusBuilder::new()
             .idle_timeout(MetricKindMask::ALL, Some(FORGET_AFTER))
             .build_recorder();
-        for (kind, name, unit, help) in DESCRIPTIONS {
+        for (kind, name, unit, help) in DESCRIPTIONS.iter().chain(tailscaled::DESCRIPTIONS) {
             let (name, unit, help) = ((*name).into(), Some(*unit), (*help).into());
             match kind {
                 Kind::Counter => recorder.describe_counter(name, unit, help),
@@ -192,6 +229,7 @@ impl Default for Metrics {
         Self {
             recorder: Arc::new(recorder),
             handle,
+            by_path: Arc::default(),
         }
     }
 }
@@ -202,6 +240,13 @@ impl Metrics {
         self.gauge(BUILD_INFO, vec![Label::new("version", status.version)], 1.0);
         self.gauge(HEALTHY, vec![], f64::from(u8::from(status.healthy())));
         self.gauge(UPTIME, vec![], status.uptime_seconds as f64);
+        for phase in Phase::LABELS {
+            let here = phase == status.life.phase;
+            let labels = vec![Label::new("phase", phase)];
+            self.gauge(LIFE, labels, f64::from(u8::from(here)));
+        }
+        let flows = status.life.flows.unwrap_or(0);
+        self.gauge(LIFE_FLOWS, vec![], flows as f64);
         let datapath = &status.datapath;
         self.gauge(
             DATAPATH_INFO,
@@ -211,6 +256,22 @@ impl Metrics {
             ],
             1.0,
         );
+        if let Some(cloud) = &status.cloud {
+            let labels = cloud.report.instance.as_ref().map(|instance| {
+                vec![
+                    Label::new("provider", cloud.provider),
+                    Label::new("region", instance.region.clone()),
+                    Label::new("zone", instance.zone.clone()),
+                    Label::new("instance", instance.id.clone()),
+                    Label::new("kind", instance.kind.clone()),
+                ]
+            });
+            if let Some(labels) = labels {
+                self.gauge(CLOUD_INFO, labels, 1.0);
+            }
+            let problems = cloud.report.problems.len();
+            self.gauge(CLOUD_PROBLEMS, vec![], problems as f64);
+        }
         for row in &status.packets {
             let labels = vec![
                 Label::new("program", row.program),
@@ -257,6 +318,7 @@ impl Metrics {
                 peer.last_handshake.unwrap_or(0) as f64,
             );
         }
+        self.tailscaled(status);
         self.handle.run_upkeep();
         self.handle.render()
     }
@@ -282,9 +344,11 @@ mod tests {
 
     use super::*;
     use crate::api::{
-        DatapathStatus, DeviceStatus, EngineStatus, FlowStatus, FlowTableStatus, GuardStatus,
-        Packets, PeerStatus, Problem, Status,
+        CloudStatus, DatapathStatus, DeviceStatus, EngineStatus, FlowStatus, FlowTableStatus,
+        GuardStatus, LifeStatus, Packets, PeerStatus, Problem, Status,
     };
+    use crate::cloud::agent::Report;
+    use crate::cloud::instance::Instance;
 
     fn status() -> Status {
         Status {
@@ -293,6 +357,14 @@ mod tests {
             uptime_seconds: 7,
             changed_by_wg: false,
             problems: vec![],
+            life: LifeStatus {
+                phase: "draining",
+                cause: Some("hand"),
+                reason: None,
+                until: None,
+                flows: Some(3),
+                waits_for: None,
+            },
             device: DeviceStatus {
                 name: "sluice0".into(),
                 index: 3,
@@ -322,6 +394,7 @@ mod tests {
                 name: Some("a \"quoted\" name".into()),
                 public_key: "pk=".into(),
                 endpoint: None,
+                peer_relay: None,
                 relay: None,
                 allowed_ips: vec![],
                 last_handshake: Some(1_000_000_000),
@@ -356,6 +429,19 @@ mod tests {
                 workers: 1,
                 counters: BTreeMap::from([("spoofed", 2)]),
             },
+            unready: vec![],
+            cloud: Some(CloudStatus {
+                provider: "aws",
+                report: Arc::new(Report {
+                    instance: Some(Instance {
+                        id: "i-1".into(),
+                        ..Instance::default()
+                    }),
+                    problems: vec!["a problem".into()],
+                    ..Report::default()
+                }),
+            }),
+            tailnet: None,
         }
     }
 
@@ -373,6 +459,10 @@ mod tests {
             "sluice_packets_total{program=\"from_overlay\",verdict=\"forwarded\"} 3",
             "sluice_engine_events_total{event=\"spoofed\"} 2",
             "sluice_healthy 1",
+            "sluice_life_phase{phase=\"serving\"} 0",
+            "sluice_life_phase{phase=\"draining\"} 1",
+            "sluice_drain_flows 3",
+            "sluice_cloud_problems 1",
             "sluice_uplink_guard_frames_total{verdict=\"drop_index\"} 5",
             "sluice_uplink_guard_attached 1",
             "sluice_flows{family=\"ipv4\"} 12",
@@ -382,6 +472,72 @@ mod tests {
             "sluice_flow_sweep_seconds 0.25",
             "sluice_policy_rule_hits_total{rule=\"2\"} 8",
             "sluice_peer_receive_bytes_total{public_key=\"pk=\",name=\"a \\\"quoted\\\" name\"} 5",
+        ] {
+            assert!(
+                text.lines().any(|l| l == line),
+                "{line} is missing in:\n{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_router_in_a_tailnet_has_tailscaleds_metrics_too() {
+        let metrics = Metrics::default();
+        assert!(!metrics.render(&status()).contains("tailscaled_"));
+        let mut status = status();
+        let mut tailnet = crate::api::tailnet_of_tests();
+        let ways = Arc::make_mut(&mut tailnet.ways);
+        ways.home = Some(9);
+        ways.relay_server = Some(crate::api::relay_server_of_tests());
+        status.packets.push(Packets {
+            program: "from_overlay",
+            verdict: "drop_policy",
+            packets: 4,
+            bytes: 0,
+        });
+        status.packets.push(Packets {
+            program: "from_subnet",
+            verdict: "drop_fragment",
+            packets: 2,
+            bytes: 0,
+        });
+        let advertised = tailnet.report.advertised.len();
+        status.tailnet = Some(tailnet);
+        let text = metrics.render(&status);
+        for (_, name, _, _) in tailscaled::DESCRIPTIONS {
+            assert!(
+                text.contains(&format!("# HELP {name} ")),
+                "{name} is missing in:\n{text}"
+            );
+        }
+        // More came over the same path, and then over a relay.
+        let tailnet = status.tailnet.as_mut().unwrap();
+        let peer = *tailnet.stats.keys().next().unwrap();
+        tailnet.stats.get_mut(&peer).unwrap().rx_bytes += 10;
+        metrics.render(&status);
+        let tailnet = status.tailnet.as_mut().unwrap();
+        tailnet.stats.get_mut(&peer).unwrap().rx_bytes += 100;
+        for way in Arc::make_mut(&mut tailnet.ways).peers.values_mut() {
+            way.path = Some(crate::engine::Path::Relay(crate::engine::RelayId(9)));
+        }
+        let text = metrics.render(&status);
+        for line in [
+            format!("tailscaled_advertised_routes {advertised}").as_str(),
+            format!("tailscaled_approved_routes {}", advertised - 1).as_str(),
+            "sluice_tailnet_route_approved{route=\"198.51.100.0/24\"} 0",
+            "sluice_tailnet_route_primary{route=\"198.51.100.0/24\"} 0",
+            "tailscaled_home_derp_region_id 9",
+            "tailscaled_health_messages{type=\"warning\"} 1",
+            "sluice_tailnet_relay_server_clients 3",
+            "sluice_tailnet_relay_server_running 0",
+            "sluice_tailnet_relay_server_refused_total{reason=\"grant\"} 2",
+            "tailscaled_inbound_bytes_total{path=\"direct_ipv4\"} 15",
+            "tailscaled_inbound_bytes_total{path=\"derp\"} 100",
+            "tailscaled_outbound_bytes_total{path=\"direct_ipv4\"} 6",
+            "tailscaled_inbound_packets_total{path=\"direct_ipv4\"} 2",
+            "tailscaled_outbound_packets_total{path=\"direct_ipv4\"} 1",
+            "tailscaled_inbound_dropped_packets_total{reason=\"acl\"} 4",
+            "tailscaled_outbound_dropped_packets_total{reason=\"fragment\"} 2",
         ] {
             assert!(
                 text.lines().any(|l| l == line),

@@ -255,6 +255,7 @@ impl Interface {
                 endpoint: peer.endpoint,
                 others: Vec::new(),
                 keepalive: Some(peer.keepalive).filter(|seconds| *seconds > 0),
+                masquerade: Vec::new(),
                 roaming: true,
             })
             .collect()

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use base64::Engine as _;
@@ -48,6 +49,9 @@ pub(super) async fn serve(listener: TcpListener, shared: Arc<Shared>) -> Result<
         });
     }
 }
+
+/// A stream says something at least so often; clients give up after two minutes of silence.
+const KEEP_ALIVE: Duration = Duration::from_secs(50);
 
 /// Type of the record that begins TLS; no HTTP request begins so.
 const TLS_HANDSHAKE: u8 = 22;
@@ -163,10 +167,13 @@ async fn within(
     tokio::time::sleep(slow).await;
     let response = async {
         let body: Value = serde_json::from_slice(&body)?;
-        shared.state().requests.push((path.clone(), body.clone()));
+        let asked = (std::time::Instant::now(), path.clone(), body.clone());
+        shared.state().requests.push(asked);
         match path.as_str() {
             "/machine/register" => register(&shared, machine, &body).await,
             "/machine/map" => map(&shared, &machine, &body),
+            // Clients tell their health; nobody here wants to know.
+            "/machine/update-health" => Ok(plain(StatusCode::OK, "")),
             _ => bail!("no such page"),
         }
     };
@@ -255,6 +262,7 @@ fn new_node(key: String, machine: String, body: &Value) -> Node {
         tags: tags
             .filter_map(|tag| Some(tag.as_str()?.to_owned()))
             .collect(),
+        version: body["Version"].as_u64().unwrap_or_default(),
         hostinfo: hostinfo.clone(),
         endpoints: Vec::new(),
         approved: Vec::new(),
@@ -285,7 +293,12 @@ fn map(shared: &Arc<Shared>, machine: &str, body: &Value) -> Result<Response<Bod
         let (hostinfo, disco) = (body["Hostinfo"].clone(), body["DiscoKey"].clone());
         state.nodes.edit(id, |node| {
             node.endpoints = endpoints;
+            // A client that has not looked around yet keeps its home.
+            let old = node.hostinfo["NetInfo"].take();
             node.hostinfo = hostinfo;
+            if node.hostinfo["NetInfo"].is_null() && !old.is_null() {
+                node.hostinfo["NetInfo"] = old;
+            }
             node.disco = disco.as_str().unwrap_or_default().to_owned();
         });
         return Ok(plain(StatusCode::OK, ""));
@@ -334,7 +347,8 @@ fn map(shared: &Arc<Shared>, machine: &str, body: &Value) -> Result<Response<Bod
             if cut {
                 return None;
             }
-            let frame: Value = frames.recv().await?;
+            let frame = tokio::time::timeout(KEEP_ALIVE, frames.recv()).await;
+            let frame: Value = frame.unwrap_or_else(|_| Some(json!({"KeepAlive": true})))?;
             let slow = shared.state().faults.slow;
             tokio::time::sleep(slow).await;
             let mut bytes = packed(&frame, zstd);

@@ -9,7 +9,7 @@ mod noise;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
@@ -77,8 +77,8 @@ pub(crate) struct State {
     pub(crate) nodes: Nodes,
     /// Auth keys that let a node in.
     pub(crate) auth_keys: Vec<String>,
-    /// What was asked: path and body.
-    pub(crate) requests: Vec<(String, Value)>,
+    /// What was asked and when: path and body.
+    pub(crate) requests: Vec<(Instant, String, Value)>,
     /// What answers to pings were: URL and body.
     pub(crate) answers: Vec<(String, Vec<u8>)>,
     pub(crate) connections: u64,
@@ -110,7 +110,6 @@ impl ControlServer {
     }
 
     fn with_keys(listener: TcpListener, keys: ([u8; 32], [u8; 32])) -> Result<Self> {
-        listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
@@ -127,12 +126,31 @@ impl ControlServer {
             }),
             keys,
         });
+        let mut server = Self {
+            address,
+            shared,
+            stop: None,
+            thread: None,
+        };
+        server.resume(listener)?;
+        Ok(server)
+    }
+
+    /// Is not there any more, until [`ControlServer::resume`]; streams break.
+    pub fn pause(&mut self) {
+        self.end();
+        self.shared.state().nodes.forget_streams();
+    }
+
+    /// Is there again.
+    pub fn resume(&mut self, listener: TcpListener) -> Result<()> {
+        listener.set_nonblocking(true)?;
         let (stop, stopped) = tokio::sync::oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let served = shared.clone();
-        let thread = std::thread::spawn(move || {
+        let served = self.shared.clone();
+        self.thread = Some(std::thread::spawn(move || {
             runtime.block_on(async {
                 tokio::select! {
                     result = http::serve(listener, served) => {
@@ -143,13 +161,9 @@ impl ControlServer {
                     _ = stopped => {}
                 }
             });
-        });
-        Ok(Self {
-            address,
-            shared,
-            stop: Some(stop),
-            thread: Some(thread),
-        })
+        }));
+        self.stop = Some(stop);
+        Ok(())
     }
 
     /// The URL for nodes.
@@ -173,9 +187,17 @@ impl ControlServer {
     }
 
     /// Ends the server and starts another one in its place, with the same keys and nodes; streams break.
-    pub fn restart(mut self) -> Result<Self> {
+    pub fn restart(self) -> Result<Self> {
+        self.restart_on(crate::listen)
+    }
+
+    /// The same for a server in a namespace, where `listen` makes the listener anew.
+    pub fn restart_on(
+        mut self,
+        listen: impl FnOnce(SocketAddr) -> Result<TcpListener>,
+    ) -> Result<Self> {
         self.end();
-        let listener = TcpListener::bind(self.address)?;
+        let listener = listen(self.address)?;
         let next = Self::with_keys(listener, self.shared.keys)?;
         {
             let (mut old, mut new) = (self.shared.state(), next.shared.state());
@@ -203,6 +225,12 @@ impl ControlServer {
 
     /// What was asked so far: path and body.
     pub fn requests(&self) -> Vec<(String, Value)> {
+        let requests = self.timed_requests().into_iter();
+        requests.map(|(_, path, body)| (path, body)).collect()
+    }
+
+    /// The same, with when it was asked.
+    pub fn timed_requests(&self) -> Vec<(Instant, String, Value)> {
         self.shared.state().requests.clone()
     }
 
@@ -240,6 +268,18 @@ impl ControlServer {
         self.shared.state().nodes.set_filter(rules);
     }
 
+    /// The map of relays of everybody.
+    pub fn set_derp(&self, map: Value) {
+        self.shared.state().nodes.set_derp(map);
+    }
+
+    /// The node of this name.
+    pub fn node(&self, name: &str) -> Result<Node> {
+        let nodes = self.nodes();
+        let found = nodes.into_iter().find(|node| node.name == name);
+        found.with_context(|| format!("no node is called {name}"))
+    }
+
     /// Ends a node's key.
     pub fn expire(&self, node: i64) {
         self.shared
@@ -259,6 +299,22 @@ impl ControlServer {
     /// Removes a node.
     pub fn remove(&self, node: i64) {
         self.shared.state().nodes.remove(node);
+    }
+
+    /// Adds a node that speaks plain WireGuard with this public key (base64), as a peer of everybody; its number.
+    pub fn introduce(&self, name: &str, key: &str) -> Result<Node> {
+        use base64::Engine as _;
+        let key = base64::engine::general_purpose::STANDARD.decode(key)?;
+        let key = <[u8; 32]>::try_from(key).ok().context("32 bytes")?;
+        let mut state = self.shared.state();
+        let id = state.nodes.introduce(name, http::text("nodekey:", &key));
+        state.nodes.get(id).context("the node")
+    }
+
+    /// The node that was introduced by this name.
+    pub fn introduced(&self, name: &str) -> Result<Node> {
+        let found = self.shared.state().nodes.named(name);
+        found.with_context(|| format!("no node is called {name}"))
     }
 
     /// Invents so many nodes, which everybody is told of.

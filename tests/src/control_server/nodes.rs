@@ -20,6 +20,8 @@ pub struct Node {
     pub name: String,
     /// Tags.
     pub tags: Vec<String>,
+    /// The version of the protocol that it speaks.
+    pub version: u64,
     /// What it says of itself.
     pub hostinfo: Value,
     /// Its underlay addresses.
@@ -76,6 +78,7 @@ pub(crate) struct Nodes {
     streams: BTreeMap<i64, Out>,
     primaries: BTreeMap<String, i64>,
     filter: Option<Value>,
+    derp: Option<Value>,
 }
 
 impl Nodes {
@@ -108,7 +111,44 @@ impl Nodes {
         if let Some(node) = self.nodes.get_mut(&id) {
             edit(node);
             self.tell(id);
+            self.elect(id);
         }
+    }
+
+    /// Puts others in charge of the routes that a node serves no more.
+    fn elect(&mut self, gone: i64) {
+        let serves = |node: &Node, route: &String| node.served().contains(route);
+        let lost = self.primaries.iter().filter(|(route, id)| {
+            let node = self.nodes.get(id);
+            **id == gone && node.is_some_and(|node| !serves(node, route))
+        });
+        let next = lost.filter_map(|(route, _)| {
+            let next = self.nodes.values().find(|node| serves(node, route))?;
+            Some((route.clone(), next.id))
+        });
+        for (route, id) in next.collect::<Vec<_>>() {
+            self.set_primary(&route, id);
+        }
+    }
+
+    pub(crate) fn get(&self, id: i64) -> Option<Node> {
+        self.nodes.get(&id).cloned()
+    }
+
+    pub(crate) fn named(&self, name: &str) -> Option<Node> {
+        self.nodes.values().find(|node| node.name == name).cloned()
+    }
+
+    /// Adds a node that nobody has registered.
+    pub(crate) fn introduce(&mut self, name: &str, key: String) -> i64 {
+        self.invent(1);
+        let id = self.last;
+        self.edit(id, |node| {
+            node.name = name.to_owned();
+            node.key = key;
+            node.endpoints = Vec::new();
+        });
+        id
     }
 
     pub(crate) fn remove(&mut self, id: i64) {
@@ -131,6 +171,7 @@ impl Nodes {
                 disco: format!("discokey:{:064x}", 0xabcd_0000_0000_u64 + id as u64),
                 name: format!("invented-{id}"),
                 tags: Vec::new(),
+                version: 119,
                 hostinfo: json!({"OS": "linux", "Hostname": format!("invented-{id}")}),
                 endpoints: vec![format!("192.0.2.1:{}", 1024 + id % 60_000)],
                 approved: Vec::new(),
@@ -139,7 +180,7 @@ impl Nodes {
                 online: id % 2 == 0,
                 invented: true,
             };
-            nodes.push(self.wire(&node));
+            nodes.push(self.wire(&node, false));
             self.nodes.insert(id, node);
         }
         for stream in self.streams.values() {
@@ -168,6 +209,13 @@ impl Nodes {
         for stream in self.streams.values() {
             let _ = stream.send(response.clone());
         }
+    }
+
+    pub(crate) fn set_derp(&mut self, map: Value) {
+        for stream in self.streams.values() {
+            let _ = stream.send(json!({"DERPMap": map}));
+        }
+        self.derp = Some(map);
     }
 
     pub(crate) fn send(&self, id: i64, response: &Value) {
@@ -218,11 +266,11 @@ impl Nodes {
         let Some(node) = self.nodes.get(&id) else {
             return;
         };
-        let wire = self.wire(node);
+        let to_others = self.wire(node, false);
         for (other, stream) in &self.streams {
             let response = match *other == id {
-                true => json!({"Node": wire}),
-                false => json!({"PeersChanged": [wire]}),
+                true => json!({"Node": self.wire(node, true)}),
+                false => json!({"PeersChanged": [to_others]}),
             };
             let _ = stream.send(response);
         }
@@ -232,14 +280,14 @@ impl Nodes {
     pub(crate) fn map(&self, id: i64) -> Value {
         let node = &self.nodes[&id];
         let peers = self.nodes.values().filter(|other| other.id != id);
-        let peers: Vec<Value> = peers.map(|other| self.wire(other)).collect();
+        let peers: Vec<Value> = peers.map(|other| self.wire(other, false)).collect();
         let everything = json!([{
             "SrcIPs": ["*"], "DstPorts": [{"IP": "*", "Ports": {"First": 0, "Last": 65535}}]
         }]);
         json!({
-            "Node": self.wire(node),
+            "Node": self.wire(node, true),
             "Peers": peers,
-            "DERPMap": {"Regions": {}},
+            "DERPMap": self.derp.clone().unwrap_or(json!({"Regions": {}})),
             "DNSConfig": {"Domains": ["tail.test"]},
             "Domain": "test",
             "PacketFilters": {"base": self.filter.clone().unwrap_or(everything)},
@@ -250,7 +298,7 @@ impl Nodes {
     }
 
     /// A node in Go's spelling.
-    fn wire(&self, node: &Node) -> Value {
+    fn wire(&self, node: &Node, to_itself: bool) -> Value {
         let addresses: Vec<String> = node
             .addresses()
             .iter()
@@ -260,16 +308,22 @@ impl Nodes {
         let in_charge = |route: &String| self.primaries.get(route) == Some(&node.id);
         let primary: Vec<String> = node.served().into_iter().filter(in_charge).collect();
         // Everybody else sends only to the one in charge; the node itself sees what was approved.
-        let allowed: Vec<&String> = addresses.iter().chain(&primary).collect();
+        let served = node.served();
+        let routes = if to_itself { &served } else { &primary };
+        let allowed: Vec<&String> = addresses.iter().chain(routes).collect();
         let mut wire = json!({
             "ID": node.id, "StableID": node.id.to_string(), "Name": format!("{}.tail.test.", node.name),
             "User": 1, "Key": node.key, "Machine": node.machine, "DiscoKey": node.disco,
             "Addresses": addresses, "AllowedIPs": allowed, "Hostinfo": node.hostinfo,
-            "Created": "2026-11-21T06:52:13.88767373Z", "Cap": 119, "Online": node.online,
+            "Created": "2026-11-21T06:52:13.88767373Z", "Cap": node.version, "Online": node.online,
             "MachineAuthorized": true,
         });
         if !node.endpoints.is_empty() {
             wire["Endpoints"] = json!(node.endpoints);
+        }
+        let home = node.hostinfo["NetInfo"]["PreferredDERP"].as_u64();
+        if let Some(home) = home.filter(|home| *home > 0) {
+            wire["HomeDERP"] = json!(home);
         }
         if !primary.is_empty() {
             wire["PrimaryRoutes"] = json!(primary);

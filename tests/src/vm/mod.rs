@@ -1,7 +1,8 @@
 //! Guests: other kernels in QEMU, with the lab's programs and a connection over which they are told
 //! what to run. They run under TCG, which needs no rights and knows every kernel; a guest is up
-//! after some seconds. One with a system of its own ([`System`]) is one with systemd.
+//! after some seconds. One with a system of its own ([`System`]) is one with systemd, and a [`Disk`] has all its own.
 
+mod disk;
 mod image;
 mod system;
 
@@ -19,6 +20,7 @@ use crate::command::Process;
 use crate::requirements::{self, Need, REQUIREMENTS};
 use crate::topology::Host;
 use crate::wait::poll;
+pub use disk::{Arch, Disk};
 use image::Image;
 pub use system::System;
 
@@ -149,19 +151,8 @@ impl Machine {
             .args(["-serial", &format!("file:{}", console.display())])
             .args(["-serial", &format!("unix:{},server=on", control.display())])
             .args(self.nics());
-        let mut process = host.spawn("qemu", command)?;
-        let mut stream = None;
-        process.ready(BOOT, "QEMU to listen", || {
-            stream = UnixStream::connect(&control).ok();
-            stream.is_some()
-        })?;
-        let mut guest = Guest {
-            process,
-            console,
-            stream: stream.context("no connection to QEMU")?,
-            questions: 0,
-            question: String::new(),
-        };
+        let process = host.spawn("qemu", command)?;
+        let mut guest = Guest::connect(process, console, &control)?;
         guest.answer(0, BOOT).context("the guest did not come up")?;
         // QEMU has read it.
         fs::remove_file(&image)?;
@@ -245,6 +236,22 @@ pub struct Answer {
 }
 
 impl Guest {
+    /// Takes the second serial line of an emulator that begins, at the socket `control`.
+    fn connect(mut process: Process, console: PathBuf, control: &Path) -> anyhow::Result<Self> {
+        let mut stream = None;
+        process.ready(BOOT, "QEMU to listen", || {
+            stream = UnixStream::connect(control).ok();
+            stream.is_some()
+        })?;
+        Ok(Self {
+            process,
+            console,
+            stream: stream.context("no connection to QEMU")?,
+            questions: 0,
+            question: String::new(),
+        })
+    }
+
     /// Runs a shell script in the guest to its end, whatever that is. An error means that the guest
     /// has ended or that it took too long. What it leaves in the background must print elsewhere.
     pub fn output(&mut self, script: &str, timeout: Duration) -> anyhow::Result<Answer> {

@@ -109,5 +109,5 @@ fn a_change_of_the_contract_changes_its_version() {
         size_of::<abi::Slot4>(),
         size_of::<abi::Slot6>(),
     );
-    assert_eq!((abi::ABI_VERSION, layout), (12, (29, 40, 24, 56, 64, 96)));
+    assert_eq!((abi::ABI_VERSION, layout), (14, (31, 40, 24, 56, 64, 96)));
 }

@@ -281,10 +281,15 @@ fn kernel_and_host_agree_on_any_packet() {
                         spec.policy.rules = rules;
                         spec.policy.denied = if reject { Denied::Reject } else { Denied::Drop };
                     })?;
-                    let mut settings = maps.settings.get(&0, 0)?;
-                    settings.ports = [PORT; 2];
-                    maps.settings.set(0, settings, 0)?;
                 }
+                let mut settings = maps.settings.get(&0, 0)?;
+                settings.ports = [PORT; 2];
+                // Now and then the router drains.
+                settings.flags &= !Settings::DRAINING;
+                if seed % 8 == 7 {
+                    settings.flags |= Settings::DRAINING;
+                }
+                maps.settings.set(0, settings, 0)?;
                 maps.clear()?;
                 fixture.ebpf.end_flows()?;
                 batch(&mut fixture, &mut maps, seed, &mut seen)
@@ -301,6 +306,7 @@ fn kernel_and_host_agree_on_any_packet() {
             let rare = [
                 Verdict::SlowSnat,
                 Verdict::SlowScope,
+                Verdict::DropLinkLocal,
                 Verdict::DropTableFull,
                 Verdict::DropOtherLink,
                 Verdict::DropInternal,

@@ -217,16 +217,26 @@ fn special_addresses_go_to_the_kernel() {
                     "224.0.0.251",
                     "255.255.255.255",
                     "169.254.169.254",
+                    "169.254.0.1",
                     "127.0.0.1",
                 ],
             ),
-            (Family::V6, ["ff02::fb", "ff05::2", "fe80::1", "::1"]),
+            (
+                Family::V6,
+                ["ff02::fb", "ff05::2", "fe80::1", "fd00:ec2::254", "::1"],
+            ),
         ] {
             for address in addresses {
                 let packet = Ip::udp(family.overlay(PEER), address.parse()?, 64).bytes();
                 let outcome = fixture.run(Side::Overlay, &packet, 0)?;
+                let verdict = match address {
+                    "169.254.169.254" | "169.254.0.1" | "fe80::1" | "fd00:ec2::254" => {
+                        Verdict::DropLinkLocal
+                    }
+                    _ => Verdict::SlowScope,
+                };
                 ensure!(
-                    outcome.verdict == Verdict::SlowScope,
+                    outcome.verdict == verdict,
                     "{address}: {:?}",
                     outcome.verdict
                 );

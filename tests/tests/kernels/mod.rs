@@ -4,9 +4,12 @@
 //! if there is none at all.
 
 mod beside;
+mod container;
+mod package;
 mod systemd;
 mod wireguard;
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -40,8 +43,28 @@ const INSIDE: &[&str] = &[
     "flows_outlive_a_flush_of_the_ruleset::kernel",
 ];
 
+/// Those for the kernels between the oldest and the newest: what a kernel's verifier, hooks and pins decide.
+const BETWEEN: &[&str] = &[
+    "ebpf::arrival::headers",
+    "ebpf::attach::programs_follow",
+    "ebpf::differential",
+    "ebpf::guard::it_is_native",
+    "ebpf::policy::the_kernel_finds",
+    "ebpf::restart::the_next_daemon",
+    "ebpf::verdicts",
+    "flows_outlive_a_flush_of_the_ruleset::kernel",
+];
+
 /// Random packets inside.
 const CASES: u32 = 2000;
+
+/// The packages that `cargo xtask kernels` has made; else the reason why there are none.
+fn packages() -> Result<PathBuf, String> {
+    let folder = std::env::var_os("SLUICE_PACKAGES").map(PathBuf::from);
+    folder.ok_or_else(|| {
+        "SLUICE_PACKAGES names no folder of packages; `cargo xtask kernels` makes them".to_owned()
+    })
+}
 
 /// Runs the body of a test with a kernel.
 fn on(release: &str, body: impl FnOnce(&Lab, &Kernel) -> anyhow::Result<()>) {
@@ -52,18 +75,25 @@ fn on(release: &str, body: impl FnOnce(&Lab, &Kernel) -> anyhow::Result<()>) {
 }
 
 macro_rules! on_every_kernel {
-    ($($release:ident),+) => {
+    ($($release:ident runs $inside:ident),+) => {
         const RELEASES: &[&str] = &[$(stringify!($release)),+];
 
         $(mod $release {
             #[test]
             fn the_programs_and_the_router_work() {
-                super::on(stringify!($release), super::the_programs_and_the_router_work);
+                super::on(stringify!($release), |lab, kernel| {
+                    super::the_programs_and_the_router_work(lab, kernel, super::$inside)
+                });
             }
         })+
     };
 }
-on_every_kernel!(bullseye, bookworm, trixie, forky);
+on_every_kernel!(
+    bullseye runs INSIDE,
+    bookworm runs BETWEEN,
+    trixie runs BETWEEN,
+    forky runs INSIDE
+);
 
 #[test]
 fn one_at_least_is_here() {
@@ -79,7 +109,11 @@ fn one_at_least_is_here() {
     eprintln!("skipped: {reasons}");
 }
 
-fn the_programs_and_the_router_work(lab: &Lab, kernel: &Kernel) -> anyhow::Result<()> {
+fn the_programs_and_the_router_work(
+    lab: &Lab,
+    kernel: &Kernel,
+    inside: &[&str],
+) -> anyhow::Result<()> {
     let started = Instant::now();
     let machine = Machine::new(kernel)
         .program(&std::env::current_exe()?, "integration")
@@ -91,7 +125,7 @@ fn the_programs_and_the_router_work(lab: &Lab, kernel: &Kernel) -> anyhow::Resul
 
     the_router_starts(&mut guest).context("`sluice run`")?;
 
-    let inside = std::env::var("SLUICE_INSIDE").unwrap_or_else(|_| INSIDE.join(" "));
+    let inside = std::env::var("SLUICE_INSIDE").unwrap_or_else(|_| inside.join(" "));
     let tests = format!(
         "export SLUICE_BIN=/lab/bin/sluice SLUICE_FUZZ_CASES={CASES} SLUICE_PATIENCE=10
          export RUSTC_BOOTSTRAP=1 # for --report-time

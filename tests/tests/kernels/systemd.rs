@@ -8,7 +8,7 @@ use lab::vm::System;
 use super::*;
 
 /// For what takes many steps, or a client that takes 15 s to notice that its session is gone.
-const LONGER: Duration = Duration::from_secs(120);
+pub(super) const LONGER: Duration = Duration::from_secs(120);
 
 macro_rules! on_every_system {
     ($($release:ident),+) => {
@@ -28,7 +28,7 @@ macro_rules! on_every_system {
 on_every_system!(trixie);
 
 /// The laptop at the uplink `up0`; the server behind `sub0`, which sends back every line.
-const NETWORK: &str = r#"set -e
+pub(super) const NETWORK: &str = r#"set -e
 for end in "laptop up0 203.0.113" "server sub0 10.20.0"; do
     set -- $end
     ip netns add $1
@@ -53,7 +53,7 @@ ip netns exec server perl -MIO::Socket::INET -e '
 "#;
 
 /// Writes down all that a router may change and must put back.
-const FOOTPRINT: &str = r#"cat >/run/footprint <<'END'
+pub(super) const FOOTPRINT: &str = r#"cat >/run/footprint <<'END'
 exec 2>&1
 ip -o -c=never link; ip rule; ip -6 rule; nft list ruleset; tc qdisc
 ip route show table all | grep -v -e multicast -e fe80:
@@ -76,46 +76,46 @@ systemctl enable --now sluice
 ip netns exec laptop wg-quick up /root/wg0.conf"#;
 
 /// One connection that lasts: the laptop says a line whenever the one before has come back.
-const TALK: &str = r#"ip netns exec laptop bash -c '
+pub(super) const TALK: &str = r#"ip netns exec laptop bash -c '
     exec 3<>/dev/tcp/10.20.0.10/7 && n=0
     while echo $((++n)) >&3 && read line <&3; do echo $line >/run/heard; sleep 0.05; done
     echo over >/run/heard' >/dev/null 2>&1 &"#;
 
 /// Notes whatever goes away of rules, forwarding and the ruleset.
-const WATCH: &str = r#"ip -4 monitor rule netconf >/run/changes 2>&1 & echo $! >/run/watch
+pub(super) const WATCH: &str = r#"ip -4 monitor rule netconf >/run/changes 2>&1 & echo $! >/run/watch
 (while nft list table inet sluice_sluice0 >/dev/null 2>&1; do sleep 0.05; done
  echo Deleted the table >>/run/changes) &
 echo $! >>/run/watch"#;
-const WATCHED: &str =
+pub(super) const WATCHED: &str =
     "kill $(cat /run/watch); grep -E 'Deleted .*(lookup|table)|sub0 forwarding off' /run/changes";
 
-struct Server {
-    guest: Guest,
+pub(super) struct Server {
+    pub(super) guest: Guest,
 }
 
 impl Server {
-    fn run(&mut self, script: &str) -> anyhow::Result<String> {
+    pub(super) fn run(&mut self, script: &str) -> anyhow::Result<String> {
         self.guest.run(script, LONGER)
     }
 
     /// What systemd says of the unit.
-    fn property(&mut self, name: &str) -> anyhow::Result<String> {
+    pub(super) fn property(&mut self, name: &str) -> anyhow::Result<String> {
         let value = self.run(&format!("systemctl show sluice --value -p {name}"))?;
         Ok(value.trim().to_owned())
     }
 
-    fn status(&mut self) -> anyhow::Result<serde_json::Value> {
+    pub(super) fn status(&mut self) -> anyhow::Result<serde_json::Value> {
         Ok(serde_json::from_str(&self.run("sluice status --json")?)?)
     }
 
     /// Waits until the status says this.
-    fn shows(&mut self, what: &str) -> anyhow::Result<()> {
+    pub(super) fn shows(&mut self, what: &str) -> anyhow::Result<()> {
         let script = format!("sluice status --json | tr -d ' \\n' | grep -F '{what}'");
         self.guest.wait_for(&script, LONGER).map(drop)
     }
 
     /// Waits until the connection goes on.
-    fn hears(&mut self) -> anyhow::Result<()> {
+    pub(super) fn hears(&mut self) -> anyhow::Result<()> {
         let before = self.run("cat /run/heard")?;
         // The file is empty for a moment whenever it is written.
         let script = format!(
@@ -130,13 +130,13 @@ impl Server {
     }
 
     /// How often the unit has logged this since the machine came up.
-    fn logged(&mut self, text: &str) -> anyhow::Result<usize> {
+    pub(super) fn logged(&mut self, text: &str) -> anyhow::Result<usize> {
         let log = self.run("journalctl --quiet --no-pager -o cat -u sluice")?;
         Ok(log.matches(text).count())
     }
 
     /// Where the one flow stands, as the server sees it.
-    fn external(&mut self) -> anyhow::Result<String> {
+    pub(super) fn external(&mut self) -> anyhow::Result<String> {
         let flows: serde_json::Value = serde_json::from_str(&self.run("sluice flows --json")?)?;
         let external = flows["flows"][0]["external"].as_str();
         Ok(external
@@ -216,7 +216,7 @@ fn the_unit(server: &mut Server) -> anyhow::Result<()> {
 }
 
 /// The sandbox of the unit is in force, and lets the programs work, and outlive the daemon.
-fn it_is_confined(server: &mut Server) -> anyhow::Result<()> {
+pub(super) fn it_is_confined(server: &mut Server) -> anyhow::Result<()> {
     for (name, value) in [
         ("ActiveState", "active"),
         ("Type", "notify"),

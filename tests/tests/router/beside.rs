@@ -309,3 +309,120 @@ fn nobody_is_fought_without_end() {
         run.sluice.stop()
     });
 }
+
+/// Waits until a problem says all of this, and yields the problems.
+fn told(sluice: &Sluice, words: &[&str]) -> anyhow::Result<String> {
+    let mut last = String::new();
+    wait_until(SOON, &format!("{words:?} in status"), || {
+        last = problems(sluice).unwrap_or_default();
+        words.iter().all(|word| last.contains(word))
+    })
+    .with_context(|| format!("it says {last:?}"))?;
+    Ok(last)
+}
+
+/// The commands that problems name.
+fn mend(host: &Host, problems: &str) -> anyhow::Result<()> {
+    let commands = problems.split('`').filter(|part| part.starts_with("ip "));
+    let commands: Vec<_> = commands.collect();
+    ensure!(!commands.is_empty(), "no command in {problems:?}");
+    for command in commands {
+        host.run(["sh", "-c", command])?;
+    }
+    Ok(())
+}
+
+/// Rules that drop before ours or the main table is asked, and routes in our table: nothing is counted.
+#[test]
+fn rules_and_routes_of_others_that_take_packets_are_named() {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, "kernel", true)?;
+        let router = &run.site.router;
+        let _servers = serve(&run.site.server)?;
+        let log = || run.sluice.log();
+        for (family, makes, words) in [
+            (
+                0,
+                "rule add priority 100 from 100.64.0.0/10 blackhole",
+                &[
+                    "priority 100",
+                    "from 100.64.0.0/10 blackhole",
+                    "comes from peers",
+                ][..],
+            ),
+            (
+                0,
+                "rule add priority 20000 from 100.64.0.0/10 unreachable",
+                &["priority 20000", "comes from peers"],
+            ),
+            (
+                1,
+                "-6 rule add priority 101 to fd64::/64 prohibit",
+                &["priority 101", "is for peers"],
+            ),
+            (
+                0,
+                "route add 100.64.0.2/32 dev lan table 51820",
+                &["100.64.0.2/32", "routing table 51820"],
+            ),
+            (
+                1,
+                "-6 route add fd64::/64 dev lan metric 5 table 51820",
+                &["fd64::/64", "metric 5"],
+            ),
+        ] {
+            serves(&run.site, family)?;
+            router.ip(makes)?;
+            let problem = told(&run.sluice, words)?;
+            ensure!(problem.lines().count() == 1, "{problem}");
+            let all = |line: &&str| words.iter().all(|word| line.contains(word));
+            let warned = log().lines().filter(all).count();
+            ensure!(warned == 1, "{makes}: {}", log());
+            mend(router, &problem)?;
+            healthy(&run.sluice)?;
+            serves(&run.site, family)?;
+        }
+        // About nothing that passes here.
+        router.ip("rule add priority 100 from 198.18.0.0/15 blackhole")?;
+        router.ip("rule add priority 101 from 100.64.0.0/10 fwmark 7 blackhole")?;
+        router.ip("link set sluice0 mtu 1300")?;
+        told_in_log(&run.sluice, "1300 instead of")?;
+        healthy(&run.sluice)?;
+        run.sluice.stop()
+    });
+}
+
+fn told_in_log(sluice: &Sluice, text: &str) -> anyhow::Result<()> {
+    wait_until(SOON, text, || sluice.log().contains(text))
+}
+
+/// A device with another name is called as before; one in another namespace is not ours to bring back.
+#[test]
+fn a_device_that_is_renamed_gets_its_name_back_and_one_that_is_moved_is_told() {
+    lab::test(|lab| {
+        let run = Running::new(lab, Arms::Two, "ebpf", true)?;
+        let router = &run.site.router;
+        let _servers = serve(&run.site.server)?;
+        serves(&run.site, 0)?;
+        let known = warnings(&run.sluice).len();
+        router.ip("link set sluice0 name other0")?;
+        told_in_log(&run.sluice, "it was called other0")?;
+        for family in 0..2 {
+            serves(&run.site, family)?;
+        }
+        healthy(&run.sluice)?;
+        let warned = warnings(&run.sluice).split_off(known);
+        ensure!(
+            warned.iter().all(|w| w.contains("somebody else")),
+            "{warned:#?}"
+        );
+
+        let elsewhere = run.site.server.namespace();
+        router.ip(&format!("link set sluice0 netns {elsewhere}"))?;
+        told(
+            &run.sluice,
+            &["another network namespace", "systemctl restart sluice"],
+        )?;
+        run.sluice.stop()
+    });
+}

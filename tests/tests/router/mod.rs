@@ -2,14 +2,17 @@
 
 mod beside;
 mod changes;
+mod drain;
 mod flood;
 mod guard;
 mod lifecycle;
+mod link_local;
 mod policy;
 mod reach;
 mod sizes;
 mod traps;
 mod underlay;
+mod via;
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;

@@ -6,15 +6,23 @@ use std::time::Duration;
 use anyhow::Result;
 use lab::poll;
 use router::tailnet::client::{Client, Config, KEEP_ALIVE, client_config};
-use router::tailnet::driver::{self, Command};
+use router::tailnet::driver::Driver;
 use router::tailnet::netmap::Netmap;
-use router::tailnet::session::{About, AuthKey, Event, Now, Session, Start};
+use router::tailnet::session::{About, Asked, AuthKey, Event, Now, Session, Start};
 use router::tailnet::state::Identity;
-use router::tailnet::wire::{Hostinfo, List};
+use router::tailnet::wire::{Hostinfo, List, PingResponse};
 use tokio::sync::mpsc;
 
 /// What a slow machine needs at most.
 pub(super) const SOON: Duration = Duration::from_secs(30);
+
+/// What a test asks of its node.
+pub(super) enum Command {
+    /// Join with this key.
+    LogIn(AuthKey),
+    /// Leave.
+    LogOut,
+}
 
 /// A running node.
 pub(super) struct Node {
@@ -53,6 +61,19 @@ pub(super) fn tagged(mut about: About, tags: &[&str]) -> About {
     about
 }
 
+/// Answers pings that nobody carries out here.
+fn refuse(asked: &Asked, driver: &Driver) {
+    for kind in &asked.kinds {
+        let found = PingResponse {
+            kind: Some(kind.clone()),
+            err: Some("a test does not ping".to_owned()),
+            ..PingResponse::default()
+        };
+        let (answer, answers) = (asked.answer(&found).unwrap(), driver.answers());
+        tokio::spawn(async move { answers.send(answer).await });
+    }
+}
+
 impl Node {
     /// Starts a node; `identity` and `map` may be an older one's.
     pub(super) fn start(
@@ -67,6 +88,7 @@ impl Node {
             proxy: None,
             server_key: identity.server_key,
             keep_alive: KEEP_ALIVE,
+            mark: 0,
         };
         Self::start_by(config, identity, map, key, about)
     }
@@ -89,7 +111,7 @@ impl Node {
             map,
             seed: 7,
         };
-        let (commands, receiver) = mpsc::channel(8);
+        let (commands, mut receiver) = mpsc::channel(8);
         let seen = Arc::new(Mutex::new(Seen::default()));
         let noted = seen.clone();
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -98,13 +120,27 @@ impl Node {
         let thread = std::thread::spawn(move || {
             runtime.block_on(async {
                 let session = Session::new(start, Now::read());
-                let look = move |event: Event, session: &mut Session| {
-                    let mut seen = noted.lock().unwrap();
-                    seen.map = session.map().clone();
-                    seen.connected = session.is_connected();
-                    seen.events.push(event);
-                };
-                driver::run(session, client, receiver, look).await
+                let mut driver = Driver::new(session, client);
+                loop {
+                    tokio::select! {
+                        event = driver.next() => {
+                            if let Event::Ping(asked) = &event {
+                                refuse(asked, &driver);
+                            }
+                            let mut seen = noted.lock().unwrap();
+                            seen.map = driver.session().map().clone();
+                            seen.connected = driver.session().is_connected();
+                            seen.events.push(event);
+                        }
+                        command = receiver.recv() => match command {
+                            Some(Command::LogIn(key)) => {
+                                driver.session_mut().log_in(Some(key), false, Now::read());
+                            }
+                            Some(Command::LogOut) => driver.session_mut().log_out(Now::read()),
+                            None => return driver.into_session(),
+                        },
+                    }
+                }
             })
         });
         Ok(Self {
@@ -122,7 +158,7 @@ impl Node {
 
     pub(super) fn command(&self, command: Command) {
         let sender = self.commands.as_ref().unwrap();
-        sender.blocking_send(command).unwrap();
+        sender.blocking_send(command).ok().unwrap();
     }
 
     /// Waits for an event.

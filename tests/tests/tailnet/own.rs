@@ -5,13 +5,12 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use lab::control_server::ControlServer;
 use lab::{poll, wait_until};
-use router::tailnet::driver::Command;
 use router::tailnet::netmap::{Netmap, NodeId};
 use router::tailnet::session::{Event, Failure};
 use router::tailnet::state::Identity;
 use serde_json::json;
 
-use super::node::{Node, SOON, about, tagged};
+use super::node::{Command, Node, SOON, about, tagged};
 
 const KEY: &str = "tskey-auth-good";
 
@@ -176,7 +175,7 @@ fn a_refusal_is_told_and_a_better_key_helps() -> Result<()> {
         "{refused:?}"
     );
     let key = router::tailnet::session::AuthKey::new(KEY)?;
-    node.command(Command::LogIn(Some(key), false));
+    node.command(Command::LogIn(key));
     node.wait_connected()?;
     Ok(())
 }
@@ -345,6 +344,7 @@ fn ten_thousand_nodes() -> Result<()> {
     let node = Node::join(&server.url(), KEY, &[])?;
     let map = node.wait_connected()?;
     ensure!(map.peers().count() == 10_000);
+    node.wait_event("the first map", |event| matches!(event, Event::Map(_)))?;
     node.forget();
     server.rename(5_000, "renamed");
     let event = node.wait_event(

@@ -27,6 +27,7 @@ fn config(url: &str, ca: Option<&str>) -> Result<Config> {
         proxy: None,
         server_key: None,
         keep_alive: KEEP_ALIVE,
+        mark: 0,
     })
 }
 
@@ -73,7 +74,7 @@ fn a_certificate_of_strangers_is_refused() -> Result<()> {
 }
 
 /// A proxy that makes tunnels for those who say who they are, and notes for where.
-fn proxy(asked: Arc<Mutex<Vec<String>>>) -> Result<std::net::SocketAddr> {
+pub(super) fn proxy(asked: Arc<Mutex<Vec<String>>>) -> Result<std::net::SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
     // It lives as long as the process: a client that gives up ends its part.
@@ -99,7 +100,8 @@ fn tunnel(mut client: TcpStream, asked: &Mutex<Vec<String>>) -> Result<()> {
         return Ok(());
     }
     asked.lock().unwrap().push(target.clone());
-    let mut server = TcpStream::connect(target)?;
+    // A name that only the proxy can resolve.
+    let mut server = TcpStream::connect(target.replace("relay.invalid", "127.0.0.1"))?;
     client.write_all(b"HTTP/1.1 200 OK\r\n\r\n")?;
     let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
     std::thread::spawn(move || {
@@ -172,6 +174,37 @@ fn port_80_that_swallows_everything_is_passed_by() {
         host.enter(|| ask(config, None))??;
         ensure!(server.tls_connections() == 1);
         drop(swallows);
+        Ok(())
+    });
+}
+
+/// A connection by a named port has not held, and nobody is at port 443: the named one is tried again at once.
+#[test]
+fn a_named_port_is_tried_again() {
+    lab::test(|lab| {
+        let host = lab.host("plain")?;
+        host.ip("addr add 192.0.2.2/32 dev lo")?;
+        let server = ControlServer::on(host.tcp_listener("192.0.2.2:8080".parse()?)?)?;
+        let mut config = config("http://192.0.2.2:8080", None)?;
+        config.server_key = Some(server.public_key().parse()?);
+        host.enter(|| -> Result<()> {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            runtime.block_on(async {
+                let client = Client::new(config, MachineSecret::generate()?);
+                for _ in 0..2 {
+                    let answer = client.post("/nowhere", &[], b"{}".to_vec()).await;
+                    ensure!(
+                        matches!(answer, Err(Error::Status { status: 400, .. })),
+                        "{answer:?}"
+                    );
+                    client.disconnect().await;
+                }
+                Ok(())
+            })
+        })??;
+        ensure!(server.connections() == 2);
         Ok(())
     });
 }

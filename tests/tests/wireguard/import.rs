@@ -60,7 +60,7 @@ fn by_import(host: &Host, file: &str) -> anyhow::Result<Result<Taken, String>> {
     let config = router::config::load(&directory.join("sluice.toml"))?;
     fs::remove_dir_all(&directory)?;
     let local = &config.local;
-    let key = config.identity.private_key.expose_base64();
+    let key = config.private_key().context("no key")?.expose_base64();
     let mut taken = Taken::from([format!("{key} at {}", local.listen_port)]);
     for peer in &config.snapshot.peers {
         let none = || "(none)".to_owned();

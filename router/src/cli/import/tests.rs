@@ -38,18 +38,13 @@ fn a_server_of_wg_quick_becomes_a_router() {
     let told = import(&args).unwrap();
     let config = config::load(&args.dir.join("sluice.toml")).unwrap();
     let local = &config.local;
-    assert_eq!(config.identity.private_key.expose_base64(), OWN);
+    assert_eq!(config.private_key().unwrap().expose_base64(), OWN);
     assert_eq!(
         (local.listen_port, local.mtu),
         (51821, config::Mtu::Fixed(1380))
     );
     assert_eq!(local.device, "wg0");
-    let nets: Vec<String> = config
-        .identity
-        .addresses
-        .iter()
-        .map(ToString::to_string)
-        .collect();
+    let nets: Vec<String> = config.addresses().iter().map(ToString::to_string).collect();
     assert_eq!(nets, ["10.66.66.1/24", "fd42:42:42::1/64"]);
     let [laptop, office] = config.snapshot.peers.try_into().unwrap();
     assert_eq!(laptop.name.as_deref(), Some("laptop"));
@@ -209,9 +204,9 @@ fn blanks_case_and_repetition_are_read_as_wg_reads_them() {
     let told = import(&args).unwrap();
     assert!(!told.contains("wg0.conf:"), "{told}");
     let config = config::load(&args.dir.join("sluice.toml")).unwrap();
-    assert_eq!(config.identity.private_key.expose_base64(), OWN);
+    assert_eq!(config.private_key().unwrap().expose_base64(), OWN);
     assert_eq!(config.local.listen_port, 51822);
-    assert_eq!(config.identity.addresses.len(), 2);
+    assert_eq!(config.addresses().len(), 2);
     let [a, b] = config.snapshot.peers.try_into().unwrap();
     let nets: Vec<String> = a.allowed_ips.iter().map(ToString::to_string).collect();
     assert_eq!(nets, ["10.0.0.2/32", "10.0.0.9/32", "fd00::2/128"]);
@@ -322,7 +317,7 @@ fn what_postup_sets_with_wg_is_taken_without_running_it() {
     assert!(!made.exists(), "a command was run");
     assert!(!args.dir.join("private.key").exists());
     let config = config::load(&args.dir.join("sluice.toml")).unwrap();
-    assert_eq!(config.identity.private_key.expose_base64(), OWN);
+    assert_eq!(config.private_key().unwrap().expose_base64(), OWN);
     assert_eq!(config.local.listen_port, 7);
     let [a, b] = config.snapshot.peers.try_into().unwrap();
     assert_eq!(a.preshared_key.unwrap().expose_base64(), PSK);

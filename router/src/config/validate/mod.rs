@@ -1,5 +1,7 @@
 //! Judges the raw form and builds the validated one.
 
+mod cloud;
+mod drain;
 mod external;
 mod http;
 mod limits;
@@ -8,6 +10,8 @@ mod overlap;
 mod peers;
 mod policy;
 mod routes;
+mod tailnet;
+mod via;
 mod without_file;
 
 use std::net::IpAddr;
@@ -19,12 +23,12 @@ use ipnet::IpNet;
 pub(super) use policy::Source as RuleSource;
 pub(super) use without_file::{is_named, judge_peers, policy_of};
 
-use super::problem::{Position, Problems};
+use super::problem::Problems;
 use super::raw::{Datapath, Raw, Wireguard};
 use super::section::{At, Text, TextOr, quoted, within};
 use super::{
-    Config, DEFAULT_DEVICE, DEFAULT_LISTEN_PORT, DatapathMode, Interface, Local, MTU, Mtu, Origin,
-    Places, default_socket, keyfile, net,
+    Config, DEFAULT_DEVICE, DEFAULT_LISTEN_PORT, DatapathMode, HttpPages, Interface, Local, MTU,
+    Mtu, Origin, Place, Places, default_socket, keyfile, net,
 };
 use crate::control::{Denied, Identity, Policy, Snapshot};
 use crate::wireguard::keys::PrivateKey;
@@ -42,6 +46,11 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
     let name = raw.name.as_ref().map(|text| name(text, "name", problems));
     let tunnel = raw.wireguard.as_ref();
     let tunnel = tunnel.map(|raw| Tunnel::new(raw, directory, problems));
+    if raw.tailnet.is_some()
+        && let Some(tunnel) = &raw.wireguard
+    {
+        tailnet::identity_is_the_tailnets(tunnel, problems);
+    }
     let addresses: &[At<IpNet>] = tunnel.as_ref().map_or(&[], |tunnel| &tunnel.addresses);
     let device = tunnel
         .as_ref()
@@ -85,30 +94,55 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
     );
     let limits = limits::limits(&raw.datapath, problems);
     let marks = marks::marks(&raw.datapath, problems);
+    let patience = drain::patience(&raw.drain, problems);
 
     let peers = peers::peers(&raw.peers, own_key, addresses, directory, problems);
-    let routes = routes::routes(&raw.routes, problems);
-    overlap::check(&peers, &routes, addresses, problems);
+    let (routes, auto_routes) = routes::routes(&raw.routes, problems);
+    let keeps_sources =
+        routes.iter().any(|route| !route.value.snat) || auto_routes.iter().any(|route| !route.snat);
+    let cloud = cloud::cloud(&raw.cloud, addresses, keeps_sources, problems);
+    let joined = raw.tailnet.as_ref();
+    let listen_port = tunnel.as_ref().map(|tunnel| tunnel.listen_port);
+    let joined =
+        joined.map(|raw| tailnet::settings(raw, &routes, listen_port, directory, problems));
+    via::check(&peers, &routes, addresses, problems);
+    overlap::check(&peers, &via::claims(&routes), addresses, problems);
     let (rules, sources) = policy::rules(&raw.rules, &peers, problems);
 
-    let position = |at: usize| problems.lines.position(at);
+    let position = |at: usize| Place {
+        file: u16::try_from(problems.lines.layer(at)).unwrap_or(u16::MAX),
+        position: problems.lines.position(at),
+    };
     let origin = Origin(Some(Arc::new(Places {
-        file: problems.file.clone(),
+        files: problems.lines.files().cloned().collect(),
         addresses: addresses.iter().map(|a| position(a.at)).collect(),
         uplink: raw.datapath.uplink.as_ref().map(|text| position(text.at)),
         subnet: interfaces.subnet.iter().map(|i| position(i.at)).collect(),
         allowed_ips: peers.iter().map(|peer| peer.places(position)).collect(),
     })));
     let tunnel = tunnel?;
-    Some(Config {
-        identity: Identity {
+    let mtu = match (&joined, tunnel.mtu) {
+        // No client of a tailnet takes more.
+        (Some(_), Mtu::Auto) => Mtu::Fixed(*MTU.start()),
+        (_, mtu) => mtu,
+    };
+    let identity = match joined {
+        Some(_) => None,
+        None => Some(Identity {
             private_key: tunnel.private_key?,
             addresses: tunnel.addresses.into_iter().map(|a| a.value).collect(),
-        },
+        }),
+    };
+    Some(Config {
+        identity,
+        cloud,
+        auto_routes,
+        user_data: Vec::new(),
+        tailnet: joined,
         local: Local {
-            name: name.unwrap_or_else(hostname),
+            name: name.unwrap_or_else(|| crate::cloud::name::of(None)),
             listen_port: tunnel.listen_port,
-            mtu: tunnel.mtu,
+            mtu,
             device: tunnel.device,
             datapath: datapath.unwrap_or(DatapathMode::Auto),
             uplink: interfaces.uplink,
@@ -119,7 +153,9 @@ pub(super) fn config(raw: &Raw<'_>, file: &Path, problems: &mut Problems<'_>) ->
             limits,
             offloads: raw.offloads,
             marks,
+            patience,
             http: http?,
+            http_pages: HttpPages::All,
             http_hosts,
             socket: socket?,
         },
@@ -452,16 +488,8 @@ fn looks_like_key(text: &str) -> bool {
         && (text.ends_with('=') || !Path::new(text).is_absolute())
 }
 
-fn hostname() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    match name.trim() {
-        "" => "sluice".to_owned(),
-        name => name.to_owned(),
-    }
-}
-
 impl peers::Checked {
-    fn places(&self, position: impl Fn(usize) -> Position) -> Vec<Position> {
+    fn places(&self, position: impl Fn(usize) -> Place) -> Vec<Place> {
         self.allowed_ips
             .iter()
             .map(|net| position(net.at))

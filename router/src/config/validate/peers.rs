@@ -87,6 +87,9 @@ impl Checked {
             allowed_ips: self.allowed_ips.into_iter().map(|net| net.value).collect(),
             endpoint: self.endpoint.map(|endpoint| endpoint.value),
             keepalive: self.keepalive,
+            roaming: true,
+            masquerade: Vec::new(),
+            jailed: false,
         })
     }
 }

@@ -130,13 +130,25 @@ fn sources(raw: &raw::Rule<'_>, names: &Names<'_>, problems: &mut Problems<'_>) 
         } else if let Some(place) = names.get(written) {
             found.push(Source::Peer(*place));
         } else {
-            match net::network(written) {
-                Ok(net) => found.push(Source::Net(net)),
+            match net::network(written).map(carried) {
+                Ok(Err(message)) => problems.add(text.at, "rule.from", message),
+                Ok(Ok(net)) => found.push(Source::Net(net)),
                 Err(message) => problems.add(text.at, "rule.from", source(written, names, message)),
             }
         }
     }
     found
+}
+
+/// The network again, unless nothing to or from it is carried whatever the rules say.
+fn carried(net: IpNet) -> Result<IpNet, String> {
+    match net::never_carried(&net) {
+        Some(what) => Err(format!(
+            "\"{net}\" is {what}: the router carries nothing there for its peers, for its own \
+             credentials may be there; remove it"
+        )),
+        None => Ok(net),
+    }
 }
 
 /// The sentence for a source that is neither a CIDR nor a known peer.
@@ -186,7 +198,7 @@ fn destination(text: &str) -> Result<Vec<Destination>, String> {
     };
     let nets = match host {
         "*" => everything().to_vec(),
-        host => vec![net::network(host)?],
+        host => vec![carried(net::network(host)?)?],
     };
     let ports = match ports {
         None | Some("*") => vec![ALL_PORTS],

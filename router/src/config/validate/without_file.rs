@@ -5,6 +5,7 @@ use std::path::Path;
 
 use ipnet::IpNet;
 
+use super::super::layers::Layers;
 use super::super::problem::{NOWHERE, Problems};
 use super::super::section::At;
 use super::super::{Config, ConfigErrors};
@@ -20,7 +21,8 @@ pub(in super::super) fn judge_peers(
     addresses: &[IpNet],
     peers: &[&Peer],
 ) -> Result<(), ConfigErrors> {
-    let mut problems = Problems::new(Path::new("wg"), "");
+    let nothing = Layers::one("", Path::new("wg"));
+    let mut problems = Problems::new(&nothing);
     let addresses: Vec<At<IpNet>> = addresses.iter().copied().map(nowhere).collect();
     let routes = &config.snapshot.routes;
     let routes: Vec<_> = routes.iter().copied().map(nowhere).collect();

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::control::{Denied, RouteMode};
+use crate::control::{Denied, Direction, RouteMode, Rule};
 use crate::wireguard::keys::PrivateKey;
 
 fn net(text: &str) -> IpNet {
@@ -22,6 +22,9 @@ fn peer(n: u8, nets: &[&str]) -> Peer {
         allowed_ips: nets.iter().map(|text| net(text)).collect(),
         endpoint: None,
         keepalive: None,
+        roaming: true,
+        masquerade: Vec::new(),
+        jailed: false,
     }
 }
 

@@ -27,7 +27,9 @@ fn local() -> Local {
         limits: Default::default(),
         offloads: Default::default(),
         marks: Default::default(),
+        patience: Default::default(),
         http: None,
+        http_pages: crate::config::HttpPages::All,
         http_hosts: Vec::new(),
         socket: "/run/sluice/sluice0.sock".into(),
     }
@@ -73,6 +75,9 @@ fn peer(allowed: &[&str]) -> Peer {
             port: 7,
         }),
         keepalive: None,
+        roaming: true,
+        masquerade: Vec::new(),
+        jailed: false,
     }
 }
 

@@ -125,12 +125,15 @@ impl Banks {
             self.tidy();
         }
         let mut taken = self.change_own(&spec.own)?;
+        let policy = &spec.policy;
+        if self.allowed.is_empty() && *policy != self.current.policy {
+            return self.begin(spec).map(|bank| (bank, true));
+        }
         // The usual case costs no copy.
         if !self.allowed.iter().eq(&spec.overlay) {
             let change = OverlayChange::between(&self.allowed(), &spec.overlay);
             taken |= self.change_peers(&change)?;
         }
-        let policy = &spec.policy;
         if *policy == self.current.policy {
             return Ok((self.current.compiled.bank(), taken));
         }
@@ -144,6 +147,21 @@ impl Banks {
             self.tidy();
         }
         Ok((outcome?, true))
+    }
+
+    /// The same where there are no peers yet: each entry is written once, for peer and policy.
+    fn begin(&mut self, spec: &Spec) -> Result<u32, Error> {
+        let peers = || spec.overlay.iter().map(|(net, peer)| (*net, *peer));
+        self.allowed = peers().collect();
+        let outcome = self.write_other(&spec.policy);
+        if outcome.is_err() {
+            self.staged = None;
+            self.allowed = Nets::default();
+            self.tidy();
+        } else {
+            self.news.peers.set.extend(peers());
+        }
+        outcome
     }
 
     /// The settings name the bank of the last [`Banks::stage`]: clears the other one. Yields what is new.
@@ -303,15 +321,14 @@ impl Banks {
 
     /// Makes the map of the overlay right where it concerns `keys`: what is new first.
     fn refresh(&mut self, keys: BTreeSet<IpNet>) -> Result<(), Error> {
-        let mut gone = Vec::new();
+        let (mut there, mut gone) = (Vec::new(), Vec::new());
         for net in keys {
             match self.entry(&net)? {
-                Some(entry) => {
-                    self.overlay.put(prefix(&net), entry)?;
-                }
+                Some(entry) => there.push((prefix(&net), entry)),
                 None => gone.push(prefix(&net)),
             }
         }
+        self.overlay.put_all(there)?;
         gone.into_iter()
             .try_for_each(|key| self.overlay.delete(key))
     }

@@ -133,7 +133,13 @@ mod tests {
 
     #[test]
     fn a_record_tells_when_who_and_why() {
-        let packet = told(Side::Overlay, TCP, [[0x9c, 0x40], [0, 22]], 19).unwrap();
+        let packet = told(
+            Side::Overlay,
+            TCP,
+            [[0x9c, 0x40], [0, 22]],
+            Verdict::DropPolicy as u8,
+        )
+        .unwrap();
         let wanted = DeniedPacket {
             at: SystemTime::UNIX_EPOCH + Duration::from_secs(97),
             side: Side::Overlay,
@@ -147,7 +153,13 @@ mod tests {
         assert_eq!(packet, wanted);
         assert_eq!(packet.overlay(), wanted.source);
         let asked = Tuple::ASKED_BY_SUBNET;
-        let echo = told(Side::Subnet, ICMP, [asked, [0, 7]], 19).unwrap();
+        let echo = told(
+            Side::Subnet,
+            ICMP,
+            [asked, [0, 7]],
+            Verdict::DropPolicy as u8,
+        )
+        .unwrap();
         assert_eq!((echo.source.port(), echo.overlay().port()), (0, 7));
         assert_eq!(told(Side::Overlay, TCP, [[0; 2]; 2], 200), None);
     }

@@ -13,6 +13,7 @@ use super::flows::{Key, Read, Table, partner};
 use super::settled::Flows;
 use super::sweep::is_established;
 use super::sweeper::monotonic;
+use crate::datapath::{Connections, QUIET};
 
 /// A flow. An ICMP echo has its identifier as the port of the overlay end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +95,24 @@ impl FlowTables {
             list(&self.v4, filter, most, &mut found)? || list(&self.v6, filter, most, &mut found)?;
         Ok((found, more))
     }
+
+    /// How many flows are in use: TCP connections, and what else had a packet in the last [`QUIET`].
+    pub fn live(&self, connections: Connections) -> io::Result<u64> {
+        Ok(live(&self.v4, connections)? + live(&self.v6, connections)?)
+    }
+}
+
+fn live<K: Key>(store: &impl Read<K, Flow>, connections: Connections) -> io::Result<u64> {
+    let mut live = 0;
+    each(store, &FlowFilter::default(), |flow| {
+        let busy = flow.idle < QUIET;
+        live += u64::from(match flow.established {
+            Some(open) => open && (busy || connections == Connections::Open),
+            None => busy,
+        });
+        true
+    })?;
+    Ok(live)
 }
 
 fn entries<K: Key>(
@@ -113,11 +132,28 @@ fn entries<K: Key>(
     }
 }
 
+/// Whether there are more.
 fn list<K: Key>(
     store: &impl Read<K, Flow>,
     filter: &FlowFilter,
     most: usize,
     found: &mut Vec<FlowView>,
+) -> io::Result<bool> {
+    let whole = each(store, filter, |flow| {
+        let room = found.len() < most;
+        if room {
+            found.push(flow);
+        }
+        room
+    })?;
+    Ok(!whole)
+}
+
+/// Has `see` see the flows that `filter` lets through, until it returns `false`; whether it has seen all.
+fn each<K: Key>(
+    store: &impl Read<K, Flow>,
+    filter: &FlowFilter,
+    mut see: impl FnMut(FlowView) -> bool,
 ) -> io::Result<bool> {
     let now = monotonic()?;
     let (mut cursor, mut entries) = (None, Vec::new());
@@ -128,19 +164,18 @@ fn list<K: Key>(
             let Some(mut view) = view.filter(|view| filter.fits_flow(view)) else {
                 continue;
             };
-            if found.len() == most {
-                return Ok(true);
-            }
             // Read here, for what the table tells of a settled entry is old.
             let flow = store.get(key)?.unwrap_or(*flow);
             let other = store.get(&partner(key, &flow))?.unwrap_or(flow);
             let last_used = flow.last_used.max(other.last_used);
             view.idle = Duration::from_nanos(now.saturating_sub(last_used));
             view.established = (view.protocol == TCP).then(|| is_established(flow.tcp, other.tcp));
-            found.push(view);
+            if !see(view) {
+                return Ok(false);
+            }
         }
         if cursor.is_none() {
-            return Ok(false);
+            return Ok(true);
         }
     }
 }
@@ -181,6 +216,50 @@ mod tests {
 
     use super::super::flows::memory::Memory;
     use super::*;
+
+    #[test]
+    fn flows_are_in_use_while_connected_or_lately_used() {
+        let now = monotonic().unwrap();
+        let ago = |seconds: u64| now.saturating_sub(seconds * 1_000_000_000);
+        for (live_now, protocol, tcp, last_used) in [
+            (true, TCP, [Flow::SYN | Flow::ACK; 2], ago(100)),
+            (
+                true,
+                TCP,
+                [Flow::SYN | Flow::ACK, Flow::SYN | Flow::ACK | Flow::FIN],
+                now,
+            ),
+            (false, TCP, [Flow::SYN | Flow::ACK | Flow::FIN; 2], now),
+            (false, TCP, [Flow::SYN, 0], now),
+            (true, 17, [0; 2], ago(5)),
+            (false, 17, [0; 2], ago(15)),
+        ] {
+            let tuple = Tuple {
+                source: Address::v4([100, 64, 0, 2]),
+                destination: Address::v4([10, 0, 0, 1]),
+                ports: [40_000u16.to_be_bytes(), 443u16.to_be_bytes()],
+                protocol,
+            };
+            let flow = Flow {
+                address: tuple.source.octets,
+                port: tuple.ports[0],
+                tcp: tcp[0],
+                last_used,
+                ..Flow::default()
+            };
+            let key = Key4::new(Side::Overlay, &tuple);
+            let reply = Flow {
+                tcp: tcp[1],
+                ..flow
+            };
+            let store = Memory::new(BTreeMap::from([(key, flow), (partner(&key, &flow), reply)]));
+            let found = live(&store, Connections::Open).unwrap();
+            assert_eq!(found, u64::from(live_now), "{flow:?}");
+            let found = live(&store, Connections::Busy).unwrap();
+            let busy = live_now && last_used >= ago(5);
+            assert_eq!(found, u64::from(busy), "{flow:?}");
+        }
+    }
 
     #[test]
     fn flows_are_found_by_either_end() {

@@ -51,7 +51,7 @@ use attach::{Attachment, Owner};
 use banks::News;
 use flows::Table;
 use settled::Flows;
-use sweeper::{Law, Sweeper};
+use sweeper::{Sweeper, Update};
 use tables::Tables;
 
 /// The oldest kernel that the programs are written for.
@@ -330,7 +330,7 @@ impl Ebpf {
         if let Some(sweeper) = &self.sweeper
             && self.spec.as_ref().map(external_addresses) != Some(external_addresses(spec))
         {
-            sweeper.judge(Law::Addresses(external_addresses(spec)));
+            sweeper.judge(Update::Addresses(external_addresses(spec)));
         }
         let wanted = wanted(spec);
         for (key @ (_, program), link) in &wanted {
@@ -368,10 +368,10 @@ impl Ebpf {
             return;
         };
         if let Some(policy) = news.policy {
-            sweeper.judge(Law::Policy(policy));
+            sweeper.judge(Update::Policy(policy));
         }
         if news.peers != OverlayChange::default() {
-            sweeper.judge(Law::Peers {
+            sweeper.judge(Update::Peers {
                 change: news.peers,
                 gone: news.gone,
             });

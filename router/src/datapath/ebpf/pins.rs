@@ -278,7 +278,10 @@ fn mount() -> io::Result<()> {
     };
     if code < 0 {
         let error = io::Error::last_os_error();
-        let text = format!("no BPF file system is mounted at {BPFFS}, and it cannot be: {error}");
+        let text = format!(
+            "no BPF file system is mounted at {BPFFS}, and it cannot be: {error}{}",
+            crate::container::bpffs_mend()
+        );
         return Err(io::Error::new(error.kind(), text));
     }
     Ok(())

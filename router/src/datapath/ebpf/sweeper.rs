@@ -150,8 +150,8 @@ fn clear<K, V>(store: &mut impl Store<K, V>) -> io::Result<()> {
     })
 }
 
-/// By what flows are judged from now on.
-pub(super) enum Law {
+/// What the sweeper is told: by what it judges flows from now on.
+pub(super) enum Update {
     /// The policy; all flows at once.
     Policy(Compiled),
     /// What translated flows may have as their external address.
@@ -162,14 +162,14 @@ pub(super) enum Law {
         change: OverlayChange,
         gone: Vec<IpNet>,
     },
-    /// None: the next daemon goes on with the table.
-    Left,
+    /// No more: the next daemon goes on with the table.
+    HandOver,
 }
 
 /// The running thread; it ends with this handle.
 pub(super) struct Sweeper {
     /// `None` only while it is dropped.
-    laws: Option<Sender<Law>>,
+    updates: Option<Sender<Update>>,
     report: Arc<Mutex<FlowReport>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -192,23 +192,23 @@ impl Sweeper {
             .name("sluice-sweep".to_owned())
             .spawn(move || work.run(&receiver))?;
         Ok(Self {
-            laws: Some(sender),
+            updates: Some(sender),
             report,
             thread: Some(thread),
         })
     }
 
     /// Tells by what flows are judged from now on, and begins a pass.
-    pub(super) fn judge(&self, law: Law) {
-        if let Some(laws) = &self.laws {
+    pub(super) fn judge(&self, update: Update) {
+        if let Some(updates) = &self.updates {
             // The thread ends only after this handle, or by a panic, which has told its reason.
-            let _ = laws.send(law);
+            let _ = updates.send(update);
         }
     }
 
     /// Ends, with the table as the next daemon needs it.
     pub(super) fn leave(self) {
-        self.judge(Law::Left);
+        self.judge(Update::HandOver);
     }
 
     /// What the last pass has found.
@@ -220,7 +220,7 @@ impl Sweeper {
 
 impl Drop for Sweeper {
     fn drop(&mut self) {
-        self.laws = None;
+        self.updates = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -240,7 +240,7 @@ struct Work {
 }
 
 impl Work {
-    fn run(&mut self, laws: &Receiver<Law>) {
+    fn run(&mut self, updates: &Receiver<Update>) {
         let mut policy = None;
         loop {
             let started = Instant::now();
@@ -263,25 +263,25 @@ impl Work {
                 } else {
                     due.saturating_duration_since(Instant::now())
                 };
-                let law = match laws.recv_timeout(left) {
-                    Ok(law) => law,
+                let update = match updates.recv_timeout(left) {
+                    Ok(update) => update,
                     Err(RecvTimeoutError::Timeout) => break,
                     Err(RecvTimeoutError::Disconnected) => return,
                 };
-                urgent |= match law {
+                urgent |= match update {
                     // Only the newest counts.
-                    Law::Policy(newer) => {
+                    Update::Policy(newer) => {
                         policy = Some(newer);
                         true
                     }
-                    Law::Addresses(addresses) => {
+                    Update::Addresses(addresses) => {
                         let addresses = Arc::new(addresses);
                         self.v4.know(Arc::clone(&addresses));
                         self.v6.know(addresses);
                         true
                     }
-                    Law::Peers { change, gone } => self.know_peers(change, gone),
-                    Law::Left => {
+                    Update::Peers { change, gone } => self.know_peers(change, gone),
+                    Update::HandOver => {
                         if let Err(error) = self.maps.refresh() {
                             tracing::warn!(%error, "the flow table is left as it was some seconds ago");
                         }

@@ -41,14 +41,14 @@ impl Batch {
     }
 }
 
-/// Sets elements of a map of four-byte keys in one call: all, or an error after which some may be set.
+/// Sets elements of a map in one call: all, or an error after which some may be set.
 ///
 /// # Safety
 ///
-/// The map's values are as long as `V`.
-pub(super) unsafe fn update_batch<V: Pod>(
+/// The map's keys are as long as `K`, its values as long as `V`.
+pub(super) unsafe fn update_batch<K: Pod, V: Pod>(
     map: BorrowedFd<'_>,
-    keys: &[u32],
+    keys: &[K],
     values: &[V],
 ) -> io::Result<()> {
     let mut batch = Batch {

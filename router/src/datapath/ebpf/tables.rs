@@ -4,15 +4,17 @@ use std::borrow::Borrow;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsFd as _;
 
 use aya::Pod;
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError};
+use aya::maps::{Array, HashMap, IterableMap as _, LpmTrie, MapData, MapError};
 use aya::util::KernelVersion;
 use ipnet::IpNet;
 use router_ebpf::abi::{self, Address, Prefix, Settings, Way, WayPrefix};
 
 use super::banks::{Banks, News};
+use super::sys::update_batch;
 use super::{failed, routes, take_map};
 use crate::control::Denied;
 use crate::datapath::limits::Limits;
@@ -197,6 +199,9 @@ fn settings(spec: &Spec) -> Settings {
     if spec.policy.denied == Denied::Reject {
         flags |= Settings::REJECT;
     }
+    if spec.draining {
+        flags |= Settings::DRAINING;
+    }
     if !policy::is_restricted(&spec.policy, true) {
         flags |= Settings::OPEN_FROM_OVERLAY;
     }
@@ -259,6 +264,10 @@ fn mtu(name: &str) -> io::Result<u32> {
 /// A map of keys and values as [`Mirror`] needs it.
 pub(super) trait Store<K, V>: Send + Sync {
     fn put(&mut self, key: &K, value: &V) -> Result<(), MapError>;
+    /// Puts all of them in one step. `false`: that cannot be, and some may be there.
+    fn put_at_once(&mut self, _pairs: &[(K, V)]) -> bool {
+        false
+    }
     fn delete(&mut self, key: &K) -> Result<(), MapError>;
 }
 
@@ -269,6 +278,14 @@ where
 {
     fn put(&mut self, key: &Prefix, value: &V) -> Result<(), MapError> {
         self.insert(&Key::new(key.len, key.address), value, 0)
+    }
+
+    fn put_at_once(&mut self, pairs: &[(Prefix, V)]) -> bool {
+        let key = |(key, _): &(Prefix, V)| Key::new(key.len, key.address);
+        let keys: Vec<_> = pairs.iter().map(key).collect();
+        let values: Vec<V> = pairs.iter().map(|(_, value)| *value).collect();
+        // SAFETY: the map was opened as one of these keys and values, whose sizes aya has compared.
+        unsafe { update_batch(self.map().fd().as_fd(), &keys, &values) }.is_ok()
     }
 
     fn delete(&mut self, key: &Prefix) -> Result<(), MapError> {
@@ -353,6 +370,25 @@ impl<K: Ord + Copy, V: PartialEq + Copy> Mirror<K, V> {
             return Err(self.full(count));
         }
         self.write(key, value)
+    }
+
+    /// The same for many.
+    pub(super) fn put_all(&mut self, mut pairs: Vec<(K, V)>) -> Result<(), Error> {
+        pairs.retain(|(key, value)| self.content.get(key) != Some(value));
+        let new = pairs
+            .iter()
+            .filter(|(key, _)| !self.content.contains_key(key));
+        let count = self.content.len() + new.count();
+        if count > self.max {
+            return Err(self.full(count));
+        }
+        // Only newer kernels take tries in one step.
+        if pairs.len() > 1 && self.map.put_at_once(&pairs) {
+            self.content.extend(pairs);
+            return Ok(());
+        }
+        let mut pairs = pairs.into_iter();
+        pairs.try_for_each(|(key, value)| self.write(key, value).map(drop))
     }
 
     fn write(&mut self, key: K, value: V) -> Result<bool, Error> {

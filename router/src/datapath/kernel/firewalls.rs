@@ -9,9 +9,11 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use router_ebpf::packet::{ICMP, ICMPV6, TCP, UDP};
 
 use super::judge::{Device, Outcome, Packet, judge};
+use crate::control::RouteMode;
 use crate::datapath::{Link, Spec};
 use crate::netlink::Error;
 use crate::netlink::nft::{BaseChain, Count, Nft, TABLE_PREFIX};
@@ -32,6 +34,33 @@ const PREROUTING: u32 = 0;
 const INPUT: u32 = 1;
 const FORWARD: u32 = 2;
 const OUTPUT: u32 = 3;
+/// `NFPROTO_INET` and `NFPROTO_NETDEV`.
+const INET: u8 = 1;
+const NETDEV: u8 = 5;
+/// `NF_NETDEV_INGRESS`, `NF_NETDEV_EGRESS`, and `NF_INET_INGRESS`.
+const INGRESS: u32 = 0;
+const EGRESS: u32 = 1;
+const INET_INGRESS: u32 = 5;
+
+/// Where a chain of one interface stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum AtDevice {
+    Ingress,
+    Egress,
+}
+
+impl AtDevice {
+    fn of(chain: &BaseChain) -> Option<Self> {
+        match (chain.family, chain.hook) {
+            (NETDEV, INGRESS) | (INET, INET_INGRESS) => Some(Self::Ingress),
+            (NETDEV, EGRESS) => Some(Self::Egress),
+            _ => None,
+        }
+    }
+}
+
+/// Routes that a mend names.
+const MOST_NAMED: usize = 8;
 
 /// Packets of one direction: what our rules have let through, and what of it has left.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -96,6 +125,9 @@ struct Place {
     knocked_port: Option<u16>,
     /// The bit of the underlay's mark.
     mark: u32,
+    routes: Vec<IpNet>,
+    /// Whether all packets are the programs' before chains at an interface's ingress see them.
+    programs_first: bool,
 }
 
 /// What is known of other firewalls.
@@ -128,6 +160,12 @@ impl Firewalls {
             subnet: spec.subnet.clone(),
             knocked_port: spec.knocked_port,
             mark: spec.marks.underlay,
+            routes: spec.routes.iter().map(|route| route.cidr).collect(),
+            programs_first: spec.handed_over.is_some()
+                && spec
+                    .routes
+                    .iter()
+                    .all(|route| route.mode == RouteMode::Fast),
         };
         self.measure_due.get_or_insert(now);
         if self.place != place {
@@ -255,6 +293,10 @@ impl Firewalls {
         // Nothing is counted in these hooks.
         for suspect in self.suspects.iter().filter(|suspect| suspect.surely) {
             let path = path(&suspect.chain);
+            if let Some(at) = AtDevice::of(&suspect.chain) {
+                problems.push(self.at_device(&path, at));
+                continue;
+            }
             let (what, pass) = match (suspect.chain.hook, self.place.knocked_port) {
                 (PREROUTING, _) => (
                     "what comes from peers".to_owned(),
@@ -282,6 +324,26 @@ impl Firewalls {
     }
 }
 
+impl Firewalls {
+    /// What a chain at an interface does, and the mend.
+    fn at_device(&self, path: &str, at: AtDevice) -> String {
+        let (what, field) = match at {
+            AtDevice::Ingress => ("what comes from the subnet side", "saddr"),
+            AtDevice::Egress => ("what peers send to the subnet side", "daddr"),
+        };
+        let pass = self.place.routes.iter().map(|cidr| {
+            let family = if cidr.addr().is_ipv4() { "ip" } else { "ip6" };
+            format!("`nft insert rule {path} {family} {field} {cidr} accept`")
+        });
+        let pass: Vec<String> = pass.take(MOST_NAMED).collect();
+        format!(
+            "the firewall chain \"{path}\" drops {what}: let it pass by {}, and in that firewall's own \
+             configuration",
+            pass.join(" and ")
+        )
+    }
+}
+
 /// What of a problem stays the same while numbers grow.
 fn head(problem: &str) -> String {
     let end = problem.find(" drop").unwrap_or(problem.len());
@@ -294,6 +356,7 @@ fn path(chain: &BaseChain) -> String {
     let family = match chain.family {
         2 => "ip",
         10 => "ip6",
+        NETDEV => "netdev",
         _ => "inet",
     };
     format!("{family} {} {}", chain.table, chain.name)
@@ -314,7 +377,7 @@ fn legacy_tables() -> String {
 fn look(nft: &mut Nft, place: &Place) -> Result<Vec<Suspect>, Error> {
     let mut suspects = Vec::new();
     for chain in nft.base_chains()? {
-        let of_ip = matches!(chain.family, 1 | 2 | 10);
+        let of_ip = matches!(chain.family, INET | 2 | 10 | NETDEV);
         if !of_ip || chain.table.starts_with(TABLE_PREFIX) {
             continue;
         }
@@ -356,6 +419,29 @@ fn packets<'a>(place: &'a Place, chain: &BaseChain) -> Vec<Packet<'a>> {
         [] => Device::Foreign,
         links => Device::Among(links),
     };
+    if let Some(at) = AtDevice::of(chain) {
+        let served = place.subnet.iter();
+        let mut served = served.filter(|link| chain.devices.contains(&link.name));
+        let Some(link) = served
+            .next()
+            .filter(|_| at == AtDevice::Egress || !place.programs_first)
+        else {
+            return Vec::new();
+        };
+        let here = Device::Among(std::slice::from_ref(link));
+        let (from, to) = match at {
+            AtDevice::Ingress => (here, Device::None),
+            AtDevice::Egress => (Device::None, here),
+        };
+        let of = |family| Packet {
+            family,
+            from,
+            to,
+            state: ESTABLISHED,
+            ..base
+        };
+        return vec![of(2), of(10)];
+    }
     match chain.hook {
         FORWARD => {
             let tun = std::slice::from_ref(&place.tun);

@@ -266,6 +266,17 @@ impl<R: FnMut(&str) -> Result<Vec<ForeignRule>, Error>> Walk<'_, R> {
             Field::Oif => index(packet.to),
             Field::IifName => name(packet.from),
             Field::OifName => name(packet.to),
+            Field::EtherType => {
+                let types = match packet.family {
+                    2 => &[libc::ETH_P_IP][..],
+                    10 => &[libc::ETH_P_IPV6],
+                    _ => &[libc::ETH_P_IP, libc::ETH_P_IPV6],
+                };
+                let bytes = types
+                    .iter()
+                    .map(|kind| (*kind as u16).to_be_bytes().to_vec());
+                Some(bytes.collect())
+            }
             Field::NfProto => Some(match packet.family {
                 family @ (2 | 10) => vec![vec![family]],
                 _ => vec![vec![2], vec![10]],
@@ -336,6 +347,7 @@ mod tests {
             family: 2,
             table: "filter".into(),
             name: "base".into(),
+            devices: Vec::new(),
             hook: 2,
             drops,
         };

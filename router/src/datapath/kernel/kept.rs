@@ -129,7 +129,7 @@ impl Carried {
             let external: Vec<IpNet> = self.external.iter().map(|a| IpNet::from(*a)).collect();
             for (family, ends) in [(Family::V4, &self.v4), (Family::V6, &self.v6)] {
                 let [overlay, hosts, routes, addresses] = names(family);
-                tx.host_set(hosts, family);
+                tx.host_set(hosts, family, ends.hosts.len());
                 tx.add_hosts(hosts, family, ends.hosts.iter().copied());
                 tx.address_set(addresses, family, &union(&external, family));
                 tx.address_set(overlay, family, &ends.overlay);
@@ -157,12 +157,14 @@ impl Carried {
         if come.iter().all(|(_, new)| new.is_empty()) {
             return Ok(());
         }
-        nft.change(table, |tx| {
+        let added = nft.change(table, |tx| {
             for (family, new) in come {
                 let [_, hosts, ..] = names(family);
                 tx.add_hosts(hosts, family, new.into_iter());
             }
-        })
+        });
+        // The set may be full.
+        added.or_else(|_| self.keep(nft, table, &Self::default()))
     }
 
     /// What sources may have been translated to.
@@ -195,6 +197,14 @@ impl Carried {
         let ends = self.of(flow);
         let (source, destination) = (number(flow.source), number(flow.destination));
         self.is_peers(flow) || (ends.is_peers(destination) && holds(&ends.routes, source))
+    }
+
+    /// Whether `flow` is between a peer and a routed network, whoever has begun it.
+    pub(super) fn joins(&self, flow: &NewFlow) -> bool {
+        let ends = self.of(flow);
+        let (source, destination) = (number(flow.source), number(flow.destination));
+        (ends.is_peers(source) && holds(&ends.routes, destination))
+            || (ends.is_peers(destination) && holds(&ends.routes, source))
     }
 
     fn of(&self, flow: &NewFlow) -> &Ends {

@@ -15,6 +15,8 @@ mod firewalls;
 mod judge;
 mod judged;
 mod kept;
+mod link_local;
+mod live;
 mod loss;
 mod peers;
 mod policy;
@@ -90,6 +92,8 @@ pub struct Kernel {
     /// Which of the external addresses are gone.
     away: Away,
     firewalls: Firewalls,
+    /// What is known of the use of flows while it is asked after.
+    seen: live::Seen,
     /// Rules can look for sockets.
     finds_sockets: bool,
 }
@@ -111,6 +115,7 @@ impl Kernel {
             loss: Loss::default(),
             away: Away::default(),
             firewalls: Firewalls::default(),
+            seen: live::Seen::default(),
             finds_sockets: true,
         }
     }

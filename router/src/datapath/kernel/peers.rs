@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use super::span::{Family, Span, holds, partition, span, union};
 use crate::datapath::OverlayChange;
-use crate::netlink::nft::{REG, Rule, Transaction};
+use crate::netlink::nft::{Holds, REG, Rule, Transaction};
 
 /// The peers' addresses of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -189,13 +189,15 @@ impl Peers {
     pub(super) fn write(&self, tx: &mut Transaction<'_>) {
         let family = self.family;
         let [hosts, ranges] = names(family);
-        tx.host_set(hosts, family);
+        let count = self.hosts.len();
+        tx.host_set(hosts, family, count);
         tx.address_set(ranges, family, &[]);
-        for (map, is_range) in map_names(family).into_iter().zip([false, true]) {
-            tx.number_map(map, family, is_range);
+        let both = [Holds::Single(count), Holds::Ranges];
+        for (map, holds) in map_names(family).into_iter().zip(both) {
+            tx.number_map(map, family, holds);
         }
-        for (set, is_range) in pair_names(family).into_iter().zip([false, true]) {
-            tx.pair_set(set, family, is_range);
+        for (set, holds) in pair_names(family).into_iter().zip(both) {
+            tx.pair_set(set, family, holds);
         }
         let all = self.hosts.iter().map(|(host, peer)| (*host, *peer));
         self.write_hosts(tx, all);

@@ -2,13 +2,13 @@
 //!
 //! | chain | on | does |
 //! |---|---|---|
-//! | `spoofed` | all that comes in | keeps what the eBPF programs hand over out of connection tracking; drops sources that are no peer's |
+//! | `spoofed` | all that comes in | keeps what the eBPF programs hand over out of connection tracking; drops what is to or from link-local addresses, see `link_local`, and sources that are no peer's |
 //! | `forward` | all that passes through | sends to `from_overlay` or `to_overlay`, the rest to `astray` |
 //! | `output` | what the machine itself sends | sends to `astray` |
 //! | `astray` | what leaves by another than the TUN device | drops what is for a peer, see `astray` |
-//! | `from_overlay` | from a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones to routed CIDRs, or to a peer if the policy has let them |
+//! | `from_overlay` | from a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; unless the router drains, new ones to routed CIDRs, or to a peer if the policy has let them |
 //! | `errors` | ICMP errors of a peer about a flow | drops those about another peer's, see `errors` |
-//! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; new ones from routed CIDRs, if the policy lets them |
+//! | `to_overlay` | to a peer | clamps the MSS; known flows pass, and what the eBPF programs hand over; unless the router drains, new ones from routed CIDRs, if the policy lets them |
 //! | `permit` | all that comes from the TUN device, once there are rules about it | ends new flows that no rule allows, also those to the router itself; beside eBPF programs by the mark with which they have told |
 //! | `peer_may`, `subnet_may` | what would be answered, and is no first packet of a flow | drops it silently where the other end may open the flow, see `denied` |
 //! | `leave` | all that leaves | counts what other firewalls have let pass, too |
@@ -32,6 +32,7 @@ use super::clamp;
 use super::disowned;
 use super::errors;
 use super::judged::{self as policy, Told, handed_over, trees};
+use super::link_local;
 use super::peers;
 use super::policy::Tree;
 use super::span::Family;
@@ -40,8 +41,8 @@ use super::translate;
 use super::tree;
 use crate::datapath::Spec;
 use crate::netlink::nft::{
-    Base, CT_ESTABLISHED_RELATED, CT_INVALID, Cmp, Count, Ct, Hook, Meta, REG, Rule, Transaction,
-    Verdict,
+    Base, CT_ESTABLISHED_RELATED, CT_INVALID, CT_NEW, Cmp, Count, Ct, Hook, Meta, REG, Rule,
+    Transaction, Verdict,
 };
 
 /// Where the flags stand in a TCP header (RFC 9293, section 3.1).
@@ -83,16 +84,20 @@ pub(super) const COUNTERS: &[Named] = &[
     FROM.clamped,
     FROM.drop_policy,
     FROM.reject_policy,
+    FROM.drop_draining,
     FROM.drop_not_routed,
     FROM.drop_invalid,
     DROP_SPOOFED,
+    FROM.drop_link_local,
     MASQUERADED,
     TO.forwarded,
     TO.clamped,
     TO.drop_policy,
     TO.reject_policy,
+    TO.drop_draining,
     TO.drop_not_routed,
     TO.drop_invalid,
+    TO.drop_link_local,
     ASTRAY,
 ];
 
@@ -115,8 +120,10 @@ pub(super) struct Direction {
     pub(super) clamped: Named,
     pub(super) drop_policy: Named,
     pub(super) reject_policy: Named,
+    drop_draining: Named,
     drop_not_routed: Named,
     pub(super) drop_invalid: Named,
+    pub(super) drop_link_local: Named,
 }
 
 pub(super) const FROM: Direction = Direction {
@@ -125,8 +132,10 @@ pub(super) const FROM: Direction = Direction {
     clamped: named("from_clamped", "kernel_from_overlay", "clamped"),
     drop_policy: named("from_policy", "kernel_from_overlay", "drop_policy"),
     reject_policy: named("from_reject", "kernel_from_overlay", "reject_policy"),
+    drop_draining: named("from_draining", "kernel_from_overlay", "drop_draining"),
     drop_not_routed: named("from_not_routed", "kernel_from_overlay", "drop_not_routed"),
     drop_invalid: named("from_invalid", "kernel_from_overlay", "drop_invalid"),
+    drop_link_local: named("from_link_local", "kernel_from_overlay", "drop_link_local"),
 };
 pub(super) const DROP_SPOOFED: Named = named("from_spoofed", "kernel_from_overlay", "drop_spoofed");
 /// Counts flows, not packets: only the first packet of a flow is asked about.
@@ -141,8 +150,10 @@ pub(super) const TO: Direction = Direction {
     clamped: named("to_clamped", "kernel_to_overlay", "clamped"),
     drop_policy: named("to_policy", "kernel_to_overlay", "drop_policy"),
     reject_policy: named("to_reject", "kernel_to_overlay", "reject_policy"),
+    drop_draining: named("to_draining", "kernel_to_overlay", "drop_draining"),
     drop_not_routed: named("to_not_routed", "kernel_to_overlay", "drop_not_routed"),
     drop_invalid: named("to_invalid", "kernel_to_overlay", "drop_invalid"),
+    drop_link_local: named("to_link_local", "kernel_to_overlay", "drop_link_local"),
 };
 
 /// The sets that a packet's source, destination and flow are looked up in, by family; for those of peers see
@@ -208,6 +219,7 @@ pub(super) fn write(
     });
     tree::write_protocols(tx);
     errors::write(tx, tables, &families);
+    link_local::write(tx);
     for chain in [
         "clamp_from",
         "clamp_to",
@@ -241,6 +253,7 @@ pub(super) fn write(
         r.meta(Meta::Iif, REG).cmp(Cmp::Eq, REG, &tun);
         r.verdict(Verdict::Jump(SPOOFED));
     });
+    link_local::drop_from_overlay(tx, SPOOFED);
     for sets in &families {
         let load = |r: &mut Rule<'_, '_>| {
             load_source(of_family(r, sets.family), sets.family, REG);
@@ -354,6 +367,11 @@ pub(super) fn known<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 
         .any_bit(REG, &CT_ESTABLISHED_RELATED.to_ne_bytes())
 }
 
+/// The first packet of a flow, or one in the middle of a flow that connection tracking takes up there.
+fn begins<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
+    rule.ct(Ct::State, REG).any_bit(REG, &CT_NEW.to_ne_bytes())
+}
+
 fn invalid<'r, 'a, 'b>(rule: &'r mut Rule<'a, 'b>) -> &'r mut Rule<'a, 'b> {
     rule.ct(Ct::State, REG)
         .any_bit(REG, &CT_INVALID.to_ne_bytes())
@@ -377,6 +395,11 @@ fn write_from_overlay(
     }
     errors::ask(tx, chain);
     tx.rule(chain, |r| pass(known(r), &FROM));
+    if spec.draining {
+        tx.rule(chain, |r| {
+            decide(begins(r), FROM.drop_draining, Verdict::Drop)
+        });
+    }
     if restricted {
         tx.rule(chain, |r| {
             decide(invalid(r), FROM.drop_invalid, Verdict::Drop)
@@ -419,11 +442,17 @@ fn write_from_overlay(
 
 fn write_to_overlay(tx: &mut Transaction<'_>, families: &[Sets; 2], spec: &Spec, restricted: bool) {
     let chain = "to_overlay";
+    link_local::drop_to_overlay(tx, chain);
     clamp::syn(tx, chain, "clamp_to");
     if let Some(told) = Told::of(spec) {
         tx.rule(chain, |r| pass(handed_over(r, told), &TO));
     }
     tx.rule(chain, |r| pass(known(r), &TO));
+    if spec.draining {
+        tx.rule(chain, |r| {
+            decide(begins(r), TO.drop_draining, Verdict::Drop)
+        });
+    }
     if restricted {
         tx.rule(chain, |r| {
             decide(invalid(r), TO.drop_invalid, Verdict::Drop)

@@ -59,7 +59,7 @@ pub(super) fn write_sources(
         };
         // Sources may become single addresses later.
         let hosts = source_set(family, place, false);
-        tx.host_set(&hosts, family);
+        tx.host_set(&hosts, family, sources.hosts.len());
         tx.add_hosts(&hosts, family, sources.hosts.iter().copied());
         if !sources.ranges.is_empty() {
             tx.address_set(&source_set(family, place, true), family, &sources.ranges);

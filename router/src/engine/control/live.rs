@@ -55,6 +55,11 @@ impl Engine {
         Ok(datagrams)
     }
 
+    /// Whether somebody takes datagrams that are no WireGuard message.
+    pub fn takes_others(&self) -> bool {
+        self.state().bind.others
+    }
+
     /// Sends a datagram as it is from the listen port, and from the address `source` if one is given.
     /// Does not wait: an error of kind `WouldBlock` means that the socket is full.
     pub fn send_raw(

@@ -1,6 +1,7 @@
 //! The handle of a running engine: what the control side asks, and what it reads.
 
 mod allowed;
+mod inside;
 mod live;
 mod relay;
 pub(crate) mod state;
@@ -48,6 +49,8 @@ pub struct Engine {
     /// What is sent raw goes out by these, whoever changes the state meanwhile.
     raw: Mutex<Option<Arc<Sockets>>>,
     entrance: Option<Entrance>,
+    /// What is counted outside of the workers, by one at a time.
+    outside: Mutex<Counters>,
     failure: watch::Receiver<Option<Arc<Failure>>>,
     refused: Found,
 }
@@ -164,6 +167,7 @@ impl Engine {
             workers: Vec::new(),
             state: Mutex::new(State::new(bind, local.public(), tun_steering)),
             entrance: None,
+            outside: Mutex::new(Counters::new()),
             raw: Mutex::new(sockets.first().cloned()),
             failure,
             refused: refused.clone(),
@@ -347,7 +351,7 @@ impl Engine {
                         } else {
                             0
                         };
-                        told + others
+                        told + others + self.outside().get(*counter)
                     }
                 };
                 (counter.label(), value)
@@ -373,6 +377,10 @@ impl Engine {
         self.raw.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn outside(&self) -> MutexGuard<'_, Counters> {
+        self.outside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -380,7 +388,7 @@ impl Engine {
     /// Gives each worker its change, then waits for all of them.
     fn apply(&self, changes: Vec<Change>) -> Result<(), Error> {
         let mut changes = changes.into_iter();
-        self.tell_all(|_, done| Command::Apply(changes.next().unwrap_or_default(), done))
+        self.tell_all(|_, done| Command::Apply(Box::new(changes.next().unwrap_or_default()), done))
     }
 
     /// Gives each worker its command, then waits until all have done it.

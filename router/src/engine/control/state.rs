@@ -1,7 +1,7 @@
 //! What is in force, and what changes when it is told otherwise.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use tracing::debug;
 use super::allowed::AllowedIps;
 use crate::engine::error::Error;
 use crate::engine::forward::directory::{Change, Directory};
+use crate::engine::forward::edits::Edits;
 use crate::engine::forward::peer::{Setup, Shared};
 use crate::engine::forward::routes::PeerId;
 use crate::engine::io::steer::queues::TunSteering;
@@ -243,6 +244,9 @@ impl State {
             roaming: spec.roaming,
             shared: shared.clone(),
         });
+        if let Some(edits) = Edits::of(spec) {
+            outcome.changes[worker].edits.push((id, Some(edits)));
+        }
         let known = Known {
             spec: spec.clone(),
             id,
@@ -294,6 +298,11 @@ impl State {
         }
     }
 
+    /// The worker that has the peer to whom an address belongs.
+    pub(super) fn worker_of(&self, address: IpAddr) -> Option<usize> {
+        self.directory.owner(self.directory.routes.get(address)?)
+    }
+
     /// Datagrams dropped since the queues of sockets were full, ever since the start.
     pub(super) fn overflows(&self) -> Overflows {
         let mut sum = self.overflows;
@@ -330,6 +339,10 @@ impl Known {
         if spec.preshared_key != self.spec.preshared_key {
             let key = spec.preshared_key.clone();
             change.preshared_keys.push((self.id, key));
+        }
+        let edits = Edits::of(spec);
+        if edits != Edits::of(&self.spec) {
+            change.edits.push((self.id, edits));
         }
         self.spec = spec.clone();
     }

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::engine::forward::routes::PeerId;
 use crate::engine::path::{Path, RelayId};
+use crate::geneve;
 use crate::wireguard::Arena;
 use crate::wireguard::keys::PublicKey;
 
@@ -13,9 +14,9 @@ const ARENA: usize = 4 * 65_536;
 /// Messages before they are sent.
 pub(crate) const MESSAGES: usize = 64;
 /// UDP payload of a message: what fits one IPv4 packet.
-const LONGEST: usize = 65_507;
+pub(crate) const LONGEST: usize = 65_507;
 /// Datagrams of a message (`UDP_MAX_SEGMENTS` of kernels before 6.9).
-const SEGMENTS: usize = 64;
+pub(crate) const SEGMENTS: usize = 64;
 
 /// Where a peer is, and which of our addresses it talks to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,21 @@ pub(crate) struct Endpoint {
     pub(crate) remote: SocketAddr,
     /// Our address that it sent to last (sticky source).
     pub(crate) local: Option<IpAddr>,
+    /// A node that carries to the peer what is behind a header with this number is there instead.
+    pub(crate) number: Option<u32>,
+}
+
+impl Endpoint {
+    /// The header that each datagram has.
+    pub(crate) fn header(&self) -> Option<[u8; geneve::LEN]> {
+        let number = self.number?;
+        let header = geneve::Header {
+            inner: geneve::Inner::WireGuard,
+            control: false,
+            number,
+        };
+        Some(header.bytes())
+    }
 }
 
 /// Where a message goes.
@@ -33,22 +49,27 @@ pub(crate) enum Destination {
     Udp(Endpoint),
     /// Through a relay, to whoever has this key.
     Relay(RelayId, PublicKey),
+    /// Both, for nobody knows whether the first way still leads there.
+    Both(Endpoint, RelayId, PublicKey),
 }
 
 impl Destination {
-    /// The address, if it goes out of our sockets.
+    /// The address, if it goes out of our sockets alone.
     pub(crate) fn endpoint(&self) -> Option<&Endpoint> {
         match self {
             Self::Udp(endpoint) => Some(endpoint),
-            Self::Relay(..) => None,
+            Self::Relay(..) | Self::Both(..) => None,
         }
     }
 
     /// The way, for those outside.
     pub(crate) fn path(&self) -> Path {
         match self {
-            Self::Udp(endpoint) => Path::Udp(endpoint.remote),
-            Self::Relay(relay, _) => Path::Relay(*relay),
+            Self::Udp(endpoint) => match endpoint.number {
+                None => Path::Udp(endpoint.remote),
+                Some(number) => Path::PeerRelay(endpoint.remote, number),
+            },
+            Self::Relay(relay, _) | Self::Both(_, relay, _) => Path::Relay(*relay),
         }
     }
 }
@@ -129,14 +150,17 @@ impl Batch {
                 .messages
                 .last()
                 .is_some_and(|last| last.peer == peer && last.ecn == ecn && last.to == to);
+        let header = to.endpoint().and_then(Endpoint::header);
         Lane {
             batch: self,
             sink,
             to,
+            header,
             peer,
             ecn,
             gso,
             extend,
+            count: 0,
         }
     }
 }
@@ -147,14 +171,28 @@ pub(crate) struct Lane<'a, S> {
     batch: &'a mut Batch,
     sink: &'a mut S,
     to: Destination,
+    /// What each datagram begins with.
+    header: Option<[u8; geneve::LEN]>,
     peer: Option<PeerId>,
     ecn: u8,
     gso: bool,
     /// Whether the last message has the same destination.
     extend: bool,
+    /// Datagrams that were put in.
+    count: u64,
 }
 
 impl<S: UdpSink> Lane<'_, S> {
+    /// Datagrams that were put in.
+    pub(crate) fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// Bytes before what is put in.
+    fn before(&self) -> usize {
+        self.header.map_or(0, |header| header.len())
+    }
+
     /// Puts one ready datagram into the batch.
     pub(crate) fn push(&mut self, datagram: &[u8]) {
         self.slot(datagram.len()).copy_from_slice(datagram);
@@ -164,6 +202,8 @@ impl<S: UdpSink> Lane<'_, S> {
 
 impl<S: UdpSink> Arena for Lane<'_, S> {
     fn slot(&mut self, length: usize) -> &mut [u8] {
+        let before = self.before();
+        let length = before + length;
         let full = self.batch.messages.len() == MESSAGES
             && !self
                 .batch
@@ -174,10 +214,17 @@ impl<S: UdpSink> Arena for Lane<'_, S> {
             self.batch.flush(self.sink);
             self.extend = false;
         }
-        &mut self.batch.arena[self.batch.used..self.batch.used + length]
+        let slot = &mut self.batch.arena[self.batch.used..self.batch.used + length];
+        let (head, rest) = slot.split_at_mut(before);
+        if let Some(header) = &self.header {
+            head.copy_from_slice(header);
+        }
+        rest
     }
 
     fn filled(&mut self, length: usize) {
+        let length = self.before() + length;
+        self.count += 1;
         let offset = self.batch.used;
         self.batch.used += length;
         match self.batch.messages.last_mut() {
@@ -219,7 +266,12 @@ mod tests {
                 assert_eq!(datagrams.len(), message.segments);
                 self.1 += 1;
                 for datagram in datagrams {
-                    self.0.push((message.to, message.ecn, datagram.to_vec()));
+                    let header = message.to.endpoint().and_then(Endpoint::header);
+                    let inner = match header {
+                        Some(header) => datagram.strip_prefix(&header[..]).unwrap(),
+                        None => datagram,
+                    };
+                    self.0.push((message.to, message.ecn, inner.to_vec()));
                 }
             }
         }
@@ -229,6 +281,7 @@ mod tests {
         Destination::Udp(Endpoint {
             remote: SocketAddr::from(([192, 0, 2, host], 51820)),
             local: None,
+            number: (host == 2).then_some(0x01_0203),
         })
     }
 

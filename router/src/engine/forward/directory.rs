@@ -6,8 +6,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::engine::forward::edits::Edits;
 use crate::engine::forward::peer::Setup;
 use crate::engine::forward::routes::{PeerId, Routes};
+use crate::engine::offload::via::sites::Sites;
 use crate::engine::path::Path;
 use crate::wireguard::LocalKey;
 use crate::wireguard::keys::{PresharedKey, PublicKey};
@@ -88,11 +90,15 @@ pub(crate) struct Change {
     /// Where peers were last: sessions with them begin at once.
     pub(crate) resume: Vec<(PeerId, Path)>,
     /// The ways to peers from now on.
-    pub(crate) paths: Vec<(PeerId, Path)>,
+    pub(crate) paths: Vec<(PeerId, Path, Option<Path>)>,
     /// Whether peers are where they are heard from.
     pub(crate) roaming: Vec<(PeerId, bool)>,
     /// New keepalive intervals.
     pub(crate) keepalives: Vec<(PeerId, Option<Duration>)>,
+    /// What is changed of peers' packets from now on.
+    pub(crate) edits: Vec<(PeerId, Option<Arc<Edits>>)>,
+    /// The IPv4 networks that peers reach by IPv6 from now on.
+    pub(crate) sites: Option<Arc<Sites>>,
     /// New preshared keys.
     pub(crate) preshared_keys: Vec<(PeerId, Option<PresharedKey>)>,
     /// The directory from now on.

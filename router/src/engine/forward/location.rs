@@ -42,6 +42,8 @@ pub(crate) struct Location {
     current: Option<Endpoint>,
     /// It is reached through a relay instead.
     relay: Option<RelayId>,
+    /// And by `current` as well: nobody knows whether that still leads there.
+    both: bool,
     /// Somebody else says where it is: no packet and no silence changes that.
     is_told: bool,
     /// Index of the interface that its packets come in by; 0: it has not been heard there.
@@ -96,17 +98,36 @@ impl Location {
         self.is_told = !roaming;
     }
 
-    /// This is the way to the peer from now on.
-    pub(crate) fn set_path(&mut self, path: Path) {
-        match path {
-            Path::Udp(remote) if self.is_at(canonical(remote)) => self.relay = None,
-            Path::Udp(remote) => self.move_to(remote),
-            Path::Relay(relay) => {
-                self.relay = Some(relay);
-                self.tries = 0;
-                self.silent = None;
-            }
+    /// Whether somebody else says where the peer is.
+    pub(crate) fn is_told(&self) -> bool {
+        self.is_told
+    }
+
+    /// Whether it is reached by its address as well as through the relay.
+    pub(crate) fn is_both(&self) -> bool {
+        self.both
+    }
+
+    /// This is the way to the peer from now on. Of a way through a relay `also` is one by UDP that is taken besides.
+    pub(crate) fn set_path(&mut self, path: Path, also: Option<Path>) {
+        let relay = match path {
+            Path::Relay(relay) => Some(relay),
+            Path::Udp(_) | Path::PeerRelay(..) => None,
+        };
+        let by_udp = match relay {
+            None => path.by_udp(),
+            Some(_) => also.and_then(Path::by_udp),
+        };
+        if let Some((remote, number)) = by_udp
+            && !self.is_at(canonical(remote), number)
+        {
+            self.go_to(canonical(remote), number);
         }
+        self.both = relay.is_some() && by_udp.is_some();
+        self.relay = relay;
+        self.tries = 0;
+        self.silent = None;
+        self.searching = false;
     }
 
     /// Whether somebody else has said where it is. Until then it is where it is heard from, for it must
@@ -115,23 +136,26 @@ impl Location {
         self.is_told && (self.current.is_some() || self.relay.is_some())
     }
 
-    fn is_at(&self, remote: SocketAddr) -> bool {
-        self.current.is_some_and(|current| current.remote == remote)
+    fn is_at(&self, remote: SocketAddr, number: Option<u32>) -> bool {
+        let there = |current: Endpoint| current.remote == remote && current.number == number;
+        self.current.is_some_and(there)
     }
 
     /// The peer is at this address and nowhere else, whoever says so. It has yet to be heard there.
     pub(crate) fn move_to(&mut self, remote: SocketAddr) {
-        self.go_to(canonical(remote));
+        self.go_to(canonical(remote), None);
         self.relay = None;
+        self.both = false;
         self.tries = 0;
         self.silent = None;
         self.searching = false;
     }
 
-    fn go_to(&mut self, remote: SocketAddr) {
+    fn go_to(&mut self, remote: SocketAddr, number: Option<u32>) {
         self.current = Some(Endpoint {
             remote,
             local: None,
+            number,
         });
         self.interface = 0;
         self.detour = false;
@@ -142,7 +166,7 @@ impl Location {
         if self.current.is_some() || self.relay.is_some() {
             return;
         }
-        self.set_path(path);
+        self.set_path(path, None);
         self.roamed = path.endpoint().map(canonical);
     }
 
@@ -167,26 +191,30 @@ impl Location {
         }
     }
 
-    /// Something authentic came from `remote` to our address `local` by an interface.
-    pub(crate) fn heard(&mut self, remote: SocketAddr, local: Option<IpAddr>, interface: u32) {
+    /// Something authentic came from `from`, our address in it being the one that it was sent to, by an interface.
+    pub(crate) fn heard(&mut self, from: Endpoint, interface: u32) {
         self.tries = 0;
         self.silent = None;
         self.searching = false;
         let heard = Endpoint {
-            remote: canonical(remote),
-            local,
+            remote: canonical(from.remote),
+            ..from
         };
-        if self.is_settled() && !self.is_at(heard.remote) {
+        if self.is_settled() && !self.is_at(heard.remote, heard.number) {
             return;
         }
         if !self.is_told {
+            // Peer relays are a tailnet's: whoever roams is not there.
+            if heard.number.is_some() {
+                return;
+            }
             self.relay = None;
         }
         if self.current == Some(heard) && self.interface == interface {
             return;
         }
         // What was found of the same address of ours holds until it is judged again.
-        self.detour &= self.current.is_some_and(|old| old.local == local);
+        self.detour &= self.current.is_some_and(|old| old.local == heard.local);
         self.judge_after = Duration::ZERO;
         self.interface = interface;
         self.current = Some(heard);
@@ -227,7 +255,7 @@ impl Location {
         };
         if enough && let Some(next) = self.next() {
             self.searching = true;
-            self.go_to(next);
+            self.go_to(next, None);
             self.tries = 0;
         }
         self.tries = self.tries.saturating_add(1);
@@ -257,7 +285,7 @@ impl Location {
         if self.interface == 0 || self.relay.is_some() {
             return None;
         }
-        let Endpoint { remote, local } = self.current?;
+        let Endpoint { remote, local, .. } = self.current?;
         // A link-local address names its interface.
         if matches!(remote, SocketAddr::V6(v6) if v6.scope_id() != 0) {
             return None;
@@ -307,6 +335,15 @@ mod tests {
         Some(IpAddr::from([192, 0, 2, 1]))
     }
 
+    fn heard(location: &mut Location, remote: SocketAddr, local: Option<IpAddr>, interface: u32) {
+        let from = Endpoint {
+            remote,
+            local,
+            number: None,
+        };
+        location.heard(from, interface);
+    }
+
     /// Where initiations go that are sent every five seconds, from `start` on.
     fn tried(location: &mut Location, start: u64, count: u64) -> Vec<String> {
         let times = (0..count).map(|n| start + 5 * n);
@@ -324,11 +361,11 @@ mod tests {
         let tries = tried(&mut location, 0, 6);
         assert_eq!(tries, [V6, V6, V4, V4, V6, V6]);
         assert_eq!(tried(&mut location, 30, 1), [V4]);
-        location.heard(at(V4), local(), 2);
+        heard(&mut location, at(V4), local(), 2);
         // It stays where it answers, whatever goes on for how long.
         for minute in 1..100 {
             assert_eq!(tried(&mut location, minute * 60, 2), [V4, V4]);
-            location.heard(at(V4), local(), 2);
+            heard(&mut location, at(V4), local(), 2);
         }
         // That one dies.
         assert_eq!(tried(&mut location, 9000, 4), [V4, V4, V6, V6]);
@@ -343,16 +380,16 @@ mod tests {
     #[test]
     fn a_peer_that_roamed_is_given_two_minutes() {
         let mut location = Location::new(vec![at(V4)]);
-        location.heard(at(ROAMED), local(), 2);
+        heard(&mut location, at(ROAMED), local(), 2);
         // Long idle before is no silence.
         let tries = tried(&mut location, 9000, 30);
         assert_eq!(tries[..24], [ROAMED; 24]);
         // Then all are tried.
         assert_eq!(tries[24..], [V4, V4, ROAMED, ROAMED, V4, V4]);
-        location.heard(at(ROAMED), local(), 2);
+        heard(&mut location, at(ROAMED), local(), 2);
         assert_eq!(tried(&mut location, 20_000, 24), [ROAMED; 24]);
         // Given up after 90 seconds and asked for again later: it is as silent as before.
-        location.heard(at(ROAMED), local(), 2);
+        heard(&mut location, at(ROAMED), local(), 2);
         assert_eq!(tried(&mut location, 30_000, 18), [ROAMED; 18]);
         assert_eq!(tried(&mut location, 31_000, 1), [V4]);
     }
@@ -362,7 +399,7 @@ mod tests {
         let mut location = Location::new(vec![]);
         location.initiates(false, seconds(0));
         assert_eq!(location.endpoint(), None);
-        location.heard(at(ROAMED), local(), 2);
+        heard(&mut location, at(ROAMED), local(), 2);
         assert_eq!(tried(&mut location, 0, 100), [ROAMED; 100]);
     }
 
@@ -380,7 +417,7 @@ mod tests {
         let now = |location: &Location| location.endpoint().unwrap().remote;
         location.configure(vec![at(V4), at(V6)]);
         assert_eq!(now(&location), at(V6), "still among them");
-        location.heard(at(ROAMED), local(), 2);
+        heard(&mut location, at(ROAMED), local(), 2);
         location.configure(vec![at(V4)]);
         assert_eq!(now(&location), at(ROAMED), "the best is the same");
         location.configure(vec![]);
@@ -394,13 +431,13 @@ mod tests {
     #[test]
     fn the_source_is_forgotten_with_every_retry() {
         let mut location = Location::new(vec![at(V4)]);
-        location.heard(at(V4), local(), 2);
+        heard(&mut location, at(V4), local(), 2);
         assert_eq!(location.endpoint().unwrap().local, local());
         location.initiates(false, seconds(1));
         assert_eq!(location.endpoint().unwrap().local, local());
         location.initiates(true, seconds(6));
         assert_eq!(location.endpoint().unwrap().local, None);
-        location.heard(at(V4), local(), 2);
+        heard(&mut location, at(V4), local(), 2);
         assert_eq!(location.endpoint().unwrap().local, local());
         // Data without an answer.
         location.initiates(true, seconds(60));
@@ -411,7 +448,7 @@ mod tests {
     fn packets_that_leave_by_another_interface_have_no_source_of_the_first() {
         let mut location = Location::new(vec![at(V4)]);
         assert_eq!(location.way_to_judge(seconds(1), seconds(0)), None);
-        location.heard(at(V4), local(), 2);
+        heard(&mut location, at(V4), local(), 2);
         let way = location.way_to_judge(seconds(1), seconds(0)).unwrap();
         assert_eq!((way.remote, way.interface), (at(V4), 2));
         assert_eq!(location.way_to_judge(seconds(1), seconds(0)), None);
@@ -421,9 +458,9 @@ mod tests {
         });
         assert_eq!(location.endpoint().unwrap().local, None);
         // The peer goes on sending to that address, as it does not know.
-        location.heard(at(V4), local(), 2);
+        heard(&mut location, at(V4), local(), 2);
         assert_eq!(location.endpoint().unwrap().local, None);
-        location.heard(at(ROAMED), local(), 3);
+        heard(&mut location, at(ROAMED), local(), 3);
         assert_eq!(location.endpoint().unwrap().local, None);
         // A stale verdict.
         location.judge(&Way {
@@ -444,10 +481,10 @@ mod tests {
             ..way
         });
         let other = Some(IpAddr::from([192, 0, 2, 8]));
-        location.heard(at(ROAMED), other, 3);
+        heard(&mut location, at(ROAMED), other, 3);
         assert_eq!(location.endpoint().unwrap().local, other);
         let link_local = at("[fe80::1%2]:1");
-        location.heard(link_local, other, 2);
+        heard(&mut location, link_local, other, 2);
         assert_eq!(location.way_to_judge(seconds(1), seconds(9)), None);
     }
 
@@ -455,19 +492,19 @@ mod tests {
     fn a_peer_that_does_not_roam_is_where_it_is_said_to_be() {
         let mut location = Location::new(vec![at(V4), at(V6)]);
         location.set_roaming(false);
-        location.heard(at(ROAMED), local(), 2);
+        heard(&mut location, at(ROAMED), local(), 2);
         assert_eq!(
             tried(&mut location, 0, 50),
             [V4; 50],
             "not even silence moves it"
         );
         // From where it is said to be it tells our address, as anyone.
-        location.heard(at(V4), local(), 2);
+        heard(&mut location, at(V4), local(), 2);
         assert_eq!(location.endpoint().unwrap().local, local());
-        location.set_path(Path::Udp(at(V4)));
+        location.set_path(Path::Udp(at(V4)), None);
         assert_eq!(location.endpoint().unwrap().local, local(), "no news");
-        location.set_path(Path::Relay(RelayId(7)));
-        location.heard(at(V4), local(), 2);
+        location.set_path(Path::Relay(RelayId(7)), None);
+        heard(&mut location, at(V4), local(), 2);
         location.heard_through(RelayId(8));
         assert_eq!(
             location.relay(),
@@ -476,7 +513,7 @@ mod tests {
         );
         location.configure(vec![at(ROAMED)]);
         assert_eq!(location.relay(), Some(RelayId(7)), "nor do addresses");
-        location.set_path(Path::Udp(at(V6)));
+        location.set_path(Path::Udp(at(V6)), None);
         assert_eq!(
             (location.relay(), location.endpoint().unwrap().remote),
             (None, at(V6))
@@ -491,9 +528,9 @@ mod tests {
         assert_eq!(location.relay(), Some(RelayId(7)));
         let mut location = Location::new(vec![]);
         location.set_roaming(false);
-        location.heard(at(V4), local(), 2);
+        heard(&mut location, at(V4), local(), 2);
         assert_eq!(location.endpoint().unwrap().remote, at(V4));
-        location.heard(at(ROAMED), local(), 2);
+        heard(&mut location, at(ROAMED), local(), 2);
         assert_eq!(location.endpoint().unwrap().remote, at(V4));
     }
 
@@ -502,7 +539,7 @@ mod tests {
         let mut location = Location::new(vec![]);
         location.heard_through(RelayId(1));
         assert_eq!(location.relay(), Some(RelayId(1)));
-        location.heard(at(V4), local(), 2);
+        heard(&mut location, at(V4), local(), 2);
         assert_eq!(
             (location.relay(), location.endpoint().unwrap().remote),
             (None, at(V4))

@@ -2,12 +2,15 @@
 
 pub(crate) mod batch;
 pub(crate) mod directory;
+pub(crate) mod edits;
 mod inner;
+pub(crate) mod inside;
 pub(crate) mod location;
 mod pace;
 pub(crate) mod peer;
 pub(crate) mod port;
 pub(crate) mod routes;
+mod sealing;
 mod session;
 mod staged;
 #[cfg(test)]
@@ -26,7 +29,7 @@ use crate::engine::forward::batch::Batch;
 use crate::engine::forward::directory::{Change, Directory, IndexHasher};
 use crate::engine::forward::location::{Location, Way};
 use crate::engine::forward::pace::Pace;
-use crate::engine::forward::peer::{Peer, Peers};
+use crate::engine::forward::peer::{Amount, Peer, Peers};
 use crate::engine::forward::port::{Content, Origin, Place, Port};
 use crate::engine::forward::routes::PeerId;
 use crate::engine::forward::staged::Staged;
@@ -34,10 +37,13 @@ use crate::engine::forward::wheel::{NEVER, Wheel};
 use crate::engine::offload::coalesce::{Coalescer, Offload};
 use crate::engine::offload::ip;
 use crate::engine::offload::refusals::Found;
-use crate::engine::offload::segment::Segments;
+use crate::engine::offload::segment::SLACK;
+use crate::engine::offload::via::sites::Sites;
 use crate::engine::offload::vnet;
+use crate::geneve;
+use crate::wireguard::keys::PublicKey;
 use crate::wireguard::message::{self, Kind};
-use crate::wireguard::{Limiter, LocalKey, Packets as _};
+use crate::wireguard::{Limiter, LocalKey};
 
 /// Peers whose timers are looked at before packets have their turn.
 const VISITS: usize = 256;
@@ -62,8 +68,15 @@ pub(crate) struct Forwarder {
     staged: Staged,
     /// Ways of peers that somebody should ask the kernel about, and then tell [`Forwarder::judge`].
     pub(crate) doubtful: Vec<(PeerId, Way)>,
+    /// Peers with traffic, for whoever says where they are.
+    pub(crate) busy: Vec<PublicKey>,
     coalescer: Coalescer,
     batch: Batch,
+    sites: Arc<Sites>,
+    /// Names the next packet that may be cut.
+    fragment: u16,
+    /// Where packets are translated.
+    translated: Vec<u8>,
     counters: Arc<Counters>,
 }
 
@@ -90,8 +103,12 @@ impl Forwarder {
             pace: Pace::default(),
             staged: Staged::default(),
             doubtful: Vec::new(),
+            busy: Vec::new(),
             coalescer: Coalescer::new(offload),
             batch: Batch::new(gso),
+            sites: Arc::default(),
+            fragment: 0,
+            translated: Vec::new(),
             counters,
         }
     }
@@ -119,6 +136,9 @@ impl Forwarder {
         if let Some(directory) = change.directory {
             self.directory = directory;
         }
+        if let Some(sites) = change.sites {
+            self.sites = sites;
+        }
         if let Some(mtu) = change.mtu {
             self.mtu = mtu.into();
         }
@@ -136,6 +156,11 @@ impl Forwarder {
             self.peers.insert(id, Peer::new(setup));
             if wants_keepalive {
                 self.wake(id, now);
+            }
+        }
+        for (id, edits) in change.edits {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.edits = edits;
             }
         }
         for (id, key) in change.preshared_keys {
@@ -160,9 +185,9 @@ impl Forwarder {
                 peer.relocate(|location| location.set_roaming(roaming));
             }
         }
-        for (id, path) in change.paths {
+        for (id, path, also) in change.paths {
             if let Some(peer) = self.peers.get_mut(id) {
-                peer.relocate(|location| location.set_path(path));
+                peer.relocate(|location| location.set_path(path, also));
             }
         }
         for (id, path) in change.resume {
@@ -206,21 +231,29 @@ impl Forwarder {
         // Nearly always one run: a sender's datagrams name one session.
         let mut rest = buffer;
         while !rest.is_empty() {
-            let kind = message::kind(&rest[..stride.min(rest.len())]);
+            let first = &rest[..stride.min(rest.len())];
+            let (kind, head, number) = match message::kind(first) {
+                None => wrapped(first),
+                kind => (kind, 0, None),
+            };
             let more = match kind {
                 Some(Kind::Data(_)) => rest
                     .chunks(stride)
                     .skip(1)
-                    .take_while(|datagram| message::kind(datagram) == kind)
+                    .take_while(|datagram| {
+                        datagram.get(..head) == first.get(..head)
+                            && message::kind(&datagram[head..]) == kind
+                    })
                     .count(),
                 _ => 0,
             };
+            let behind = Origin { number, ..*origin };
             let (run, after) = rest.split_at(rest.len().min((1 + more) * stride));
             rest = after;
             let index = match kind {
                 Some(Kind::Data(index) | Kind::Response(index) | Kind::Cookie(index)) => index,
                 Some(Kind::Initiation) => {
-                    self.initiation(origin, run, now, io);
+                    self.initiation(&behind, &run[head..], now, io);
                     continue;
                 }
                 None => {
@@ -234,9 +267,10 @@ impl Forwarder {
                 let content = Content::Datagrams(*origin, stride);
                 self.hand_over(owner, content, run, io);
             } else if let Some(Kind::Data(_)) = kind {
-                self.open(index, origin, run.chunks(stride), now, io);
+                let messages = run.chunks(stride).map(|datagram| &datagram[head..]);
+                self.open(index, &behind, messages, now, io);
             } else {
-                self.handshake(index, origin, run, now, io);
+                self.handshake(index, &behind, &run[head..], now, io);
             }
         }
     }
@@ -255,6 +289,14 @@ impl Forwarder {
             self.counters.add(Counter::DropNoPeer, 1);
             return;
         };
+        // Only the daemon speaks for the node. What hosts send has offloaded checksums, mostly.
+        if header.checksum.is_none()
+            && ip::protocol(buffer) == Some(inside::TSMP)
+            && io.takes_inside()
+        {
+            self.counters.add(Counter::DropInside, 1);
+            return;
+        }
         match self.directory.owner(id) {
             Some(owner) if owner != self.place.worker => {
                 self.hand_over(owner, Content::Packet(header), &buffer[..length], io);
@@ -272,19 +314,27 @@ impl Forwarder {
         now: Duration,
         io: &mut impl Port,
     ) {
+        let header = match content {
+            Content::Packet(header) => Some(header),
+            Content::Inside => Some(vnet::Header::PLAIN),
+            _ => None,
+        };
         match content {
-            Content::Packet(header) => {
+            Content::Packet(_) | Content::Inside => {
                 // The directory may have changed on the way: look again, here.
                 let destination = ip::destination(&buffer[..length]);
                 let id = destination.and_then(|to| self.directory.routes.get(to));
-                match id.filter(|id| self.directory.owner(*id) == Some(self.place.worker)) {
-                    Some(id) => self.transmit_to(id, header, buffer, length, now, io),
+                let id = id.filter(|id| self.directory.owner(*id) == Some(self.place.worker));
+                match id.zip(header) {
+                    Some((id, header)) => self.transmit_to(id, header, buffer, length, now, io),
                     None => self.counters.add(Counter::DropHandOver, 1),
                 }
             }
             Content::Datagrams(origin, stride) => {
-                self.counters
-                    .add(Counter::RxRelayed, origin.relay.is_some().into());
+                if origin.relay.is_some() {
+                    let count = length.div_ceil(stride.max(1)) as u64;
+                    self.counters.add(Counter::RxRelayed, count);
+                }
                 self.datagrams(&origin, &buffer[..length], stride, now, io);
             }
             Content::Initiation(origin, key) => {
@@ -300,47 +350,6 @@ impl Forwarder {
             Counter::DropHandOver
         };
         self.counters.add(counter, 1);
-    }
-
-    fn transmit_to(
-        &mut self,
-        id: PeerId,
-        header: vnet::Header,
-        buffer: &mut [u8],
-        length: usize,
-        now: Duration,
-        io: &mut impl Port,
-    ) {
-        let Some(peer) = self.peers.get_mut(id) else {
-            self.counters.add(Counter::DropNoPeer, 1);
-            return;
-        };
-        let Some(to) = peer.destination() else {
-            self.counters.add(Counter::DropNoEndpoint, 1);
-            if let Some(destination) = ip::destination(buffer) {
-                peer.is_nowhere(destination);
-            }
-            return;
-        };
-        let ecn = ip::ecn(buffer);
-        let Ok(mut segments) = Segments::new(header, buffer, length, self.mtu) else {
-            self.counters.add(Counter::DropTunRead, 1);
-            return;
-        };
-        let gso = peer.gso(now);
-        let tunnel = peer.tunnel(&self.local);
-        if tunnel.ready(now) {
-            let mut lane = self.batch.lane(io, to, Some(id), ecn, gso);
-            let bytes = tunnel.seal(&mut segments, now, &mut lane);
-            peer.sent(bytes, now);
-            peer.arm(id, &mut self.wheel, now);
-            return;
-        }
-        while let Some(packet) = segments.next() {
-            let dropped = self.staged.push(id, packet);
-            self.counters.add(Counter::DropStaged, dropped);
-        }
-        self.initiate(id, now, io);
     }
 
     /// Looks at the timers that are due, and begins the handshakes whose turn it is. To be called after
@@ -418,19 +427,33 @@ impl Forwarder {
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };
+        let edits = peer.edits.clone();
+        let mut answers = Vec::new();
         let mut inner = Inner {
             id,
             ecn: origin.ecn,
+            count: 0,
             source: None,
             routes: &self.directory.routes,
+            edits: edits.as_deref(),
+            sites: &self.sites,
+            mtu: self.mtu,
+            fragment: &mut self.fragment,
+            answers: &mut answers,
             coalescer: &mut self.coalescer,
             counters: &self.counters,
             io,
         };
         let tunnel = peer.tunnel(&self.local);
         let (bytes, completed) = tunnel.open(index, messages, now, &mut inner);
+        let packets = inner.count;
         if bytes > 0 {
-            self.heard(id, origin, bytes, completed, now, io);
+            self.heard(id, origin, Amount { packets, bytes }, completed, now, io);
+        }
+        for mut answer in answers {
+            let length = answer.len();
+            answer.resize(length + SLACK, 0);
+            self.transmit_to(id, vnet::Header::PLAIN, &mut answer, length, now, io);
         }
     }
 
@@ -439,5 +462,15 @@ impl Forwarder {
     fn by_index(&self, index: u32) -> Option<PeerId> {
         let id = *self.indices.get(&(index >> 8))?;
         self.peers.get(id)?.has_tunnel().then_some(id)
+    }
+}
+
+/// What is behind the header of a peer relay, if there is one: the kind of message, the header's length and number.
+fn wrapped(datagram: &[u8]) -> (Option<Kind>, usize, Option<u32>) {
+    match geneve::Header::parse(datagram) {
+        Some((header, message)) if header.inner == geneve::Inner::WireGuard && !header.control => {
+            (message::kind(message), geneve::LEN, Some(header.number))
+        }
+        _ => (None, 0, None),
     }
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::engine::clock::uptime;
 use crate::engine::forward::batch::Destination;
+use crate::engine::forward::edits::Edits;
 use crate::engine::forward::location::{Location, Way};
 use crate::engine::forward::routes::PeerId;
 use crate::engine::forward::wheel::{NEVER, Wheel};
@@ -19,6 +20,9 @@ use crate::wireguard::{LocalKey, Tunnel};
 /// asked again: nothing tells when the path becomes wider, and to be refused costs one call, no packet.
 const UNCUT: Duration = Duration::from_secs(10);
 
+/// How often traffic to a peer is told of, to whoever says where it is.
+const TOLD: Duration = Duration::from_secs(5);
+
 /// How long a way to a peer rests after it was judged, at least.
 pub(crate) const JUDGE_AFTER: Duration = Duration::from_secs(1);
 
@@ -28,6 +32,8 @@ pub(crate) struct Shared {
     public_key: PublicKey,
     rx_bytes: AtomicU64,
     tx_bytes: AtomicU64,
+    rx_packets: AtomicU64,
+    tx_packets: AtomicU64,
     /// Nanoseconds since 1970; 0 for never.
     last_handshake: AtomicU64,
     /// [`Peer::uncut_until`] in nanoseconds.
@@ -45,6 +51,8 @@ impl Shared {
             public_key,
             rx_bytes: AtomicU64::new(0),
             tx_bytes: AtomicU64::new(0),
+            rx_packets: AtomicU64::new(0),
+            tx_packets: AtomicU64::new(0),
             last_handshake: AtomicU64::new(0),
             uncut_until: AtomicU64::new(0),
             path: Mutex::new(None),
@@ -61,15 +69,34 @@ impl Shared {
             last_handshake: (nanos != 0).then(|| UNIX_EPOCH + Duration::from_nanos(nanos)),
             rx_bytes: self.rx_bytes.load(Ordering::Relaxed),
             tx_bytes: self.tx_bytes.load(Ordering::Relaxed),
+            rx_packets: self.rx_packets.load(Ordering::Relaxed),
+            tx_packets: self.tx_packets.load(Ordering::Relaxed),
             nowhere: *self.nowhere.lock().unwrap_or_else(PoisonError::into_inner),
             uncut: uptime() < Duration::from_nanos(self.uncut_until.load(Ordering::Relaxed)),
         }
     }
 }
 
-fn count(cell: &AtomicU64, bytes: u64) {
+/// Messages to or from a peer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Amount {
+    pub(crate) packets: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Amount {
+    /// One message.
+    pub(crate) fn of(message: &[u8]) -> Self {
+        Self {
+            packets: 1,
+            bytes: message.len() as u64,
+        }
+    }
+}
+
+fn count(cell: &AtomicU64, more: u64) {
     cell.store(
-        cell.load(Ordering::Relaxed).wrapping_add(bytes),
+        cell.load(Ordering::Relaxed).wrapping_add(more),
         Ordering::Relaxed,
     );
 }
@@ -103,12 +130,16 @@ pub(crate) struct Peer {
     /// Until then the kernel is not asked to cut up messages on the way to the endpoint.
     uncut_until: Duration,
     pub(crate) keepalive: Option<Duration>,
+    /// What is changed of its packets.
+    pub(crate) edits: Option<Arc<Edits>>,
     /// When its timers are looked at.
     pub(crate) scheduled: Duration,
     /// It waits for its turn to begin a handshake.
     pub(crate) asks: bool,
     /// When an authentic message last came or went; none: a persistent keepalive is due at once.
     last_traversal: Option<Duration>,
+    /// Bytes that had been sent to it when its traffic was told of, and when that was.
+    told: Option<(u64, Duration)>,
     shared: Arc<Shared>,
 }
 
@@ -124,9 +155,11 @@ impl Peer {
             location: Location::default(),
             uncut_until: Duration::ZERO,
             keepalive: setup.keepalive,
+            edits: None,
             scheduled: NEVER,
             asks: false,
             last_traversal: None,
+            told: None,
             shared: setup.shared,
         };
         peer.relocate(|location| {
@@ -176,10 +209,15 @@ impl Peer {
 
     /// Where to send.
     pub(crate) fn destination(&self) -> Option<Destination> {
-        match self.location.relay() {
-            None => self.location.endpoint().map(Destination::Udp),
-            Some(relay) => Some(Destination::Relay(relay, self.public_key)),
-        }
+        let endpoint = self.location.endpoint();
+        let Some(relay) = self.location.relay() else {
+            return endpoint.map(Destination::Udp);
+        };
+        let both = endpoint.filter(|_| self.location.is_both());
+        Some(match both {
+            Some(endpoint) => Destination::Both(endpoint, relay, self.public_key),
+            None => Destination::Relay(relay, self.public_key),
+        })
     }
 
     /// See [`Location::way_to_judge`].
@@ -239,6 +277,22 @@ impl Peer {
         self.destination().map(|to| to.path())
     }
 
+    /// Its key, if whoever says where it is should hear that there is traffic to it: something was sent since it
+    /// was told last, or could not be (`waits`), and that is some time ago.
+    pub(crate) fn tells_traffic(&mut self, waits: bool, now: Duration) -> Option<PublicKey> {
+        if !self.location.is_told() {
+            return None;
+        }
+        let sent = self.shared.tx_bytes.load(Ordering::Relaxed);
+        let (before, at) = self.told.unzip();
+        let is_due = at.is_none_or(|at| now.saturating_sub(at) >= TOLD);
+        if !is_due || !(waits || sent != before.unwrap_or(0)) {
+            return None;
+        }
+        self.told = Some((sent, now));
+        Some(self.public_key)
+    }
+
     /// A packet to `destination` is dropped, for nobody knows where the peer is.
     pub(crate) fn is_nowhere(&self, destination: IpAddr) {
         let packet = Nowhere {
@@ -266,14 +320,16 @@ impl Peer {
     }
 
     /// Counts authentic messages that came.
-    pub(crate) fn received(&mut self, bytes: u64, now: Duration) {
-        count(&self.shared.rx_bytes, bytes);
+    pub(crate) fn received(&mut self, came: Amount, now: Duration) {
+        count(&self.shared.rx_bytes, came.bytes);
+        count(&self.shared.rx_packets, came.packets);
         self.touched(now);
     }
 
     /// Counts messages that go.
-    pub(crate) fn sent(&mut self, bytes: u64, now: Duration) {
-        count(&self.shared.tx_bytes, bytes);
+    pub(crate) fn sent(&mut self, went: Amount, now: Duration) {
+        count(&self.shared.tx_bytes, went.bytes);
+        count(&self.shared.tx_packets, went.packets);
         self.touched(now);
     }
 

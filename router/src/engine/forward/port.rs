@@ -20,6 +20,8 @@ pub(crate) struct Origin {
     pub(crate) interface: u32,
     /// ECN bits of the underlay packets.
     pub(crate) ecn: u8,
+    /// It came through a peer relay there, behind a header with this number.
+    pub(crate) number: Option<u32>,
     /// It came through a relay, from whom that says has this key. The address above is then none, but
     /// another one for each key.
     pub(crate) relay: Option<(RelayId, PublicKey)>,
@@ -35,6 +37,7 @@ impl Origin {
             local: None,
             interface: 0,
             ecn: 0,
+            number: None,
             relay: Some((relay, key)),
         }
     }
@@ -45,6 +48,7 @@ impl Origin {
             None => Destination::Udp(Endpoint {
                 remote: self.remote,
                 local: self.local,
+                number: self.number,
             }),
             Some((relay, key)) => Destination::Relay(relay, key),
         }
@@ -58,6 +62,8 @@ pub(crate) enum Content {
     Packet(vnet::Header),
     /// Datagrams that arrived together, with the length of each but the last.
     Datagrams(Origin, usize),
+    /// A packet that the daemon has made.
+    Inside,
     /// A handshake initiation of this peer, which the limiter let pass.
     Initiation(Origin, PublicKey),
 }
@@ -67,6 +73,16 @@ pub(crate) enum Content {
 pub(crate) trait Port: TunSink + UdpSink {
     /// Takes a datagram that is no WireGuard message. Tells what is to be counted.
     fn other(&mut self, origin: &Origin, bytes: &[u8]) -> Counter;
+
+    /// Whether somebody takes messages between nodes.
+    fn takes_inside(&self) -> bool {
+        false
+    }
+
+    /// Takes such a message, an IP packet. Tells what is to be counted.
+    fn inside(&mut self, _packet: &[u8]) -> Counter {
+        Counter::DropInside
+    }
 
     /// Hands `bytes` to another worker. False when its queue is full.
     fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8]) -> bool;

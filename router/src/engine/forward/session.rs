@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use super::{Forwarder, JUDGED};
 use crate::engine::counters::Counter;
+use crate::engine::forward::batch::Destination;
 use crate::engine::forward::location::Location;
-use crate::engine::forward::peer::JUDGE_AFTER;
+use crate::engine::forward::peer::{Amount, JUDGE_AFTER};
 use crate::engine::forward::port::{Content, Origin, Port};
 use crate::engine::forward::routes::PeerId;
 use crate::engine::forward::wheel::{NEVER, TICK};
@@ -19,7 +20,7 @@ impl Forwarder {
         &mut self,
         id: PeerId,
         origin: &Origin,
-        bytes: u64,
+        came: Amount,
         completed: Completed,
         now: Duration,
         io: &mut impl Port,
@@ -27,17 +28,12 @@ impl Forwarder {
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };
-        peer.received(bytes, now);
-        let Origin {
-            remote,
-            local,
-            interface,
-            relay,
-            ..
-        } = *origin;
-        if peer.relocate(|location| match relay {
-            None => location.heard(remote, local, interface),
-            Some((relay, _)) => location.heard_through(relay),
+        peer.received(came, now);
+        if peer.relocate(|location| match origin.destination() {
+            Destination::Udp(from) => location.heard(from, origin.interface),
+            Destination::Relay(relay, _) | Destination::Both(_, relay, _) => {
+                location.heard_through(relay);
+            }
         }) {
             self.counters.add(Counter::Roamed, 1);
         }
@@ -55,7 +51,8 @@ impl Forwarder {
             let mut lane = self.batch.lane(io, to, Some(id), 0, peer.gso(now));
             let tunnel = peer.tunnel(&self.local);
             let bytes = tunnel.seal(&mut queue, now, &mut lane);
-            peer.sent(bytes, now);
+            let packets = lane.count();
+            peer.sent(Amount { packets, bytes }, now);
             peer.arm(id, &mut self.wheel, now);
         }
     }
@@ -152,8 +149,8 @@ impl Forwarder {
         let tunnel = peer.tunnel(&self.local);
         match tunnel.handshake(message, now, &mut answer) {
             Ok((Some(length), completed)) => {
-                let bytes = message.len() as u64;
-                self.heard(id, origin, bytes, completed, now, io);
+                let came = Amount::of(message);
+                self.heard(id, origin, came, completed, now, io);
                 self.send(id, &answer[..length], now, io);
             }
             // A cookie, for the next initiation.
@@ -249,6 +246,7 @@ impl Forwarder {
             }
         }
         if let Some(peer) = self.peers.get_mut(id) {
+            self.busy.extend(peer.tells_traffic(false, now));
             // Not in the same turn again, whatever is left.
             let next = peer.next().max(now + Duration::from_millis(1));
             if next < NEVER {
@@ -268,7 +266,8 @@ impl Forwarder {
         let mut keepalive = Keepalive(false);
         let tunnel = peer.tunnel(&self.local);
         let bytes = tunnel.seal(&mut keepalive, now, &mut lane);
-        peer.sent(bytes, now);
+        let packets = lane.count();
+        peer.sent(Amount { packets, bytes }, now);
     }
 
     /// Begins a handshake, unless one is under way: at once, or when it is the peer's turn.
@@ -294,7 +293,7 @@ impl Forwarder {
         let Some(to) = peer.destination() else {
             return;
         };
-        peer.sent(message.len() as u64, now);
+        peer.sent(Amount::of(message), now);
         self.batch
             .lane(io, to, Some(id), 0, peer.gso(now))
             .push(message);

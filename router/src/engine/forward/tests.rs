@@ -7,6 +7,7 @@ mod change;
 mod elsewhere;
 mod handshake;
 mod hostile;
+mod inside;
 mod relay;
 mod simulation;
 mod timing;
@@ -14,16 +15,17 @@ mod timing;
 use std::net::{IpAddr, SocketAddr};
 
 use super::*;
-use crate::engine::forward::batch::{Message, UdpSink};
+use crate::engine::forward::batch::{Destination, Message, UdpSink};
 use crate::engine::forward::directory::Keys;
 use crate::engine::forward::peer::{JUDGE_AFTER, Setup, Shared};
 use crate::engine::forward::routes::Routes;
 use crate::engine::forward::staged::{STAGED, STAGED_TOTAL};
 use crate::engine::forward::wheel::TICK;
 use crate::engine::offload::coalesce::TunSink;
-use crate::engine::offload::segment::SLACK;
+use crate::engine::offload::segment::{SLACK, Segments};
 use crate::engine::packets::Flow;
 use crate::engine::path::Path;
+use crate::wireguard::Packets as _;
 use crate::wireguard::keys::{PresharedKey, PrivateKey};
 
 const OFFLOAD: Offload = Offload {
@@ -47,14 +49,27 @@ struct Wire {
     packets: Vec<Vec<u8>>,
     datagrams: Vec<Datagram>,
     relayed: Vec<(Path, Vec<u8>)>,
+    /// Where else what went through a relay was to go.
+    both: Vec<Path>,
     handed: Vec<(usize, Content, Vec<u8>)>,
     /// Other workers take nothing.
     stuffed: bool,
+    /// Messages between nodes, if somebody takes them.
+    inside: Option<Vec<Vec<u8>>>,
 }
 
 impl Port for Wire {
     fn other(&mut self, _: &Origin, _: &[u8]) -> Counter {
         Counter::DropOther
+    }
+
+    fn takes_inside(&self) -> bool {
+        self.inside.is_some()
+    }
+
+    fn inside(&mut self, packet: &[u8]) -> Counter {
+        self.inside.get_or_insert_default().push(packet.to_vec());
+        Counter::RxInside
     }
 
     fn hand_over(&mut self, worker: usize, content: Content, bytes: &[u8]) -> bool {
@@ -81,6 +96,9 @@ impl UdpSink for Wire {
     fn send(&mut self, arena: &[u8], messages: &[Message]) {
         for message in messages {
             let bytes = &arena[message.offset..message.offset + message.length];
+            if let Destination::Both(endpoint, ..) = message.to {
+                self.both.push(Destination::Udp(endpoint).path());
+            }
             let Some(endpoint) = message.to.endpoint() else {
                 let relayed = bytes.chunks(message.size).map(<[u8]>::to_vec);
                 self.relayed
@@ -213,6 +231,7 @@ impl End {
             local: self.local,
             interface: u32::from(self.local.is_some()),
             ecn,
+            number: None,
             relay: None,
         };
         let (now, stride) = (self.now, datagram.len());

@@ -166,6 +166,7 @@ impl Bed {
             local: None,
             interface: 0,
             ecn: 3,
+            number: None,
             relay: None,
         };
         let (now, wire) = (self.now, &mut self.wire);
@@ -186,6 +187,7 @@ impl Bed {
             local: None,
             interface: 0,
             ecn: 0,
+            number: None,
             relay: None,
         };
         for (at, datagram) in sealed.all.iter().enumerate() {

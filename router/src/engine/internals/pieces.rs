@@ -42,7 +42,9 @@ impl Merger {
         let mut sink = Written(write);
         for packet in packets {
             self.0.slot()[..packet.len()].copy_from_slice(packet);
-            self.0.push(packet.len(), &mut sink);
+            if !self.0.push(packet.len(), &mut sink) {
+                self.0.pass(packet.len(), &mut sink);
+            }
         }
         self.0.flush_all(&mut sink);
     }

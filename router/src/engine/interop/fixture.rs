@@ -226,6 +226,7 @@ impl Pair {
             endpoint: None,
             others: Vec::new(),
             keepalive: None,
+            masquerade: Vec::new(),
             roaming: true,
         });
         engine.set_peers(&peers).unwrap();
@@ -330,6 +331,7 @@ pub(super) fn spec(seed: u8, allowed: &str) -> PeerSpec {
         endpoint: None,
         others: Vec::new(),
         keepalive: None,
+        masquerade: Vec::new(),
         roaming: true,
     }
 }

@@ -2,6 +2,7 @@
 //! where they came from. The kernel's steering makes this rare.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use crate::engine::forward::port::Content;
@@ -33,25 +34,43 @@ const ENTERING: usize = 256;
 
 /// Where datagrams enter that no socket of ours has received.
 #[derive(Debug)]
-pub(crate) struct Entrance(Vec<(SyncSender<Parcel>, Arc<Waker>)>);
+pub(crate) struct Entrance(Vec<Door>);
+
+#[derive(Debug)]
+struct Door {
+    parcels: SyncSender<Parcel>,
+    waker: Arc<Waker>,
+    /// It has got something that it was not woken for.
+    waits: AtomicBool,
+}
 
 impl Entrance {
-    /// Gives a datagram to a worker. False when that has too much to do.
-    pub(crate) fn send(&self, worker: usize, content: Content, bytes: &[u8]) -> bool {
-        let Some((parcels, waker)) = self.0.get(worker) else {
+    /// Gives datagrams to a worker, which is woken by [`Self::wake`]. False when it has too much to do.
+    pub(crate) fn send(&self, worker: usize, content: Content, mut bytes: Vec<u8>) -> bool {
+        let Some(door) = self.0.get(worker) else {
             return false;
         };
+        let length = bytes.len();
+        bytes.resize(length + SLACK, 0);
         let parcel = Parcel {
             content,
-            buffer: [bytes, &[0; SLACK]].concat().into(),
-            length: bytes.len(),
+            buffer: bytes.into(),
+            length,
             from: None,
         };
-        let went = parcels.try_send(parcel).is_ok();
-        if went {
-            waker.wake();
-        }
+        let went = door.parcels.try_send(parcel).is_ok();
+        // Only when it is there: another thread may wake at any time, and nobody then does once more.
+        door.waits.fetch_or(went, Ordering::Release);
         went
+    }
+
+    /// Wakes the workers that got something.
+    pub(crate) fn wake(&self) {
+        for door in &self.0 {
+            if door.waits.swap(false, Ordering::Acquire) {
+                door.waker.wake();
+            }
+        }
     }
 }
 
@@ -86,7 +105,11 @@ pub(crate) fn connect(wakers: &[Arc<Waker>]) -> (Vec<Exchange>, Entrance) {
         let (entrance, entering) = sync_channel(ENTERING);
         senders.push((parcels, empties, waker));
         receivers.push((parcels_in, empties_in, entering));
-        entrances.push((entrance, Arc::clone(waker)));
+        entrances.push(Door {
+            parcels: entrance,
+            waker: Arc::clone(waker),
+            waits: AtomicBool::new(false),
+        });
     }
     let exchanges = receivers
         .into_iter()
@@ -222,14 +245,14 @@ mod tests {
         let (exchanges, entrance) = connect(&wakers);
         let [mut a, mut b]: [Exchange; 2] = exchanges.try_into().ok().unwrap();
         for _ in 0..ENTERING {
-            assert!(entrance.send(1, CONTENT, &[7; 100]));
+            assert!(entrance.send(1, CONTENT, vec![7; 100]));
         }
         assert!(
-            !entrance.send(1, CONTENT, &[7; 100]),
+            !entrance.send(1, CONTENT, vec![7; 100]),
             "nobody has taken anything yet"
         );
         assert!(
-            !entrance.send(2, CONTENT, &[7; 100]),
+            !entrance.send(2, CONTENT, vec![7; 100]),
             "there is no such worker"
         );
         assert!(a.send(1, CONTENT, &[8]));

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tracing::trace;
 
 use crate::engine::counters::{Counter, Counters};
-use crate::engine::forward::batch::{Destination, Message, UdpSink};
+use crate::engine::forward::batch::{Destination, Endpoint, Message, UdpSink};
 use crate::engine::forward::routes::PeerId;
 use crate::engine::io::udp::Sockets;
 use crate::engine::io::udp_io::Sender;
@@ -153,8 +153,13 @@ impl<'a, S: SendMessages> Outlet<'a, S> {
     /// Gives messages to whoever carries them to relays.
     fn relay(&mut self, arena: &[u8], messages: &[Message]) {
         for message in messages {
-            let Destination::Relay(relay, peer) = message.to else {
-                continue;
+            let (relay, peer) = match message.to {
+                Destination::Relay(relay, peer) => (relay, peer),
+                Destination::Both(endpoint, relay, peer) => {
+                    self.send_too(arena, message, endpoint);
+                    (relay, peer)
+                }
+                Destination::Udp(_) => continue,
             };
             let bytes = &arena[message.offset..message.offset + message.length];
             let relayed = Relayed {
@@ -170,6 +175,37 @@ impl<'a, S: SendMessages> Outlet<'a, S> {
                 _ => Counter::DropRelay,
             };
             self.counters.add(counter, count);
+        }
+    }
+
+    /// Sends what goes through a relay to an address as well.
+    fn send_too(&mut self, arena: &[u8], message: &Message, endpoint: Endpoint) {
+        let sockets = Arc::clone(&self.sockets);
+        let Some(socket) = sockets.of_family(endpoint.remote.is_ipv4()) else {
+            return;
+        };
+        let to = Destination::Udp(endpoint);
+        let Some(header) = endpoint.header() else {
+            return self.send_to(socket, arena, &[Message { to, ..*message }]);
+        };
+        let bytes = &arena[message.offset..message.offset + message.length];
+        // Half of the datagrams at a time: with headers all of them may be more than a message takes.
+        for some in bytes.chunks(message.size * message.segments.div_ceil(2).max(1)) {
+            let datagrams = some.chunks(message.size);
+            let message = Message {
+                offset: 0,
+                length: some.len() + datagrams.len() * header.len(),
+                size: message.size.min(some.len()) + header.len(),
+                segments: datagrams.len(),
+                to,
+                ..*message
+            };
+            let mut wrapped = Vec::with_capacity(message.length);
+            for datagram in datagrams {
+                wrapped.extend_from_slice(&header);
+                wrapped.extend_from_slice(datagram);
+            }
+            self.send_to(socket, &wrapped, &[message]);
         }
     }
 
@@ -199,7 +235,7 @@ impl<S: SendMessages> UdpSink for Outlet<'_, S> {
     }
 }
 
-/// Whether a message goes by IPv4 or IPv6; `None` if it goes through a relay.
+/// Whether a message goes by IPv4 or IPv6; `None` if it goes through a relay, or that way too.
 fn family(message: &Message) -> Option<bool> {
     let endpoint = message.to.endpoint()?;
     Some(endpoint.remote.is_ipv4())
@@ -209,7 +245,7 @@ fn family(message: &Message) -> Option<bool> {
 fn forget_source(message: &mut Message) -> bool {
     match &mut message.to {
         Destination::Udp(endpoint) => endpoint.local.take().is_some(),
-        Destination::Relay(..) => false,
+        Destination::Relay(..) | Destination::Both(..) => false,
     }
 }
 
@@ -224,7 +260,6 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::engine::forward::batch::Endpoint;
     use crate::engine::io::udp::{Bind, Underlay};
     use crate::engine::path::RelayId;
     use crate::wireguard::keys::PublicKey;
@@ -266,6 +301,7 @@ mod tests {
             to: Destination::Udp(Endpoint {
                 remote: (to, port).into(),
                 local: Some(IpAddr::V4(local)),
+                number: None,
             }),
             peer: Some(PEER),
             ecn: 0,
@@ -358,6 +394,7 @@ mod tests {
             to: Destination::Udp(Endpoint {
                 remote: peer(host),
                 local: None,
+                number: None,
             }),
             peer: Some(host.into()),
             ecn: 0,
@@ -412,5 +449,55 @@ mod tests {
             [3, 6, 0],
             "bounded"
         );
+    }
+
+    #[test]
+    fn what_goes_both_ways_is_sent_and_given_to_whoever_carries_it() {
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        server
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        let mut underlay = Underlay::bind(Bind {
+            port: 0,
+            mark: 0,
+            workers: 1,
+            gro: false,
+            others: false,
+        })
+        .unwrap();
+        let sockets = Arc::new(underlay.sockets.remove(0));
+        for number in [None, Some(5)] {
+            let counters = Counters::new();
+            let mut outlet = Outlet::new(Arc::clone(&sockets), &counters);
+            let endpoint = Endpoint {
+                remote: server.local_addr().unwrap(),
+                local: None,
+                number,
+            };
+            let message = Message {
+                offset: SIZE,
+                length: 2 * SIZE + 5,
+                size: SIZE,
+                segments: 3,
+                to: Destination::Both(endpoint, RelayId(3), PublicKey([9; 32])),
+                peer: Some(PEER),
+                ecn: 0,
+            };
+            let arena: Vec<u8> = (0..4 * SIZE).map(|at| at as u8).collect();
+            let (carrier, mut carried) = mpsc::channel(1);
+            outlet.carrier = Some(carrier);
+            outlet.send(&arena, &[message]);
+            let whole = &arena[SIZE..3 * SIZE + 5];
+            assert_eq!(carried.try_recv().unwrap().bytes[..], *whole);
+            let header = endpoint.header();
+            let header = header.as_ref().map_or(&[][..], |header| header);
+            let mut buffer = [0; 2 * SIZE];
+            for datagram in whole.chunks(SIZE) {
+                let length = server.recv(&mut buffer).unwrap();
+                assert_eq!(buffer[..length], [header, datagram].concat());
+            }
+            let counted = [Counter::TxRelayed, Counter::TxDatagrams];
+            assert_eq!(counted.map(|counter| counters.get(counter)), [3, 3]);
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 
 use crate::engine::error::Error;
 use crate::engine::offload::coalesce::Offload;
@@ -74,14 +74,34 @@ fn set_offload(queue: &File, flags: libc::c_uint) -> io::Result<()> {
     }
 }
 
-fn open_queue(name: &str, flags: libc::c_int) -> Result<(File, String), Error> {
-    let mut request = request(name)?;
+/// Where the driver is.
+const DRIVER: &str = "/dev/net/tun";
+
+fn open(path: &str) -> Result<File, Error> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open("/dev/net/tun")
+        .open(path)
         .map_err(Error::TunOpen)?;
+    let kind = file.metadata().map_err(Error::TunOpen)?.file_type();
+    if !kind.is_char_device() {
+        // What a container's runtime leaves that has made a place for the device, and then not put it there.
+        let text = "it is a plain file and no device";
+        let error = io::Error::new(io::ErrorKind::NotFound, text);
+        return Err(Error::TunOpen(error));
+    }
+    Ok(file)
+}
+
+/// Whether this process may open the TUN driver, and else why not and what mends it. Makes no device.
+pub fn usable() -> Result<(), Error> {
+    open(DRIVER).map(drop)
+}
+
+fn open_queue(name: &str, flags: libc::c_int) -> Result<(File, String), Error> {
+    let mut request = request(name)?;
+    let file = open(DRIVER)?;
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     ioctl(file.as_fd(), libc::TUNSETIFF, &mut request).map_err(|source| {
         if source.raw_os_error() == Some(libc::EBUSY) {
@@ -237,5 +257,19 @@ impl From<OwnedFd> for Queue {
 impl AsFd for Queue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plain_file_is_no_tun_device() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_str().unwrap();
+        let error = open(path).unwrap_err().to_string();
+        assert!(error.contains("plain file"), "{error}");
+        assert!(open("/dev/null").is_ok());
     }
 }

@@ -175,7 +175,8 @@ impl Overflows {
     }
 }
 
-fn overflows(sockets: [&Option<OwnedFd>; 2]) -> u64 {
+/// Datagrams that the kernel has dropped since the queues of these sockets were full.
+pub(crate) fn overflows(sockets: [&Option<OwnedFd>; 2]) -> u64 {
     /// Place of the drops among the numbers (`SK_MEMINFO_DROPS`, linux/sock_diag.h).
     const DROPS: usize = 8;
     let sockets = sockets.into_iter().flatten();
@@ -345,6 +346,30 @@ enum Role {
     Strangers,
     /// What is no WireGuard message.
     Others,
+}
+
+/// Sockets for IPv4 and IPv6, as far as the machine has them, on a port that nobody else has; a `port` of 0 becomes the
+/// one that the system chose. What they send has this firewall mark; 0 for none. Several datagrams may arrive in one
+/// buffer.
+pub(crate) fn alone(port: &mut u16, mark: u32) -> Result<[Option<OwnedFd>; 2], Error> {
+    let bind = Bind {
+        port: *port,
+        mark,
+        workers: 1,
+        gro: true,
+        others: true,
+    };
+    let pair = open_pair(bind, port, Role::Alone)?;
+    match pair.iter().any(Option::is_some) {
+        true => Ok(pair),
+        false => {
+            let source = io::Error::from_raw_os_error(libc::EAFNOSUPPORT);
+            Err(Error::Bind {
+                port: *port,
+                source,
+            })
+        }
+    }
 }
 
 /// Binds a socket for each family. A `port` of 0 becomes the one that the system chose.

@@ -144,7 +144,11 @@ impl Receiver {
     }
 
     /// Gives each buffer that was filled last to `take`, with the length of the datagrams in it.
-    pub(crate) fn take(&self, filled: Filled, mut take: impl FnMut(&Origin, &[u8], usize)) {
+    pub(crate) fn take<'b>(
+        &'b self,
+        filled: Filled,
+        mut take: impl FnMut(&Origin, &'b [u8], usize),
+    ) {
         for at in 0..filled.count.min(self.headers.len()) {
             let header = &self.headers[at];
             let buffer = &self.buffers[at];
@@ -157,6 +161,7 @@ impl Receiver {
                 local: None,
                 interface: 0,
                 ecn: 0,
+                number: None,
                 relay: None,
             };
             let mut stride = length;
@@ -202,6 +207,19 @@ impl Receiver {
     }
 }
 
+/// Datagrams to one place, contiguous, that the kernel cuts up.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cut<'b> {
+    /// Where to.
+    pub(crate) to: &'b Endpoint,
+    /// All of them.
+    pub(crate) bytes: &'b [u8],
+    /// Length of each but the last; `None` for a single one.
+    pub(crate) size: Option<usize>,
+    /// ECN bits of the underlay packets.
+    pub(crate) ecn: u8,
+}
+
 /// Sends batches of messages.
 pub(crate) struct Sender {
     addresses: Box<[Address]>,
@@ -231,26 +249,35 @@ impl Sender {
         arena: &[u8],
         messages: &[Message],
     ) -> io::Result<usize> {
-        let messages = &messages[..messages.len().min(MESSAGES)];
-        for (at, message) in messages.iter().enumerate() {
-            let Some(endpoint) = message.to.endpoint() else {
-                debug_assert!(false, "what goes through a relay goes another way");
-                continue;
-            };
-            let bytes = &arena[message.offset..message.offset + message.length];
-            let (address, length) = Address::new(endpoint.remote);
+        let cuts = messages.iter().map_while(|message| {
+            let to = message.to.endpoint();
+            debug_assert!(to.is_some(), "what goes through a relay goes another way");
+            Some(Cut {
+                to: to?,
+                bytes: &arena[message.offset..message.offset + message.length],
+                size: (message.segments > 1).then_some(message.size),
+                ecn: message.ecn,
+            })
+        });
+        self.send_cuts(socket, cuts)
+    }
+
+    /// The same for datagrams that lie anywhere.
+    pub(crate) fn send_cuts<'b>(
+        &mut self,
+        socket: &OwnedFd,
+        cuts: impl Iterator<Item = Cut<'b>>,
+    ) -> io::Result<usize> {
+        let mut prepared = 0;
+        for (at, cut) in cuts.take(MESSAGES).enumerate() {
+            let (address, length) = Address::new(cut.to.remote);
             self.addresses[at] = address;
             self.vectors[at] = libc::iovec {
-                iov_base: bytes.as_ptr().cast_mut().cast(),
-                iov_len: bytes.len(),
+                iov_base: cut.bytes.as_ptr().cast_mut().cast(),
+                iov_len: cut.bytes.len(),
             };
             let control = &mut self.controls[at];
-            let used = fill(
-                control,
-                endpoint,
-                message.ecn,
-                (message.segments > 1).then_some(message.size),
-            );
+            let used = fill(control, cut.to, cut.ecn, cut.size);
             let header = &mut self.headers[at].msg_hdr;
             header.msg_name = std::ptr::from_mut(&mut self.addresses[at]).cast();
             header.msg_namelen = length;
@@ -262,14 +289,15 @@ impl Sender {
                 control.0.as_mut_ptr().cast()
             };
             header.msg_controllen = used as _;
+            prepared = at + 1;
         }
-        // SAFETY: all pointers lead to heap blocks of this struct or into `arena`, which live and
-        // stay untouched for the whole call, with their lengths. The kernel only reads the data.
+        // SAFETY: all pointers lead to heap blocks of this struct or to bytes that the caller has borrowed for
+        // 'b, which live and stay untouched for the whole call, with their lengths. The kernel only reads them.
         let count = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
                 self.headers.as_mut_ptr(),
-                messages.len() as libc::c_uint,
+                prepared as libc::c_uint,
                 libc::MSG_DONTWAIT as _,
             )
         };
@@ -290,6 +318,7 @@ pub(crate) fn send_one(
     let endpoint = Endpoint {
         remote,
         local: source,
+        number: None,
     };
     let (mut address, length) = Address::new(remote);
     let mut control = Control::EMPTY;

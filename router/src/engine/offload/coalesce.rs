@@ -190,19 +190,13 @@ impl Coalescer {
         }
     }
 
-    /// Takes the packet of `length` bytes in [`Coalescer::slot`].
-    pub(crate) fn push(&mut self, length: usize, sink: &mut impl TunSink) {
+    /// Takes the packet of `length` bytes in [`Coalescer::slot`], if it has the shape of what is joined. False: it is
+    /// still there, for [`Coalescer::pass`].
+    #[must_use]
+    pub(crate) fn push(&mut self, length: usize, sink: &mut impl TunSink) -> bool {
         let packet = self.buffers.scratch(length);
         let Some(transport) = Transport::parse(packet) else {
-            if let Some(addresses) = ip::addresses(packet) {
-                // A packet that may belong to any flow between its addresses.
-                let addresses = self.runs.addresses(&packet[addresses]);
-                while let Some(at) = self.runs.between(addresses) {
-                    self.flush(at, sink);
-                }
-            }
-            self.write_scratch(length, sink);
-            return;
+            return false;
         };
         let joinable = self.supports(&transport) && run::joinable(packet, &transport);
         let last = run::is_last(packet, &transport);
@@ -216,7 +210,7 @@ impl Coalescer {
                 if last || self.runs.get_mut(at).is_full() {
                     self.flush(at, sink);
                 }
-                return;
+                return true;
             }
             self.flush(at, sink);
         }
@@ -225,6 +219,30 @@ impl Coalescer {
         } else {
             self.write_scratch(length, sink);
         }
+        true
+    }
+
+    /// Writes the packet of `length` bytes in [`Coalescer::slot`], which may belong to any flow between its
+    /// addresses.
+    pub(crate) fn pass(&mut self, length: usize, sink: &mut impl TunSink) {
+        let packet = self.buffers.scratch(length);
+        if let Some(addresses) = ip::addresses(packet) {
+            let addresses = self.runs.addresses(&packet[addresses]);
+            while let Some(at) = self.runs.between(addresses) {
+                self.flush(at, sink);
+            }
+        }
+        self.write_scratch(length, sink);
+    }
+
+    /// Writes a packet that no peer has sent.
+    pub(crate) fn write(&mut self, packet: &[u8], sink: &mut impl TunSink) {
+        self.single.clear();
+        if self.offload.vnet {
+            self.single.extend_from_slice(&Header::PLAIN.encode(0));
+        }
+        self.single.extend_from_slice(packet);
+        sink.write(&self.single);
     }
 
     /// Writes every open run, oldest first. From now on few may be open.

@@ -9,6 +9,11 @@ pub(crate) const TCP: u8 = 6;
 /// IP protocol number of UDP.
 pub(crate) const UDP: u8 = 17;
 
+/// IP protocol number of ICMP.
+pub(crate) const ICMP: u8 = 1;
+/// IP protocol number of ICMPv6.
+pub(crate) const ICMPV6: u8 = 58;
+
 /// Length of an IPv4 header without options, in bytes.
 pub(crate) const V4_HEADER: usize = 20;
 /// Length of an IPv6 header, in bytes.
@@ -32,6 +37,25 @@ pub(crate) fn destination(packet: &[u8]) -> Option<IpAddr> {
     match packet.first()? >> 4 {
         4 => v4(packet, 16),
         6 => v6(packet, 24),
+        _ => None,
+    }
+}
+
+/// Protocol of an IP packet; of IPv6 that of the first header.
+pub(crate) fn protocol(packet: &[u8]) -> Option<u8> {
+    match packet.first()? >> 4 {
+        4 => packet.get(9),
+        6 => packet.get(6),
+        _ => None,
+    }
+    .copied()
+}
+
+/// Source of an IP packet.
+pub(crate) fn source(packet: &[u8]) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 => v4(packet, 12),
+        6 => v6(packet, 8),
         _ => None,
     }
 }

@@ -126,7 +126,11 @@ impl Packets for Segments<'_> {
 }
 
 /// Completes a checksum of which the kernel left the folded pseudo-header sum in the field.
-fn complete_checksum(packet: &mut [u8], start: usize, offset: usize) -> Result<(), Malformed> {
+pub(crate) fn complete_checksum(
+    packet: &mut [u8],
+    start: usize,
+    offset: usize,
+) -> Result<(), Malformed> {
     let field = start + offset;
     if field + 2 > packet.len() {
         return Err(Malformed);

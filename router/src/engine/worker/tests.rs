@@ -92,6 +92,8 @@ impl Bench {
             exchange: self.exchanges.remove(0),
             counters: &self.counters,
             listener: self.listener.clone(),
+            inside: None,
+            watcher: None,
         };
         work(&mut self.forwarder, &mut port);
         self.exchanges.insert(0, port.exchange);

@@ -1,4 +1,4 @@
-//! Connection tracking's flows (ctnetlink), to end those that may not go on.
+//! Connection tracking's flows (ctnetlink): to count them, and to end those that may not go on.
 //!
 //! Numbers are those of `include/uapi/linux/netfilter/nfnetlink_conntrack.h`.
 
@@ -15,6 +15,8 @@ const CT_GET: u16 = 1;
 const CT_DELETE: u16 = 2;
 const TUPLE_ORIGINAL: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
+const PROTOCOL: u16 = 4;
+const TIMEOUT: u16 = 7;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
 /// Flows per datagram; see the same of routes.
@@ -27,6 +29,12 @@ pub(crate) struct Tracked {
     pub(crate) first: NewFlow,
     /// Where its replies go: another address than its source if that is translated.
     pub(crate) external: IpAddr,
+    /// Its number.
+    pub(crate) id: u32,
+    /// Of TCP the state of the connection (`enum tcp_conntrack`).
+    pub(crate) tcp_state: Option<u8>,
+    /// How long it lives on without a packet.
+    pub(crate) seconds_left: u32,
 }
 
 /// What names a flow to the kernel.
@@ -38,6 +46,27 @@ struct Name {
 }
 
 impl Nft {
+    /// Has `see` see all flows.
+    pub(crate) fn flows(&mut self, mut see: impl FnMut(&Tracked)) -> Result<(), Error> {
+        self.visit_flows(|flow, _| see(&flow))
+    }
+
+    fn visit_flows(&mut self, mut visit: impl FnMut(Tracked, Name)) -> Result<(), Error> {
+        self.0
+            .visit(
+                CTNETLINK << 8 | CT_GET,
+                |payload| payload.fixed(&[0; 4]),
+                |message| {
+                    if let Some((flow, name)) = read(message.payload) {
+                        visit(flow, name);
+                    }
+                },
+            )
+            // Flows come and go while they are listed.
+            .map(drop)
+            .map_err(|refusal| Error::refused("list connection tracking's flows", refusal))
+    }
+
     /// Ends the flows that `ended` picks, and returns how many there were. Their next packets count
     /// as those of new flows.
     pub(crate) fn end_flows(
@@ -45,17 +74,11 @@ impl Nft {
         mut ended: impl FnMut(&Tracked) -> bool,
     ) -> Result<usize, Error> {
         let mut names: Vec<Name> = Vec::new();
-        let failed = |refusal| Error::refused("list connection tracking's flows", refusal);
-        self.0
-            .visit(
-                CTNETLINK << 8 | CT_GET,
-                |payload| payload.fixed(&[0; 4]),
-                |message| {
-                    let picked = read(message.payload).filter(|(flow, _)| ended(flow));
-                    names.extend(picked.map(|(_, name)| name));
-                },
-            )
-            .map_err(failed)?;
+        self.visit_flows(|flow, name| {
+            if ended(&flow) {
+                names.push(name);
+            }
+        })?;
         for chunk in names.chunks(FLOWS_PER_DATAGRAM) {
             let mut batch = self.0.batch();
             for name in chunk {
@@ -68,7 +91,8 @@ impl Nft {
                     }
                 });
             }
-            let refused = self.0.send(batch).map_err(failed)?;
+            let refused = self.0.send(batch);
+            let refused = refused.map_err(|refusal| Error::refused("end flows", refusal))?;
             // A flow may end by itself meanwhile.
             let serious = |(_, refusal): &(u32, Refusal)| refusal.errno != libc::ENOENT;
             if let Some((_, refusal)) = refused.into_iter().find(serious) {
@@ -103,6 +127,15 @@ fn read(payload: &[u8]) -> Option<(Tracked, Name)> {
         id: attribute(attributes, ID)?.to_vec(),
         zone: attribute(attributes, ZONE).map(<[u8]>::to_vec),
     };
-    let external = address(attribute(attributes, TUPLE_REPLY)?, 2, 4)?;
-    Some((Tracked { first, external }, name))
+    let be32 = |kind| Some(u32::from_be_bytes(field(attribute(attributes, kind)?, 0)?));
+    let tcp = attribute(attributes, PROTOCOL).and_then(|protocol| attribute(protocol, 1));
+    let flow = Tracked {
+        first,
+        external: address(attribute(attributes, TUPLE_REPLY)?, 2, 4)?,
+        id: be32(ID)?,
+        tcp_state: tcp.and_then(|tcp| attribute(tcp, 1)?.first().copied()),
+        // A flow of the kernel's flow table for offloads has none.
+        seconds_left: be32(TIMEOUT).unwrap_or(u32::MAX),
+    };
+    Some((flow, name))
 }

@@ -20,6 +20,8 @@ pub(crate) enum Field {
     IifName,
     /// The same of the one by which it leaves.
     OifName,
+    /// Ethernet's protocol; two bytes, network order.
+    EtherType,
     /// Family, 2 or 10; one byte.
     NfProto,
     /// IP protocol; one byte.
@@ -37,7 +39,7 @@ impl Field {
             Self::Iif | Self::Oif | Self::CtState => 4,
             Self::IifName | Self::OifName => 16,
             Self::NfProto | Self::L4Proto => 1,
-            Self::DestinationPort => 2,
+            Self::DestinationPort | Self::EtherType => 2,
         }
     }
 }
@@ -115,13 +117,17 @@ impl Nft {
         let number = |bytes: Option<&[u8]>| Some(u32::from_be_bytes(field(bytes?, 0)?));
         let chains = wire::messages(&answer).filter_map(|message| {
             let family = *message.payload.first()?;
-            let attributes = message.payload.get(4..)?;
-            let of = |kind| attribute(attributes, kind);
+            let list = message.payload.get(4..)?;
+            let of = |kind| attribute(list, kind);
+            let hook = of(HOOK)?;
+            let one = attribute(hook, 3).into_iter();
+            let many = attributes(attribute(hook, 4).unwrap_or_default()).map(|(_, name)| name);
             Some(BaseChain {
                 family,
                 table: wire::text(of(TABLE)?),
                 name: wire::text(of(NAME)?),
-                hook: number(attribute(of(HOOK)?, 1))?,
+                devices: one.chain(many).map(wire::text).collect(),
+                hook: number(attribute(hook, 1))?,
                 drops: number(of(POLICY)) == Some(0),
             })
         });
@@ -208,6 +214,7 @@ fn read(expressions: &[u8], mut set: impl FnMut(&str) -> Elements) -> ForeignRul
         match name.as_str() {
             "meta" | "ct" | "payload" => {
                 let loads = match (name.as_str(), number(2)) {
+                    ("meta", 1) => Loaded::Field(Field::EtherType, None),
                     ("meta", 4) => Loaded::Field(Field::Iif, None),
                     ("meta", 5) => Loaded::Field(Field::Oif, None),
                     ("meta", 6) => Loaded::Field(Field::IifName, None),

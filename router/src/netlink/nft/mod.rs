@@ -17,9 +17,10 @@ pub(crate) use expression::{
     BROADCAST, Base, CT_ESTABLISHED_RELATED, CT_INVALID, CT_NEW, CT_UNTRACKED, Cmp, Ct, LOOPBACK,
     MULTICAST, Meta, REG, REG_2, REG_3, Reject, Rule, Verdict, WORD,
 };
+pub(crate) use flows::Tracked;
 pub(crate) use foreign::{Condition, Effect, Field, ForeignRule};
 pub use transaction::Family;
-pub(crate) use transaction::{Hook, Span, Transaction};
+pub(crate) use transaction::{Holds, Hook, Span, Transaction};
 pub(crate) use watch::{Seen, Watch};
 
 use super::Error;
@@ -75,8 +76,10 @@ pub(crate) struct BaseChain {
     pub(crate) table: String,
     /// Name.
     pub(crate) name: String,
-    /// `NF_INET_*`, for families of IP.
+    /// `NF_INET_*`, for families of IP; else `NF_NETDEV_*`.
     pub(crate) hook: u32,
+    /// The interfaces that it is for, if not all.
+    pub(crate) devices: Vec<String>,
     /// Whether packets that none of its rules decide on are dropped.
     pub(crate) drops: bool,
 }

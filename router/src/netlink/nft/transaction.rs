@@ -119,6 +119,23 @@ impl Hook {
     }
 }
 
+/// What the elements of a set are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Holds {
+    /// Ranges.
+    Ranges,
+    /// Single values, about so many to begin with. The kernel is told, for a table that grows while it is
+    /// filled takes it several times as long. Much more than that makes the set full, and what would be added
+    /// is refused (ENFILE): then it has to be made anew.
+    Single(usize),
+}
+
+/// Elements that a set of single values has room for, where there are `count` to begin with.
+fn room(count: usize) -> u32 {
+    const FEW: usize = 256;
+    u32::try_from(count + count / 2 + FEW).unwrap_or(u32::MAX)
+}
+
 /// The contents of a table under construction.
 pub(crate) struct Transaction<'t> {
     batch: Batch,
@@ -245,7 +262,7 @@ impl<'t> Transaction<'t> {
 
     /// Adds a set of addresses. The spans are in order and do not touch each other.
     pub(crate) fn address_set(&mut self, name: &str, family: Family, spans: &[Span]) {
-        self.set(name, &[family.field()], Leads::Nowhere, true);
+        self.set(name, &[family.field()], Leads::Nowhere, Holds::Ranges);
         self.add_spans(name, family, spans);
     }
 
@@ -256,17 +273,16 @@ impl<'t> Transaction<'t> {
 
     /// Adds a map from addresses to chains. The spans are in order and do not overlap.
     pub(crate) fn chain_map(&mut self, name: &str, family: Family, spans: &[(Span, String)]) {
-        self.set(name, &[family.field()], Leads::ToChains, true);
+        self.set(name, &[family.field()], Leads::ToChains, Holds::Ranges);
         let spans = spans
             .iter()
             .map(|(span, chain)| (*span, Some(Data::Chain(chain))));
         self.elements(name, boundaries(family, spans));
     }
 
-    /// Adds an empty map from addresses to numbers: of ranges, or of single addresses, of which any can be
-    /// changed later.
-    pub(crate) fn number_map(&mut self, name: &str, family: Family, ranges: bool) {
-        self.set(name, &[family.field()], Leads::ToNumbers, ranges);
+    /// Adds an empty map from addresses to numbers, of which any can be changed later.
+    pub(crate) fn number_map(&mut self, name: &str, family: Family, holds: Holds) {
+        self.set(name, &[family.field()], Leads::ToNumbers, holds);
     }
 
     /// Adds ranges of addresses to a map to numbers, in order and without overlap.
@@ -290,9 +306,11 @@ impl<'t> Transaction<'t> {
         self.elements(map, elements);
     }
 
-    /// Adds an empty set of single addresses, of which any can be changed later.
-    pub(crate) fn host_set(&mut self, name: &str, family: Family) {
-        self.set(name, &[family.field()], Leads::Nowhere, false);
+    /// Adds an empty set of single addresses, of which any can be changed later. There are to be about
+    /// `count` of them, see [`Holds`].
+    pub(crate) fn host_set(&mut self, name: &str, family: Family, count: usize) {
+        let holds = Holds::Single(count);
+        self.set(name, &[family.field()], Leads::Nowhere, holds);
     }
 
     /// Adds addresses to a set of single ones.
@@ -325,8 +343,8 @@ impl<'t> Transaction<'t> {
 
     /// Adds an empty set of numbers with an address or a range of addresses each, in registers behind each
     /// other: see [`WORD`](super::WORD).
-    pub(crate) fn pair_set(&mut self, name: &str, family: Family, ranges: bool) {
-        self.set(name, &[NUMBER, family.field()], Leads::Nowhere, ranges);
+    pub(crate) fn pair_set(&mut self, name: &str, family: Family, holds: Holds) {
+        self.set(name, &[NUMBER, family.field()], Leads::Nowhere, holds);
     }
 
     /// Adds pairs to a set of numbers with ranges, which do not overlap.
@@ -366,13 +384,14 @@ impl<'t> Transaction<'t> {
 
     /// Adds a set of IP protocols.
     pub(crate) fn protocol_set(&mut self, name: &str, protocols: &[u8]) {
-        self.set(name, &[PROTOCOL], Leads::Nowhere, false);
+        let holds = Holds::Single(protocols.len());
+        self.set(name, &[PROTOCOL], Leads::Nowhere, holds);
         let elements = protocols.iter();
         let elements = elements.map(|protocol| Element::single(vec![*protocol], None));
         self.elements(name, elements);
     }
 
-    fn set(&mut self, name: &str, fields: &[Field], leads: Leads, ranges: bool) {
+    fn set(&mut self, name: &str, fields: &[Field], leads: Leads, holds: Holds) {
         const INTERVAL: u32 = 0x4;
         const MAP: u32 = 0x8;
         const CONCAT: u32 = 0x80;
@@ -381,7 +400,7 @@ impl<'t> Transaction<'t> {
         let kind = fields.iter().fold(0, |all, field| all << 6 | field.kind);
         let len: usize = fields.iter().map(|f| f.len.next_multiple_of(4)).sum();
         let key_len = if fields.len() > 1 { len } else { fields[0].len };
-        let flags = if ranges { INTERVAL } else { 0 }
+        let flags = if holds == Holds::Ranges { INTERVAL } else { 0 }
             | if leads == Leads::Nowhere { 0 } else { MAP }
             | if fields.len() > 1 { CONCAT } else { 0 };
         self.sets += 1;
@@ -399,13 +418,18 @@ impl<'t> Transaction<'t> {
                     set.be32(7, NUMBER.len as u32);
                 }
             }
-            if fields.len() > 1 {
+            if fields.len() > 1 || holds != Holds::Ranges {
                 set.nested(9, |description| {
-                    description.nested(2, |list| {
-                        for field in fields {
-                            list.nested(1, |one| one.be32(1, field.len as u32));
-                        }
-                    });
+                    if let Holds::Single(count) = holds {
+                        description.be32(1, room(count));
+                    }
+                    if fields.len() > 1 {
+                        description.nested(2, |list| {
+                            for field in fields {
+                                list.nested(1, |one| one.be32(1, field.len as u32));
+                            }
+                        });
+                    }
                 });
             }
             set.be32(10, id);
@@ -592,7 +616,7 @@ pub(super) mod tests {
     fn every_message_has_a_purpose_to_name_it_by() {
         let mut tx = transaction();
         tx.counter("n", Count::default());
-        tx.host_set("f", Family::V6);
+        tx.host_set("f", Family::V6, 0);
         tx.chain("c");
         assert_eq!(tx.purposes, ["counter n", "set f", "chain c"]);
         assert_eq!(tx.batch.len() as usize, tx.purposes.len());

@@ -191,7 +191,7 @@ fn what_cannot_be_set_is_named_with_the_mend() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("eth0.100/forwarding to 1"), "{error}");
-    assert!(error.contains("from its host"), "{error}");
+    assert!(error.contains(crate::container::sysctl_mend()), "{error}");
 }
 
 const ALL6: &str = "net/ipv6/conf/all/forwarding";

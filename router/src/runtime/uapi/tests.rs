@@ -137,7 +137,7 @@ impl Router {
         let Config {
             identity, snapshot, ..
         } = &self.file;
-        self.combined.wants(FILE, identity, snapshot)
+        self.combined.wants(FILE, identity.as_ref(), snapshot)
     }
 }
 
@@ -159,6 +159,7 @@ fn what_a_set_does_not_know_stays() {
     assert!(matches!(new.endpoint, Some(Endpoint::Name { .. })));
     let expected = Peer {
         keepalive: Some(7),
+        roaming: true,
         ..old.clone()
     };
     assert_eq!(*new, expected, "with its preshared key, CIDRs in order");
@@ -169,6 +170,9 @@ fn what_a_set_does_not_know_stays() {
         allowed_ips: vec!["100.64.0.10/32".parse().unwrap()],
         endpoint: None,
         keepalive: None,
+        roaming: true,
+        masquerade: Vec::new(),
+        jailed: false,
     };
     assert_eq!(*router.peer(&stranger()), expected);
     assert_eq!(wanted.delta.set.len(), 3, "nobody else is touched");
@@ -332,7 +336,7 @@ fn a_new_key_comes_when_its_peer_has_gone() {
     let wanted = router.set(&format!("private_key={private}"));
     let identity = wanted.delta.identity.unwrap();
     assert!(identity.private_key == key);
-    assert_eq!(identity.addresses, router.file.identity.addresses);
+    assert_eq!(identity.addresses, router.file.addresses());
     assert_eq!((wanted.delta.remove, wanted.renewed), (vec![own], vec![]));
     assert!(router.combined.key_of(FILE) == Some(&key));
 }
@@ -408,6 +412,9 @@ fn what_another_source_has_is_not_changed() {
         allowed_ips: vec!["100.64.0.10/32".parse().unwrap()],
         endpoint: None,
         keepalive: None,
+        roaming: true,
+        masquerade: Vec::new(),
+        jailed: false,
     };
     let delta = Delta {
         set: vec![theirs],

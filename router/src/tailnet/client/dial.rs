@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio_rustls::TlsConnector;
 
 use super::stream::NoiseStream;
@@ -26,16 +27,20 @@ const NEXT_ADDRESS: Duration = Duration::from_millis(250);
 const RECENT: Duration = Duration::from_secs(120);
 
 /// A connection.
-pub(super) type Io = Box<dyn Duplex>;
+pub(in crate::tailnet) type Io = Box<dyn Duplex>;
 
 /// Read and written.
-pub(super) trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(in crate::tailnet) trait Duplex:
+    AsyncRead + AsyncWrite + Send + Unpin
+{
+}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
 
 pub(super) struct Dialer {
     pub(super) url: ControlUrl,
     tls: TlsConnector,
     proxy: Option<Proxy>,
+    mark: u32,
 }
 
 /// How long all that a plan says may take.
@@ -67,7 +72,14 @@ impl Dialer {
             url,
             tls: tls.into(),
             proxy,
+            mark: 0,
         }
+    }
+
+    /// Has connections carry this firewall mark; 0 for none.
+    pub(super) fn marked(mut self, mark: u32) -> Self {
+        self.mark = mark;
+        self
     }
 
     /// A Noise session with the server whose key is `server`. `dialed` is when the last one was tried.
@@ -126,13 +138,16 @@ impl Dialer {
     ) -> Result<NoiseStream<Io>, Error> {
         let ports = self.url.ports();
         let recent = dialed.is_some_and(|at| at.elapsed() < RECENT);
-        let plain_fails = ports.tls.is_some() && ace.is_none() && (recent || self.proxy.is_some());
-        let mut tries = Vec::new();
-        if let Some(port) = ports.plain.filter(|_| !plain_fails) {
-            tries.push((false, port));
-        }
-        if let Some(port) = ports.tls.filter(|_| ace.is_none()) {
-            tries.push((true, port));
+        let tls = ports.tls.filter(|_| ace.is_none());
+        // A proxy carries what goes over TLS.
+        let plain = ports
+            .plain
+            .filter(|_| tls.is_none() || self.proxy.is_none());
+        let mut tries: Vec<(bool, u16)> = plain.map(|port| (false, port)).into_iter().collect();
+        tries.extend(tls.map(|port| (true, port)));
+        if recent {
+            // It comes last, and not never as in Go's client: a server may have started anew.
+            tries.reverse();
         }
         let mut sessions = Vec::new();
         for (tls, port) in tries {
@@ -160,24 +175,25 @@ impl Dialer {
         address: Option<IpAddr>,
     ) -> Result<Io, Error> {
         if !tls {
-            return Ok(Box::new(tcp(host, port, address).await?));
+            return Ok(Box::new(tcp(host, port, address, self.mark).await?));
         }
         let connection: Io = match &self.proxy {
             Some(proxy) => {
-                let mut connection: Io = Box::new(tcp(&proxy.host, proxy.port, None).await?);
+                let mut connection: Io =
+                    Box::new(tcp(&proxy.host, proxy.port, None, self.mark).await?);
                 let authorization = proxy.authorization.as_ref().map(|text| text.as_str());
                 let host = address.map_or(host.to_owned(), |address| address.to_string());
                 tunnel(&mut connection, &host, port, authorization).await?;
                 connection
             }
-            None => Box::new(tcp(host, port, address).await?),
+            None => Box::new(tcp(host, port, address, self.mark).await?),
         };
         self.wrap(host, connection).await
     }
 
     /// By a host that carries connections on: CONNECT over TLS, and no TLS within.
     async fn by_ace(&self, ace: &str, address: Option<IpAddr>, port: u16) -> Result<Io, Error> {
-        let connection: Io = Box::new(tcp(ace, 443, address).await?);
+        let connection: Io = Box::new(tcp(ace, 443, address, self.mark).await?);
         let mut connection = self.wrap(ace, connection).await?;
         tunnel(&mut connection, self.url.name(), port, None).await?;
         Ok(connection)
@@ -227,22 +243,37 @@ async fn staggered<T, F: Future<Output = Result<T, Error>>>(
 }
 
 /// TCP to a host, at `address` if one is named; else to its addresses, the families in turn.
-async fn tcp(host: &str, port: u16, address: Option<IpAddr>) -> Result<TcpStream, Error> {
-    let addresses: Vec<SocketAddr> = match address {
+pub(in crate::tailnet) async fn tcp(
+    host: &str,
+    port: u16,
+    address: Option<IpAddr>,
+    mark: u32,
+) -> Result<TcpStream, Error> {
+    let addresses = match address {
         Some(address) => vec![SocketAddr::new(address, port)],
-        None => {
-            let found = tokio::net::lookup_host((host, port)).await;
-            let found = found.map_err(|error| {
-                Error::Unreachable(format!("the name {host} is not found: {error}"))
-            })?;
-            in_turn(found)
-        }
+        None => resolve(host, port).await?,
     };
     if addresses.is_empty() {
         return Err(Error::Unreachable(format!("{host} has no address")));
     }
+    tcp_to_one_of(addresses, mark).await
+}
+
+/// The addresses of a name, the families in turn.
+pub(in crate::tailnet) async fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, Error> {
+    let found = tokio::net::lookup_host((host, port)).await;
+    let found = found
+        .map_err(|error| Error::Unreachable(format!("the name {host} is not found: {error}")))?;
+    Ok(in_turn(found))
+}
+
+/// TCP to the first of these addresses that answers.
+pub(in crate::tailnet) async fn tcp_to_one_of(
+    addresses: Vec<SocketAddr>,
+    mark: u32,
+) -> Result<TcpStream, Error> {
     let tries = addresses.into_iter().map(|address| async move {
-        let stream = TcpStream::connect(address).await;
+        let stream = socket(address, mark)?.connect(address).await;
         let stream = stream
             .map_err(|error| Error::Unreachable(format!("no connection to {address}: {error}")))?;
         stream.set_nodelay(true)?;
@@ -251,8 +282,35 @@ async fn tcp(host: &str, port: u16, address: Option<IpAddr>) -> Result<TcpStream
     staggered(tries, NEXT_ADDRESS).await
 }
 
+/// A socket toward `to` whose packets carry a firewall mark; 0 for none.
+pub(crate) fn socket(to: SocketAddr, mark: u32) -> std::io::Result<TcpSocket> {
+    let socket = match to {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    if mark != 0 {
+        let size = size_of::<u32>() as libc::socklen_t;
+        // SAFETY: the descriptor is open, and the option is a number of this size (socket(7)).
+        let outcome = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_MARK,
+                (&raw const mark).cast(),
+                size,
+            )
+        };
+        if outcome != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(socket)
+}
+
 /// Addresses with the families in turn, beginning with the one that the resolver puts first.
-fn in_turn(addresses: impl IntoIterator<Item = SocketAddr>) -> Vec<SocketAddr> {
+pub(in crate::tailnet) fn in_turn(
+    addresses: impl IntoIterator<Item = SocketAddr>,
+) -> Vec<SocketAddr> {
     let mut addresses = addresses.into_iter().peekable();
     let first = addresses.peek().is_some_and(SocketAddr::is_ipv4);
     let (a, b): (Vec<_>, Vec<_>) = addresses.partition(|address| address.is_ipv4() == first);
@@ -269,8 +327,8 @@ fn in_turn(addresses: impl IntoIterator<Item = SocketAddr>) -> Vec<SocketAddr> {
 }
 
 /// Asks for a tunnel by CONNECT.
-async fn tunnel(
-    connection: &mut Io,
+pub(in crate::tailnet) async fn tunnel(
+    connection: &mut (impl Duplex + ?Sized),
     host: &str,
     port: u16,
     authorization: Option<&str>,

@@ -61,6 +61,7 @@ pub(super) async fn outside(
     dialer: &Dialer,
     method: Method,
     url: &str,
+    headers: &[(&str, &str)],
     body: Option<Vec<u8>>,
 ) -> Result<Response<Incoming>, Error> {
     let wrong = || Error::Url(url.to_owned());
@@ -76,10 +77,14 @@ pub(super) async fn outside(
     let connection = dialer.connect(name, port, tls).await?;
     let authority = uri.authority().ok_or_else(wrong)?.as_str().to_owned();
     let target = uri.path_and_query().map_or("/", |path| path.as_str());
-    let request = Request::builder()
+    let mut request = Request::builder()
         .method(method)
         .uri(target)
-        .header(HOST, authority)
+        .header(HOST, authority);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request
         .body(Full::new(Bytes::from(body.unwrap_or_default())))
         .map_err(|_| wrong())?;
     let (mut sender, driver) = http1::handshake(TokioIo::new(connection)).await?;

@@ -58,20 +58,29 @@ impl ControlUrl {
         &self.host
     }
 
-    /// Where to try, as Go's client does: a named port stands for its scheme alone, and a private host without TLS
-    /// is not asked for TLS.
-    pub(super) fn ports(&self) -> Ports {
-        let private = self.host == "localhost"
+    /// Whether nobody on the way reads what is sent outside Noise: TLS, or a network that is one's own.
+    pub(in crate::tailnet) fn keeps_secrets(&self) -> bool {
+        self.https || self.is_private()
+    }
+
+    /// A private address, or this machine.
+    fn is_private(&self) -> bool {
+        self.host == "localhost"
             || self.host.parse().is_ok_and(|address| match address {
                 IpAddr::V4(address) => address.is_private() || address.is_loopback(),
                 IpAddr::V6(address) => address.is_unique_local() || address.is_loopback(),
-            });
+            })
+    }
+
+    /// Where to try, as Go's client does: a named port stands for its scheme alone, and a private host without TLS
+    /// is not asked for TLS.
+    pub(super) fn ports(&self) -> Ports {
         match (self.https, self.port) {
             (true, Some(port)) => Ports {
                 plain: None,
                 tls: Some(port),
             },
-            (false, port) if private => Ports {
+            (false, port) if self.is_private() => Ports {
                 plain: Some(port.unwrap_or(80)),
                 tls: None,
             },
@@ -123,22 +132,53 @@ pub struct ProxyError;
 /// A proxy that is asked by CONNECT. Who it is asked as never prints.
 #[derive(Clone)]
 pub struct Proxy {
-    pub(super) host: String,
-    pub(super) port: u16,
-    pub(super) authorization: Option<Zeroizing<String>>,
+    pub(in crate::tailnet) host: String,
+    pub(in crate::tailnet) port: u16,
+    pub(in crate::tailnet) authorization: Option<Zeroizing<String>>,
 }
 
 impl Proxy {
     /// What `HTTPS_PROXY` and `NO_PROXY` say about `host`, both in either case of letters.
     pub fn from_environment(url: &ControlUrl) -> Result<Option<Self>, ProxyError> {
+        Ok(Proxies::from_environment()?.toward(url.name()).cloned())
+    }
+}
+
+/// Which hosts are reached by a proxy.
+#[derive(Clone, Debug, Default)]
+pub struct Proxies {
+    proxy: Option<Proxy>,
+    /// Hosts that are not, as `NO_PROXY` names them.
+    except: String,
+}
+
+impl Proxies {
+    /// What `HTTPS_PROXY` and `NO_PROXY` say, both in either case of letters.
+    pub fn from_environment() -> Result<Self, ProxyError> {
         let variable = |name: &str| {
             let value = std::env::var(name).or_else(|_| std::env::var(name.to_lowercase()));
             value.ok().filter(|value| !value.is_empty())
         };
-        let except = variable("NO_PROXY").unwrap_or_default();
-        match variable("HTTPS_PROXY") {
-            Some(proxy) if !is_excepted(&except, url.name()) => proxy.parse().map(Some),
-            _ => Ok(None),
+        let proxy = variable("HTTPS_PROXY").map(|proxy| proxy.parse());
+        Ok(Self {
+            proxy: proxy.transpose()?,
+            except: variable("NO_PROXY").unwrap_or_default(),
+        })
+    }
+
+    /// The proxy toward a host, if there is to be one.
+    pub fn toward(&self, host: &str) -> Option<&Proxy> {
+        let proxy = self.proxy.as_ref();
+        proxy.filter(|_| !is_excepted(&self.except, host))
+    }
+}
+
+/// This proxy toward all hosts but the machine itself.
+impl From<Option<Proxy>> for Proxies {
+    fn from(proxy: Option<Proxy>) -> Self {
+        Self {
+            proxy,
+            except: String::new(),
         }
     }
 }
@@ -182,7 +222,7 @@ impl FromStr for Proxy {
 }
 
 /// Undoes `%41`.
-fn unescape(text: &str) -> Zeroizing<Vec<u8>> {
+pub(in crate::tailnet) fn unescape(text: &str) -> Zeroizing<Vec<u8>> {
     let (mut out, mut rest) = (Zeroizing::new(Vec::new()), text.as_bytes());
     while let [first, more @ ..] = rest {
         let escaped = (*first == b'%')

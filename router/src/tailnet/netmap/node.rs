@@ -75,9 +75,17 @@ pub struct Node {
     pub os: String,
     /// The name of its host.
     pub hostname: String,
+    /// There is a signature for tailnet lock.
+    #[serde(default)]
+    pub has_signature: bool,
 }
 
 impl Node {
+    /// Whether it knows what peer relays are, and how places on them are asked for.
+    pub fn knows_relays(&self) -> bool {
+        self.version >= 121 && self.disco.is_some()
+    }
+
     /// Understands a node of the wire. `None` for one without number or key, which is of no use to anybody.
     pub fn from_wire(wire: &wire::Node) -> Option<Self> {
         let addresses: Vec<IpNet> = all(&wire.addresses);
@@ -119,6 +127,10 @@ impl Node {
             hostname: host
                 .and_then(|host| host.hostname.clone())
                 .unwrap_or_default(),
+            has_signature: wire
+                .key_signature
+                .as_ref()
+                .is_some_and(|text| !text.is_empty()),
         })
     }
 

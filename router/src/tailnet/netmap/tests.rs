@@ -406,3 +406,103 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn peers_are_relays_as_the_filter_grants() {
+    let capable = |id: i64, version: i64| {
+        let mut node = node(id);
+        node["Cap"] = json!(version);
+        node["DiscoKey"] = json!(disco(id as u8));
+        node
+    };
+    let mut told = Told::new(&[capable(1, 121), capable(2, 145), capable(3, 120), node(4)]);
+    let grant = |sources: &[&str], to: &str, cap: &str| json!({"SrcIPs": sources, "CapGrant": [{"Dsts": [to], "CapMap": {cap: null}}]});
+    let relays = |told: &Told| {
+        let all = told.0.peer_relays();
+        let ids = told.0.peers().filter(|peer| all.contains(&peer.key));
+        ids.map(|peer| peer.id.0).collect::<Vec<_>>()
+    };
+    let target = "tailscale.com/cap/relay-target";
+    for (rules, expected) in [
+        (json!([]), vec![]),
+        // Too old, or never connected: no relays.
+        (json!([grant(&["*"], "100.64.0.0/10", target)]), vec![1, 2]),
+        (
+            json!([grant(&["100.64.0.2"], "100.64.0.200/32", target)]),
+            vec![2],
+        ),
+        // Toward others, another capability, and the other way round.
+        (json!([grant(&["*"], "100.64.0.7/32", target)]), vec![]),
+        (
+            json!([grant(&["*"], "100.64.0.0/10", "tailscale.com/cap/relay")]),
+            vec![],
+        ),
+        (
+            json!([grant(&["100.64.0.200"], "100.64.0.2/32", target)]),
+            vec![],
+        ),
+        (
+            json!([{"SrcIPs": ["100.64.0.1"], "CapGrant": [{"Dsts": ["100.64.0.0/10"], "Caps": [target]}]}]),
+            vec![1],
+        ),
+        (
+            json!([{"SrcIPs": ["*"], "CapGrant": [{"Dsts": ["nonsense", "::/0"], "CapMap": {target: []}}]}]),
+            vec![],
+        ),
+    ] {
+        let change = told.tell(json!({"PacketFilters": {"base": rules}}));
+        assert!(change.filter || expected.is_empty());
+        assert_eq!(relays(&told), expected, "{rules}");
+    }
+    told.tell(json!({"PacketFilters": {"base": [grant(&["*"], "100.64.0.0/10", target)]}}));
+    assert_eq!(relays(&told), [1, 2]);
+    let mut own = node(200);
+    own["CapMap"] = json!({"disable-relay-client": null});
+    told.tell(json!({"Node": own}));
+    assert_eq!(relays(&told), [0; 0]);
+}
+
+#[test]
+fn peers_have_this_node_relay_as_the_filter_grants() {
+    // How old they are does not matter: whoever knows how to ask may ask.
+    let mut told = Told::new(&[node(1), node(2)]);
+    let grant = |sources: &[&str], to: &str, cap: &str| json!({"SrcIPs": sources, "CapGrant": [{"Dsts": [to], "CapMap": {cap: null}}]});
+    let clients = |told: &Told| {
+        let all = told.0.relay_clients();
+        let ids = told.0.peers().filter(|peer| all.contains(&peer.key));
+        ids.map(|peer| peer.id.0).collect::<Vec<_>>()
+    };
+    let relay = "tailscale.com/cap/relay";
+    for (rules, expected) in [
+        (json!([]), vec![]),
+        (json!([grant(&["*"], "100.64.0.200/32", relay)]), vec![1, 2]),
+        (
+            json!([grant(&["100.64.0.2"], "100.64.0.0/10", relay)]),
+            vec![2],
+        ),
+        (json!([grant(&["*"], "100.64.0.7/32", relay)]), vec![]),
+        (
+            json!([grant(
+                &["*"],
+                "100.64.0.0/10",
+                "tailscale.com/cap/relay-target"
+            )]),
+            vec![],
+        ),
+    ] {
+        told.tell(json!({"PacketFilters": {"base": rules}}));
+        assert_eq!(clients(&told), expected, "{rules}");
+    }
+    let mut unsigned = node(1);
+    unsigned["UnsignedPeerAPIOnly"] = json!(true);
+    told.tell(json!({
+        "PeersChanged": [unsigned],
+        "PacketFilters": {"base": [grant(&["*"], "100.64.0.0/10", relay)]},
+    }));
+    assert_eq!(clients(&told), [2]);
+    assert!(told.0.may_relay());
+    let mut own = node(200);
+    own["CapMap"] = json!({"disable-relay-server": null});
+    told.tell(json!({"Node": own}));
+    assert!(!told.0.may_relay());
+}

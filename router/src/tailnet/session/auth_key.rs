@@ -24,7 +24,7 @@ pub enum AuthKeyError {
     )]
     Wrapped,
     /// It only makes keys.
-    #[error("this is an OAuth client secret, not an auth key; make an auth key with it")]
+    #[error("this is an OAuth client secret, not an auth key; a key must be made with it first")]
     ClientSecret,
 }
 
@@ -41,10 +41,7 @@ impl AuthKey {
         if text.contains("--TL") {
             return Err(AuthKeyError::Wrapped);
         }
-        if ["tskey-client-", "hskey-client-"]
-            .iter()
-            .any(|prefix| text.starts_with(prefix))
-        {
+        if crate::tailnet::auth::is_client_secret(text) {
             return Err(AuthKeyError::ClientSecret);
         }
         Ok(Self(Zeroizing::new(text.to_owned())))

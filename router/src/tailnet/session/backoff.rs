@@ -7,13 +7,13 @@ const MOST: Duration = Duration::from_secs(30);
 
 /// Waits that double, each with jitter, so that the nodes of a server that comes back do not come all at once.
 #[derive(Debug)]
-pub(super) struct Backoff {
+pub(in crate::tailnet) struct Backoff {
     failures: u32,
     random: u64,
 }
 
 impl Backoff {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(in crate::tailnet) fn new(seed: u64) -> Self {
         Self {
             failures: 0,
             random: seed,
@@ -21,14 +21,14 @@ impl Backoff {
     }
 
     /// When to try again after one more failure.
-    pub(super) fn next(&mut self, now: Instant) -> Instant {
+    pub(in crate::tailnet) fn next(&mut self, now: Instant) -> Instant {
         let wait = FIRST.saturating_mul(1 << self.failures.min(10)).min(MOST);
         self.failures = self.failures.saturating_add(1);
         now + self.spread(wait)
     }
 
     /// Between half of `wait` and half as much again.
-    pub(super) fn spread(&mut self, wait: Duration) -> Duration {
+    pub(in crate::tailnet) fn spread(&mut self, wait: Duration) -> Duration {
         // SplitMix64.
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut bits = self.random;
@@ -38,7 +38,7 @@ impl Backoff {
         wait.mul_f64(0.5 + part)
     }
 
-    pub(super) fn succeeded(&mut self) {
+    pub(in crate::tailnet) fn succeeded(&mut self) {
         self.failures = 0;
     }
 }

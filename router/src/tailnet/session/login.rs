@@ -78,6 +78,11 @@ impl Session {
         self.handle_timeout(now);
     }
 
+    /// Forgets the auth key, which has been refused or has served.
+    pub fn forget_auth_key(&mut self) {
+        self.auth_key = None;
+    }
+
     /// Ends the node key. An ephemeral node is gone with that.
     pub fn log_out(&mut self, now: Now) {
         if !self.registered {
@@ -161,6 +166,7 @@ impl Session {
                     Some(wait) => now.instant + wait + self.retry.spread(wait / 8),
                     None => self.retry.next(now.instant),
                 });
+                self.events.push_back(Event::Unregistered(failure));
                 return;
             }
         };

@@ -1,6 +1,6 @@
 //! Packet filter rules: `tailcfg.FilterRule`.
 
-use super::{List, wire};
+use super::{CapMap, List, wire};
 
 wire! {
     /// Who may reach what. A rule that only grants capabilities has no `DstPorts` and lets no packet through.
@@ -15,6 +15,18 @@ wire! {
         /// IP protocol numbers; none are TCP, UDP, ICMP and ICMPv6.
         #[serde(rename = "IPProto")]
         pub ip_proto: List<i64>,
+        /// Capabilities that the sources have toward some destinations.
+        pub cap_grant: List<CapGrant>,
+    }
+
+    /// Capabilities toward some destinations.
+    pub struct CapGrant {
+        /// Networks.
+        pub dsts: List<String>,
+        /// Capabilities without values.
+        pub caps: List<String>,
+        /// Capabilities.
+        pub cap_map: CapMap,
     }
 
     /// Destination addresses and ports.

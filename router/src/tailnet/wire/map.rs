@@ -149,6 +149,8 @@ wire! {
         pub latency_seconds: f64,
         /// The underlay address that was used.
         pub endpoint: String,
+        /// The peer relay that was used: address, `:vni:` and number.
+        pub peer_relay: String,
         /// Region of the relay that was used.
         #[serde(rename = "DERPRegionID")]
         pub derp_region_id: i64,

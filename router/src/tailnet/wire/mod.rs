@@ -14,7 +14,7 @@ mod node;
 mod register;
 
 pub use derp::{DerpHomeParams, DerpMap, DerpNode, DerpRegion};
-pub use filter::{FilterRule, NetPortRange, PortRange};
+pub use filter::{CapGrant, FilterRule, NetPortRange, PortRange};
 pub use map::{
     ClientVersion, ControlDialPlan, ControlIpCandidate, Debug, DisplayMessage, DnsConfig,
     MapRequest, MapResponse, PeerChange, PingRequest, PingResponse, TkaInfo,
@@ -42,9 +42,10 @@ use serde::de::{Deserialize, Deserializer, SeqAccess, Visitor};
 /// - 116: AAAA records of MagicDNS: a router serves no MagicDNS.
 /// - 117: `DisplayMessages` (`netmap`). 118: `StateEncrypted` is told, as false.
 /// - 119: priority of exit nodes: a router chooses none.
+/// - 120, 121: peer relays, and how places on them are asked for (`paths`).
 ///
-/// 120 would promise relay messages of disco.
-pub const CAPABILITY_VERSION: u16 = 119;
+/// 122 would promise to tell of the exit node.
+pub const CAPABILITY_VERSION: u16 = 121;
 
 /// Makes structs of the wire: every field optional and left out when it is absent, Go's spelling.
 macro_rules! wire {

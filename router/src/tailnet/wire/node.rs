@@ -146,6 +146,8 @@ wire! {
         pub userspace_router: bool,
         /// The state is encrypted where it is kept.
         pub state_encrypted: bool,
+        /// Carries datagrams between others.
+        pub peer_relay: bool,
     }
 
     /// A service of a node.

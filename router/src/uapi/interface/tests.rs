@@ -274,6 +274,8 @@ fn a_get_shows_what_wireguard_go_shows() {
         last_handshake: Some(last_handshake),
         rx_bytes: 2224,
         tx_bytes: 38333,
+        rx_packets: 2,
+        tx_packets: 1,
         nowhere: None,
         uncut: false,
     };

@@ -93,7 +93,7 @@ pub(crate) fn database(laptop: &Host, server: IpAddr) -> anyhow::Result<String> 
 /// Looks at a connection's SYN where it arrives in the VPC, and at its SYN-ACK on the phone.
 pub(crate) fn segment_size(
     site: &Site,
-    tunnel: &Wireguard,
+    device: &str,
     server: IpAddr,
     mtu: u16,
 ) -> anyhow::Result<String> {
@@ -101,7 +101,7 @@ pub(crate) fn segment_size(
     // The first packet to a next hop takes the slow path: let it not be the one looked at.
     ping(&site.phone, server)?;
     let at_server = site.server.capture("eth0")?;
-    let at_phone = site.phone.capture(tunnel.device())?;
+    let at_phone = site.phone.capture(device)?;
     page(&site.phone, server)?;
     let of_server = |p: &packet::Packet<'_>, mss: Option<u16>| {
         (p.source == server || p.destination == server)

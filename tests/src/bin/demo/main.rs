@@ -7,6 +7,7 @@ mod checks;
 mod packets;
 mod report;
 mod services;
+mod tailnet;
 mod tour;
 
 use std::io::Read;
@@ -24,6 +25,9 @@ use report::Report;
 /// of this machine, with real packets, and every promise checked.
 #[derive(Parser)]
 struct Options {
+    /// What to show; all but `tailnet` is told above.
+    #[arg(value_enum, default_value = "vpc")]
+    part: Part,
     /// Leave everything running, and print commands to try by hand.
     #[arg(long)]
     keep: bool,
@@ -35,6 +39,15 @@ struct Options {
     guard: Option<u32>,
 }
 
+/// What is shown.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// Clients whose keys stand in a file.
+    Vpc,
+    /// A router that joins a tailnet, and real clients of it.
+    Tailnet,
+}
+
 fn main() -> ExitCode {
     let options = Options::parse();
     let outcome = match options {
@@ -42,7 +55,7 @@ fn main() -> ExitCode {
             guard: Some(pid), ..
         } => guard(pid),
         Options { remove: true, .. } => remove(),
-        Options { keep, .. } => demo(keep),
+        Options { keep, part, .. } => demo(part, keep),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("demo: {error:#}");
@@ -50,7 +63,7 @@ fn main() -> ExitCode {
     })
 }
 
-fn demo(keep: bool) -> anyhow::Result<ExitCode> {
+fn demo(part: Part, keep: bool) -> anyhow::Result<ExitCode> {
     ready()?;
     let started = Instant::now();
     let before = Footprint::of_machine()?;
@@ -59,7 +72,10 @@ fn demo(keep: bool) -> anyhow::Result<ExitCode> {
     let id = lab.id().to_owned();
     let mut report = Report::new();
 
-    let toured = tour::run(&lab, keep, &mut report);
+    let toured = match part {
+        Part::Vpc => tour::run(&lab, keep, &mut report),
+        Part::Tailnet => tailnet::run(&lab, keep, &mut report),
+    };
     if let Err(error) = toured {
         report.check("the demo runs to its end", Err(error));
     }

@@ -153,7 +153,7 @@ fn segment_sizes(stage: &Stage, report: &mut Report) -> anyhow::Result<Wireguard
     for server in SERVER {
         report.check(
             &format!("TCP segment size is mended both ways for {server}"),
-            checks::segment_size(&stage.site, &tunnel, server, TUNNEL_MTU),
+            checks::segment_size(&stage.site, tunnel.device(), server, TUNNEL_MTU),
         );
     }
     Ok(tunnel)

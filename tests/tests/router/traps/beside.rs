@@ -204,6 +204,49 @@ fn a_firewall_in_another_hook_is_named() {
     });
 }
 
+/// What ends at an interface is counted nowhere.
+#[test]
+fn a_firewall_at_an_interface_of_the_subnet_side_is_named() {
+    lab::test(|lab| {
+        let run = by_the_kernel(lab, "kernel")?;
+        let (router, laptop, server) = (&run.site.router, &run.site.laptop, SERVER[0].to_string());
+        let nic = run.site.subnet_nic();
+        for (table, hook, rules) in [
+            ("netdev", "ingress", "ip protocol { tcp, icmp } drop"),
+            ("netdev", "egress", "meta protocol ip drop"),
+            ("inet", "ingress", "meta nfproto ipv4 drop"),
+        ] {
+            assert!(laptop.pings(&server, &[])?, "{table} {hook}");
+            let path = format!("{table} odd at");
+            nft(
+                router,
+                &format!(
+                    "table {table} odd {{ chain at {{
+                        type filter hook {hook} device {nic} priority 0; {rules}
+                    }}\n }}"
+                ),
+            )?;
+            let told = wait_for(&run.sluice, "firewall", &format!("\"{path}\""))?;
+            assert!(!laptop.pings(&server, &[])?, "it does drop them");
+            mend(router, &told)?;
+            wait_for_none(&run.sluice, "firewall")?;
+            assert!(laptop.pings(&server, &[])?, "{path}");
+            nft(router, &format!("delete table {table} odd"))?;
+        }
+        // It concerns another interface.
+        nft(
+            router,
+            "table netdev odd { chain at { type filter hook ingress device wan priority 0;
+                ip protocol tcp drop
+            }\n chain late { type filter hook ingress device lo priority 1; policy drop; }\n }
+            table inet seen { chain late { type filter hook forward priority 0; policy drop; }\n }",
+        )?;
+        let told = wait_for(&run.sluice, "firewall", "\"inet seen late\"")?;
+        ensure!(!told.contains("odd"), "{told}");
+        Ok(())
+    });
+}
+
 #[test]
 fn a_firewall_that_was_there_before_is_named_too_and_one_that_keeps_clients_out() {
     lab::test(|lab| {

@@ -333,7 +333,7 @@ fn external_addresses(datapath: &'static str, chosen: &[&str]) -> BTreeSet<(IpAd
     lab::test(|lab| {
         let site = Site::new(lab, Arms::Two)?;
         for address in MORE.concat() {
-            site.router.ip(&format!("address add {address} dev lan"))?;
+            site.router.add_address(address, "lan")?;
         }
         let client = Client::new("laptop", 2)?;
         let mut config = site::config(&[&client], datapath, true)?;
@@ -348,22 +348,21 @@ fn external_addresses(datapath: &'static str, chosen: &[&str]) -> BTreeSet<(IpAd
             let address = SocketAddr::new(server, PORT);
             let far = udp_at(&site.server, address)?;
             for n in 0..SOURCES {
-                // No address of a tunnel is anybody else's, and no time is to be lost on asking.
-                let (source, rest): (IpAddr, _) = match server {
-                    IpAddr::V4(_) => ([100, 64, 0, 16 + n].into(), "/32"),
-                    IpAddr::V6(_) => (
-                        [0xfd64, 0, 0, 0, 0, 0, 0, 16 + u16::from(n)].into(),
-                        "/128 nodad",
-                    ),
+                let (source, length): (IpAddr, _) = match server {
+                    IpAddr::V4(_) => ([100, 64, 0, 16 + n].into(), 32),
+                    IpAddr::V6(_) => ([0xfd64, 0, 0, 0, 0, 0, 0, 16 + u16::from(n)].into(), 128),
                 };
                 site.laptop
-                    .ip(&format!("address add {source}{rest} dev {device}"))?;
+                    .add_address(&format!("{source}/{length}"), device)?;
                 for _ in 0..4 {
                     let near = udp_at(&site.laptop, SocketAddr::new(source, 0))?;
                     near.send_to(b"up", address)?;
-                    let (_, from) = receive(&far)?;
+                    let (_, from) = receive(&far)
+                        .with_context(|| format!("{datapath}: from {source} to {server}"))?;
                     far.send_to(b"down", from)?;
-                    assert_eq!(receive(&near)?.0, b"down", "{source} as {from}");
+                    let (answer, _) = receive(&near)
+                        .with_context(|| format!("{datapath}: to {source} by {from}"))?;
+                    assert_eq!(answer, b"down", "{source} as {from}");
                     found.insert((source, from.ip()));
                 }
             }
@@ -388,8 +387,7 @@ fn lose_external_address(datapath: &'static str) {
     lab::test(|lab| {
         let site = Site::new(lab, Arms::Two)?;
         for address in LOST {
-            site.router
-                .ip(&format!("address add {address} dev lan nodad"))?;
+            site.router.add_address(address, "lan")?;
         }
         let client = Client::new("laptop", 2)?;
         let mut config = site::config(&[&client], datapath, true)?;

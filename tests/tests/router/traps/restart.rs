@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use lab::packet::{ICMP, ICMPV6, Packet, TCP};
@@ -30,6 +31,10 @@ struct Flows {
     /// Whom the server's UDP socket hears.
     external: SocketAddr,
 }
+
+/// How long what was sent to nobody may take to come: TCP sends it again with pauses that double, so the next try may be
+/// as far away as the outage was long, half a minute in a guest.
+const SENT_AGAIN: Duration = Duration::from_secs(120);
 
 /// A running site with established, translated flows, whose router comes and goes.
 struct Bed {
@@ -150,7 +155,10 @@ impl Bed {
     fn assert_alive(&mut self) -> anyhow::Result<()> {
         for flows in &mut self.flows {
             flows.reach()?;
+            let before = flows.near.read_timeout()?;
+            flows.near.set_read_timeout(Some(SENT_AGAIN))?;
             let meanwhile = flows.near.read_exact(&mut [0]);
+            flows.near.set_read_timeout(before)?;
             meanwhile.with_context(|| format!("{}: what was sent meanwhile", flows.external))?;
             flows.carry()?;
         }

@@ -67,7 +67,7 @@ fn services_are_reached_on_all_backends(path: Path) {
         for backend in BACKENDS.concat() {
             let len = if backend.contains(':') { 64 } else { 24 };
             site.server
-                .ip(&format!("address add {backend}/{len} dev eth0"))?;
+                .add_address(&format!("{backend}/{len}"), "eth0")?;
         }
         translate_services(&site.router)?;
         let client = Client::new("laptop", 2)?;

@@ -20,6 +20,7 @@ fn spec(peer: u8, allowed: &[&str]) -> PeerSpec {
         endpoint: None,
         others: Vec::new(),
         keepalive: None,
+        masquerade: Vec::new(),
         roaming: true,
     }
 }

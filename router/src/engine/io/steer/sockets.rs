@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
+use crate::geneve;
 use crate::wireguard::message::{COOKIE, DATA_OVERHEAD, INITIATION, RESPONSE};
 
 /// `BPF_LD | BPF_B | BPF_ABS` and so on (linux/filter.h).
@@ -30,7 +31,8 @@ const UDP_HEADER: u32 = 8;
 /// Gives the reuseport group of `socket` the program that chooses among three times as many sockets as
 /// there are workers: datagrams that name a session go to the worker that owns its receiver index, those
 /// of a handshake that begins to one of the sockets behind, and what is no WireGuard message to one of the
-/// last; the latter two always to the same one for a sender, whose cookies and rates one worker counts.
+/// last; the latter two always to the same one for a sender, whose cookies and rates one worker counts. Data behind a
+/// peer relay's header goes to its worker too.
 pub(crate) fn by_receiver_index(socket: &OwnedFd, workers: usize, v6: bool) -> io::Result<()> {
     let source = if v6 { SOURCE_V6 } else { SOURCE_V4 };
     let filter = choice(workers as u32, source);
@@ -93,6 +95,9 @@ const fn head(kind: u8) -> u32 {
     (kind as u32) << 24
 }
 
+/// The first four bytes of a peer relay's header before a WireGuard message.
+const WRAPPED: u32 = u32::from_be_bytes([0, 0, 0x7a, 0x12]);
+
 fn handshakes_only() -> Vec<libc::sock_filter> {
     vec![
         code(LOAD_WORD, UDP_HEADER),
@@ -140,15 +145,16 @@ fn choice(workers: u32, source: &[u32]) -> Vec<libc::sock_filter> {
         by_source(workers),
         session(4),
         session(8),
+        session(geneve::LEN as u32 + 4),
     ];
     /// Instructions before the first block.
-    const BEFORE: usize = 13;
+    const BEFORE: usize = 18;
     // Instructions between the one at `at` and the block, which jumps count.
     let to = |block: usize, at: usize| {
         let skipped: usize = blocks[..block].iter().map(Vec::len).sum();
         (BEFORE - at - 1 + skipped) as u8
     };
-    let [others, strangers, early, late] = [0, 1, 2, 3];
+    let [others, strangers, early, late, behind] = [0, 1, 2, 3, 4];
     let exactly = |length: usize, at, block| {
         [
             code(LOAD_LENGTH, 0),
@@ -160,14 +166,26 @@ fn choice(workers: u32, source: &[u32]) -> Vec<libc::sock_filter> {
         jump(JUMP_AT_LEAST, DATA_OVERHEAD as u32, 0, to(others, 1)),
         code(LOAD_WORD, 0),
         jump(JUMP_EQUAL, head(4), to(early, 3), 0),
-        jump(JUMP_EQUAL, head(1), 2, 0),
-        jump(JUMP_EQUAL, head(2), 3, 0),
-        jump(JUMP_EQUAL, head(3), 4, to(others, 6)),
+        jump(JUMP_EQUAL, head(1), 3, 0),
+        jump(JUMP_EQUAL, head(2), 4, 0),
+        jump(JUMP_EQUAL, head(3), 5, 0),
+        jump(JUMP_EQUAL, WRAPPED, 6, to(others, 7)),
     ];
-    // Where the three jumps above lead: 7, 9 and 11.
-    program.extend(exactly(INITIATION, 8, strangers));
-    program.extend(exactly(RESPONSE, 10, late));
-    program.extend(exactly(COOKIE, 12, early));
+    // Where the four jumps above lead: 8, 10, 12 and 14.
+    program.extend(exactly(INITIATION, 9, strangers));
+    program.extend(exactly(RESPONSE, 11, late));
+    program.extend(exactly(COOKIE, 13, early));
+    program.extend([
+        code(LOAD_LENGTH, 0),
+        jump(
+            JUMP_AT_LEAST,
+            (geneve::LEN + DATA_OVERHEAD) as u32,
+            0,
+            to(others, 15),
+        ),
+        code(LOAD_WORD, geneve::LEN as u32),
+        jump(JUMP_EQUAL, head(4), to(behind, 17), to(others, 17)),
+    ]);
     program.extend(blocks.into_iter().flatten());
     program
 }
@@ -255,6 +273,13 @@ mod tests {
                     datagram[0] = kind;
                     datagram[at..at + 4].copy_from_slice(&index.to_le_bytes());
                     assert_eq!(group.arrives(&datagram), owner);
+                    let wrapped = [&[0, 0, 0x7a, 0x12, 0, 0, 5, 0][..], &datagram].concat();
+                    let found = group.arrives(&wrapped);
+                    match kind {
+                        4 => assert_eq!(found, owner),
+                        // Few: any worker hands them over.
+                        _ => assert!(found >= 2 * WORKERS),
+                    }
                 }
             }
             // Always the same for a sender, whatever its port and the message.

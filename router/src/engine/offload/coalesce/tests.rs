@@ -72,7 +72,9 @@ fn check(header: Header, packet: &[u8]) {
 
 fn push(coalescer: &mut Coalescer, packet: &[u8], sink: &mut impl TunSink) {
     coalescer.slot()[..packet.len()].copy_from_slice(packet);
-    coalescer.push(packet.len(), sink);
+    if !coalescer.push(packet.len(), sink) {
+        coalescer.pass(packet.len(), sink);
+    }
 }
 
 fn through(offload: Offload, packets: &[Vec<u8>]) -> Written {

@@ -1,0 +1,138 @@
+//! What others ask of the node.
+
+use super::super::{Command, KeySource, Settings};
+use super::{Flow, LEAVE, Node, Phase};
+use crate::tailnet::session::{Event, Now};
+
+impl Node {
+    pub(super) async fn handle_command(&mut self, command: Command) -> Flow {
+        self.touch();
+        match command {
+            Command::LogIn { key, fresh } => self.log_in(key, fresh),
+            Command::LogOut { done } => {
+                self.leaving = Some(done);
+                self.log_out();
+            }
+            Command::Up if self.phase == Phase::Down => {
+                self.whole = true;
+                self.join();
+                self.tell_paths_everything();
+            }
+            Command::Up => {}
+            Command::Down => {
+                self.phase = Phase::Down;
+                self.leave();
+                self.whole = true;
+                self.tell_paths_everything();
+            }
+            Command::Set(settings) => self.set(*settings),
+            Command::Offer(offers) => {
+                self.offers = offers;
+                self.host = self.gather_host();
+                self.tell_about();
+            }
+            Command::LearnDisco { from, key } => self.learn_disco(from, key),
+            Command::End { stop, done } => {
+                self.end(stop).await;
+                let _ = done.send(());
+                return Flow::End;
+            }
+        }
+        Flow::On
+    }
+
+    fn log_in(&mut self, key: Option<KeySource>, fresh: bool) {
+        let was_refused = self.facts.refused.take().is_some();
+        if self.phase != Phase::In {
+            self.phase = Phase::In;
+            self.whole = true;
+            self.tell_paths_everything();
+        }
+        self.facts.logged_out = None;
+        self.fresh = fresh || (was_refused && self.fresh);
+        if let Some(source) = key {
+            self.key_spent = true;
+            return self.make_key_of(source);
+        }
+        let fresh = self.fresh;
+        match &mut self.driver {
+            Some(driver) => {
+                let session = driver.session_mut();
+                if self.key_spent || was_refused {
+                    // A person is to have a chance.
+                    session.forget_auth_key();
+                }
+                session.log_in(None, fresh, Now::read());
+            }
+            None => self.join(),
+        }
+    }
+
+    fn log_out(&mut self) {
+        if !self.identity.registered {
+            return self.handle_logged_out(true);
+        }
+        if self.driver.is_none() {
+            self.begin(None);
+        }
+        match &mut self.driver {
+            Some(driver) => driver.session_mut().log_out(Now::read()),
+            None => self.handle_logged_out(false),
+        }
+    }
+
+    fn set(&mut self, settings: Settings) {
+        if settings == self.settings {
+            return;
+        }
+        let routes = settings.accept_routes != self.settings.accept_routes
+            || settings.advertise_routes != self.settings.advertise_routes;
+        if settings.auth_key != self.settings.auth_key {
+            self.key_spent = false;
+        }
+        let again = settings.control_url != self.settings.control_url;
+        self.settings = Settings {
+            // A node of another server is another node, which only a start makes.
+            control_url: self.settings.control_url.clone(),
+            state_dir: self.settings.state_dir.clone(),
+            ..settings
+        };
+        if again {
+            tracing::warn!("another coordination server takes effect when sluice is restarted");
+        }
+        self.whole |= routes;
+        self.host = self.gather_host();
+        self.tell_about();
+        self.tell_paths_relays();
+    }
+
+    /// Keeps what is known; a node that is to vanish says so first.
+    async fn end(&mut self, stop: bool) {
+        if stop && self.settings.ephemeral && self.identity.registered {
+            self.log_out();
+            let left = async {
+                while let Some(driver) = &mut self.driver {
+                    let event = driver.next().await;
+                    if let Event::LoggedOut { heard } = event {
+                        self.handle_logged_out(heard);
+                    }
+                }
+            };
+            if tokio::time::timeout(LEAVE, left).await.is_err() {
+                tracing::warn!(
+                    "the coordination server has not heard within {} s that this ephemeral node leaves: it stays \
+                     there until the server misses it",
+                    LEAVE.as_secs()
+                );
+            }
+        }
+        if let Some(saving) = self.saving.take() {
+            let _ = saving.await;
+        }
+        if self.save_due.is_some()
+            && let Err(error) = self.store.save_map(&self.identity.control_url, self.map())
+        {
+            tracing::warn!("the tailnet's map is not kept: {error}");
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! What the router's life asks of the agent: hooks are completed, and routes taken away.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use lab::metadata::Metadata;
+use lab::site::{Arms, Site, VPC};
+use router::cloud::agent::{self, Event, Handle, Settings};
+use router::cloud::life::{Action, Seen, Target};
+
+use super::ID;
+use super::aws::{Api, PORT};
+
+/// The agent asks from a namespace by what its process's environment says: this test is that process.
+const INSIDE: &str = "cloud::hooks::inside_a_process_of_its_own";
+const TARGET: &str = "meta-data/autoscaling/target-lifecycle-state";
+
+#[test]
+fn hooks_are_completed_and_routes_dropped() {
+    lab::test(|lab| {
+        let site = Site::new(lab, Arms::Two)?;
+        let metadata = Metadata::new(lab, &site.router, ID, &VPC)?;
+        metadata.set(
+            "meta-data/tags/instance/aws:autoscaling:groupName",
+            "routers",
+        );
+        metadata.set("meta-data/instance-life-cycle", "spot");
+        metadata.set(TARGET, "Terminated");
+        metadata.set(
+            "meta-data/spot/instance-action",
+            r#"{"action":"terminate"}"#,
+        );
+        let api = Api::new(&metadata)?;
+        api.change(|state| {
+            state.holding = ["up", "down"].map(str::to_owned).into();
+            state.routes = [
+                ("100.64.0.0/10".to_owned(), ("eni-own".to_owned(), false)),
+                ("192.168.0.0/24".to_owned(), ("eni-own".to_owned(), false)),
+                (
+                    "198.51.100.0/24".to_owned(),
+                    ("eni-other".to_owned(), false),
+                ),
+            ]
+            .into();
+        });
+        let program = std::env::current_exe()?;
+        let command = site
+            .router
+            .command([program.as_os_str()])
+            .args(["--exact", INSIDE, "--ignored", "--nocapture"])
+            .env("AWS_ENDPOINT_URL", format!("http://169.254.169.254:{PORT}"))
+            .timeout(Duration::from_secs(60));
+        let output = command.output()?;
+        ensure!(
+            output.status.success(),
+            "{}\n{}",
+            output.stdout,
+            output.stderr
+        );
+        ensure!(output.stdout.contains("1 passed"), "{}", output.stdout);
+        api.change(|state| {
+            ensure!(state.forged.is_empty(), "{:?}", state.forged);
+            let calls: Vec<&str> = state.calls.iter().map(|(_, call)| call.as_str()).collect();
+            let lifecycle: Vec<&str> = calls
+                .iter()
+                .copied()
+                .filter(|call| call.contains("Lifecycle"))
+                .collect();
+            let wanted = [
+                "CompleteLifecycleAction up",
+                // Once more, as with a restart: nothing is held, and nothing is wrong.
+                "CompleteLifecycleAction up",
+                "RecordLifecycleActionHeartbeat down",
+                "CompleteLifecycleAction down",
+            ];
+            ensure!(lifecycle == wanted, "{calls:?}");
+            let left: Vec<&str> = state.routes.keys().map(String::as_str).collect();
+            ensure!(left == ["192.168.0.0/24", "198.51.100.0/24"], "{left:?}");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+#[ignore = "hooks_are_completed_and_routes_dropped runs it as a process of its own"]
+fn inside_a_process_of_its_own() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let settings = Settings {
+        launch_hook: "up".to_owned(),
+        termination_hook: "down".to_owned(),
+        route_tables: vec!["rtb-1".to_owned()],
+        overlay: vec!["100.64.0.0/10".parse().unwrap()],
+        keeps_sources: false,
+        user_data: None,
+    };
+    let outcome: Result<()> = runtime.block_on(async {
+        let mut agent = agent::spawn(settings, 0)?;
+        // What it sees by itself.
+        let (mut target, mut spot) = (false, false);
+        while !(target && spot) {
+            match next(&mut agent).await? {
+                Event::Seen(Seen::Target(Target::Terminated)) => target = true,
+                Event::Seen(Seen::Spot) => spot = true,
+                _ => {}
+            }
+        }
+        for action in [
+            Action::CompleteLaunch,
+            Action::CompleteLaunch,
+            Action::Heartbeat,
+            Action::DropRoutes,
+            Action::CompleteTermination,
+        ] {
+            agent.act(action);
+            loop {
+                if let Event::Done(done, well) = next(&mut agent).await? {
+                    ensure!(
+                        done == action && well,
+                        "{done:?}: {:?}",
+                        agent.report().problems
+                    );
+                    break;
+                }
+            }
+        }
+        Ok(())
+    });
+    outcome.unwrap();
+}
+
+async fn next(agent: &mut Handle) -> Result<Event> {
+    let event = tokio::time::timeout(Duration::from_secs(20), agent.event()).await;
+    event
+        .context("the agent says nothing")?
+        .context("the agent has ended")
+}
