@@ -57,7 +57,8 @@ struct Trust {
     algorithms: WebPkiSupportedAlgorithms,
 }
 
-/// Whether the certificates are the one with this hash, beside one that tells the relay's key, for this host and now.
+/// Whether the certificates are the one with this hash, for this host and now, beside one that tells the relay's key.
+/// That one may not come first: the first is whose key the other end has shown to have.
 fn pinned(
     hash: &str,
     certificates: &[&CertificateDer<'_>],
@@ -66,11 +67,11 @@ fn pinned(
 ) -> Result<(), Error> {
     let wrong = |error| Err(Error::InvalidCertificate(error));
     let mut found = false;
-    for der in certificates {
+    for (at, der) in certificates.iter().enumerate() {
         let Some(certificate) = Certificate::parse(der) else {
             return wrong(CertificateError::BadEncoding);
         };
-        if certificate.is_meta() {
+        if at > 0 && certificate.is_meta() {
             continue;
         }
         let digest = ring::digest::digest(&ring::digest::SHA256, der);
@@ -181,6 +182,10 @@ mod tests {
         assert!(judge(&[&plain], &address, now));
         assert!(judge(&[&plain, &meta], &address, now));
         assert!(!judge(&[&meta], &address, now));
+        assert!(
+            !judge(&[&meta, &plain], &address, now),
+            "the key of the first one counts"
+        );
         assert!(
             !judge(&[&plain, &plain], &address, now),
             "one, and no other"
