@@ -253,7 +253,9 @@ impl Relays {
                 state.touch(now);
                 return Some(running.shared.clone());
             }
+            // Nobody has waited for what it still has.
             queue = std::mem::take(&mut state.queue);
+            queue.clear();
         }
         let home = self.home == Some(number);
         let shared = Shared::new(region.clone(), home, queue);

@@ -18,6 +18,8 @@ const MOST_OF_ALL: usize = 16 << 20;
 const MOST_URGENT: usize = 256;
 /// What has waited for longer, with a connection, is dropped if something newer waits for the same peer.
 const LATE: Duration = Duration::from_millis(100);
+/// A disco message that is older is about addresses and places of then.
+const STALE: Duration = Duration::from_secs(5);
 /// Bytes of a peer before it is the next one's turn.
 const TURN: usize = 16 << 10;
 
@@ -47,7 +49,7 @@ pub(super) struct Queue {
     /// Whose turn it is: those for whom something waits.
     turns: VecDeque<NodePublic>,
     /// Disco messages, which find a better way than this one.
-    urgent: VecDeque<(NodePublic, Bytes)>,
+    urgent: VecDeque<(Instant, NodePublic, Bytes)>,
     bytes: usize,
     /// Datagrams dropped.
     pub(super) dropped: u64,
@@ -58,9 +60,19 @@ impl Queue {
         self.turns.is_empty() && self.urgent.is_empty()
     }
 
+    /// Drops all that waits.
+    pub(super) fn clear(&mut self) {
+        let batches = self.peers.drain().flat_map(|(_, waiting)| waiting.batches);
+        let waited: u64 = batches.map(|batch| batch.count()).sum();
+        self.dropped += waited + self.urgent.len() as u64;
+        self.turns.clear();
+        self.urgent.clear();
+        self.bytes = 0;
+    }
+
     /// Bytes of the frame that goes next.
     pub(super) fn next(&self) -> Option<usize> {
-        if let Some((_, datagram)) = self.urgent.front() {
+        if let Some((_, _, datagram)) = self.urgent.front() {
             return Some(OVERHEAD + datagram.len());
         }
         let waiting = self.peers.get(self.turns.front()?)?;
@@ -78,7 +90,7 @@ impl Queue {
                 self.urgent.pop_front();
                 self.dropped += 1;
             }
-            self.urgent.push_back((to, bytes));
+            self.urgent.push_back((now, to, bytes));
             return true;
         }
         if self.bytes + bytes.len() > MOST_OF_ALL || bytes.len() > MOST_OF_PEER {
@@ -120,8 +132,12 @@ impl Queue {
             Some(bucket) => bucket.take(bytes, now),
             None => true,
         };
+        let stale = |(at, ..): &mut (Instant, _, _)| now.saturating_duration_since(*at) > STALE;
+        while self.urgent.pop_front_if(stale).is_some() {
+            self.dropped += 1;
+        }
         while out.len() < most
-            && let Some((to, datagram)) = self.urgent.front()
+            && let Some((_, to, datagram)) = self.urgent.front()
         {
             if !may(OVERHEAD + datagram.len()) {
                 return;
@@ -221,6 +237,28 @@ mod tests {
         for (bytes, size) in [(&b""[..], 1), (b"a", 0), (b"a", MOST_DATAGRAM + 1)] {
             assert!(!queue.push(peer(1), Bytes::from_static(bytes), size, now));
         }
+    }
+
+    #[test]
+    fn what_nobody_waits_for_any_more_is_dropped_and_counted() {
+        let start = Instant::now();
+        let disco = |end: u8| Bytes::from([&disco::MAGIC[..], &[end]].concat());
+        let mut queue = Queue::default();
+        let late = start + STALE + Duration::from_millis(1);
+        assert!(queue.push(peer(1), disco(1), 1400, start));
+        assert!(queue.push(peer(1), disco(2), 1400, late));
+        let mut out = BytesMut::new();
+        queue.fill(&mut out, 1000, None, late, late);
+        let said: Vec<_> = sent(&mut out).into_iter().map(|(_, bytes)| bytes).collect();
+        assert_eq!(said, [disco(2)]);
+        assert_eq!(queue.dropped, 1);
+        assert!(queue.push(peer(1), disco(3), 1400, late));
+        assert!(queue.push(peer(1), batch(0, 3, 1400), 1400, late));
+        queue.clear();
+        assert!(queue.is_empty() && queue.bytes == 0 && queue.next().is_none());
+        assert_eq!(queue.dropped, 5);
+        assert!(queue.push(peer(1), batch(0, 1, 9), 9, late));
+        assert_eq!(queue.next(), Some(OVERHEAD + 9));
     }
 
     #[test]
