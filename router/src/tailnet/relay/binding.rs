@@ -12,8 +12,9 @@ use crate::tailnet::keys::{DiscoPublic, NodePublic};
 
 /// Whatever a relay says, a try takes no longer.
 const MOST: Duration = Duration::from_secs(30);
-/// Until the relay has answered, it is asked again so often.
+/// What was not answered is said again after so long, so many times: whoever names a relay may name anybody's address.
 const AGAIN: Duration = Duration::from_secs(1);
+const REPEATED: u32 = 4;
 /// Pings of a try: the peer's have ours follow, and that must end.
 const MOST_PINGS: usize = 10;
 
@@ -56,8 +57,9 @@ pub struct Binding {
     own: NodePublic,
     handshake: Handshake,
     ends: Instant,
-    /// When to ask again, until the relay has answered.
+    /// When to say the last thing again, and how many times more.
     again: Option<Instant>,
+    repeats: u32,
     /// Where the relay has answered from.
     by: Option<SocketAddr>,
     pings: Vec<(Transaction, Instant)>,
@@ -87,6 +89,7 @@ impl Binding {
             own,
             handshake,
             again: None,
+            repeats: REPEATED,
             by: None,
             pings: Vec::new(),
             transmits: VecDeque::new(),
@@ -106,7 +109,20 @@ impl Binding {
             let say = Say::Relay(Message::Bind(self.handshake));
             self.transmits.push_back(Transmit { to: *to, say });
         }
-        self.again = Some(now + AGAIN);
+        self.repeat(now);
+    }
+
+    /// Has the last thing said once more, if it was not too often yet.
+    fn repeat(&mut self, now: Instant) {
+        let left = self.repeats.checked_sub(1);
+        self.again = left.map(|_| now + AGAIN);
+        self.repeats = left.unwrap_or(0);
+    }
+
+    fn answer(&mut self, to: SocketAddr, now: Instant) {
+        let say = Say::Relay(Message::Answer(self.handshake));
+        self.transmits.push_back(Transmit { to, say });
+        self.repeat(now);
     }
 
     /// The relay, authenticated by its disco key, has answered from `from` under the number `number`. The transaction
@@ -128,9 +144,9 @@ impl Binding {
             return;
         }
         self.by = Some(from);
-        self.again = None;
-        let say = Say::Relay(Message::Answer(ours));
-        self.transmits.push_back(Transmit { to: from, say });
+        self.handshake = ours;
+        self.repeats = REPEATED;
+        self.answer(from, now);
         self.ping(from, transaction, now);
     }
 
@@ -159,7 +175,7 @@ impl Binding {
         let mut asked = self.pings.iter();
         if self.by == Some(from)
             && self.outcome.is_none()
-            && let Some((_, at)) = asked.find(|(known, _)| known == transaction)
+            && let Some((_, at)) = asked.rfind(|(known, _)| known == transaction)
         {
             self.outcome = Some(Outcome::Works {
                 by: from,
@@ -173,7 +189,17 @@ impl Binding {
         if self.outcome.is_none() && now >= self.ends {
             self.outcome = Some(Outcome::Late);
         } else if self.again.is_some_and(|again| now >= again) {
-            self.bind(now);
+            match self.by {
+                Some(by) => {
+                    self.answer(by, now);
+                    // The relay has dropped a ping that came before the answer.
+                    let last = self.pings.last().map(|(transaction, _)| *transaction);
+                    if let Some(transaction) = last {
+                        self.ping(by, transaction, now);
+                    }
+                }
+                None => self.bind(now),
+            }
         }
     }
 
@@ -263,6 +289,28 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_that_is_lost_is_repeated_with_its_ping() {
+        let (mut binding, now, handshake) = start();
+        let by = binding.endpoint().addresses[0];
+        said(&mut binding);
+        binding.handle_challenge(by, 5, &handshake, [1; 12], now);
+        let first = said(&mut binding);
+        assert_eq!(first.len(), 2);
+        let mut again = now;
+        for _ in 0..REPEATED {
+            again += AGAIN;
+            assert_eq!(binding.poll_timeout(), Some(again));
+            binding.handle_timeout(again);
+            assert_eq!(said(&mut binding), first);
+        }
+        assert_eq!(binding.poll_timeout(), Some(now + MOST));
+        let later = again + Duration::from_millis(20);
+        binding.handle_pong(by, &[1; 12], later);
+        let latency = Duration::from_millis(20);
+        assert_eq!(binding.outcome(), Some(Outcome::Works { by, latency }));
+    }
+
+    #[test]
     fn what_is_not_ours_is_passed_over() {
         let (mut binding, now, handshake) = start();
         let from = binding.endpoint().addresses[0];
@@ -311,7 +359,7 @@ mod tests {
         }
         assert_eq!(binding.outcome(), Some(Outcome::Late));
         assert_eq!(now - start, MOST);
-        assert_eq!(binds, 2 * (MOST.as_secs() as usize));
+        assert_eq!(binds, 2 * (1 + REPEATED as usize));
         // Pings end too.
         let (mut binding, now, _) = self::start();
         let from = binding.endpoint().addresses[0];
