@@ -7,7 +7,7 @@
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::num::NonZeroU16;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blake2::{Blake2s256, Digest as _};
 use crab_nat::pcp::{self, BaseMapRequest, Nonce};
@@ -29,6 +29,8 @@ const ANSWER: Duration = Duration::from_millis(250);
 const UPNP: Duration = Duration::from_secs(4);
 /// After a gateway gave nothing it is asked again so late, for somebody may have allowed it.
 const AGAIN: Duration = Duration::from_secs(600);
+/// The same where a lease could not be renewed and has not ended.
+const NOT_RENEWED: Duration = Duration::from_secs(30);
 /// How long giving a port back may take.
 const RETURN: Duration = Duration::from_secs(1);
 /// Nothing is renewed more often, whatever the gateway says of its lease.
@@ -203,10 +205,16 @@ async fn run(
             old.give_back().await;
         }
         let mut refused = Vec::new();
+        let mut renewed = true;
         if let Some(wish) = wish {
             lease = tokio::select! {
                 // What is held stays ours to give back, whatever cuts this short.
-                got = Lease::get(wish, lease.as_ref(), &mut refused) => got,
+                got = Lease::get(wish, lease.as_ref(), &mut refused) => {
+                    renewed = got.is_some();
+                    // A gateway that is busy or starts anew leads the port here all the same, or soon again.
+                    let now = Instant::now();
+                    got.or_else(|| lease.take_if(|lease| now < lease.ends))
+                }
                 changed = wishes.changed() => match changed {
                     Ok(()) => continue,
                     Err(_) => return,
@@ -232,7 +240,11 @@ async fn run(
                 return;
             }
         }
-        let pause = lease.as_ref().map_or(AGAIN, Lease::renewal);
+        let pause = match &lease {
+            Some(lease) if renewed => lease.renewal(),
+            Some(_) => NOT_RENEWED,
+            None => AGAIN,
+        };
         tokio::select! {
             changed = wishes.changed() => if changed.is_err() {
                 return;
@@ -272,6 +284,7 @@ struct Lease {
     wish: Wish,
     mapped: Mapped,
     lasts: Duration,
+    ends: Instant,
     held: Held,
 }
 
@@ -312,6 +325,7 @@ impl Lease {
                 wish,
                 mapped,
                 lasts,
+                ends: Instant::now() + lasts,
                 held,
             });
         }
@@ -321,6 +335,7 @@ impl Lease {
             wish,
             mapped,
             lasts: LEASE,
+            ends: Instant::now() + LEASE,
             held: Held::Upnp(Box::new(gateway)),
         })
     }
