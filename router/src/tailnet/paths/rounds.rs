@@ -386,6 +386,7 @@ impl Rounds {
         mapped: SocketAddr,
         received: Instant,
     ) {
+        let home = self.home();
         let Some(round) = &mut self.round else {
             return;
         };
@@ -417,7 +418,10 @@ impl Rounds {
         round.answered.insert((probe.region, v4));
         if round.answered == round.asked {
             round.ends = received;
-        } else if found.latency.len() == ENOUGH {
+        } else if found.latency.len() >= ENOUGH
+            && home.is_none_or(|home| found.latency.contains_key(&home))
+        {
+            // One lost datagram is no reason to leave the home.
             let taken = received.saturating_duration_since(round.started);
             round.ends = round.ends.min(received + taken.max(GRACE));
         }

@@ -121,6 +121,39 @@ fn a_later_round_asks_the_nearest_and_the_home() {
     assert_eq!(requests(&mut rounds, later + PATIENCE).len(), 10);
 }
 
+/// One lost datagram is no reason to move.
+#[test]
+fn a_round_does_not_end_early_without_the_home() {
+    let mut rounds = rounds();
+    let start = Instant::now();
+    let answer = |rounds: &mut Rounds, from: Instant, silent: u8| {
+        for (server, transaction) in requests(rounds, from) {
+            if let SocketAddr::V4(v4) = server
+                && v4.ip().octets()[3] != silent
+            {
+                let far = u64::from(v4.ip().octets()[3]) * 20;
+                rounds.handle_response(&transaction, own(7), from + Duration::from_millis(far));
+            }
+        }
+    };
+    rounds.start(true, start);
+    answer(&mut rounds, start, 0);
+    rounds.finish(true, start + PATIENCE).unwrap();
+    assert_eq!(rounds.home(), Some(1));
+    let later = start + FAR;
+    rounds.start(true, later);
+    answer(&mut rounds, later, 1);
+    let again = rounds.poll_timeout().unwrap();
+    assert!(
+        rounds.finish(true, again).is_none(),
+        "it waits for the home"
+    );
+    answer(&mut rounds, again, 0);
+    let found = rounds.finish(true, later + PATIENCE).unwrap();
+    assert!(found.latency.contains_key(&1));
+    assert_eq!(rounds.home(), Some(1));
+}
+
 #[test]
 fn what_nobody_asked_for_is_not_believed() {
     let mut rounds = rounds();
