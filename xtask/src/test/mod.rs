@@ -86,7 +86,7 @@ pub(crate) fn all(unit: bool, filter: Option<&str>, thorough: bool) -> Result<Ve
 /// How many tests run at a time, of those that take a processor some of the time: they wait for the lab.
 fn threads() -> usize {
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
-    cpus + cpus / 2
+    2 * cpus
 }
 
 /// Runs those tests of the lab that one of `filters` picks, two at a time: a guest takes one
