@@ -86,7 +86,12 @@ impl Tailnet {
             part: "port-mapping".to_owned(),
             error,
         });
-        problems.chain(spared).chain(relay).chain(refused).collect()
+        let relays = ways.relay_problems.iter().map(|error| api::Problem {
+            part: "relay".to_owned(),
+            error: error.clone(),
+        });
+        let all = problems.chain(spared).chain(relays);
+        all.chain(relay).chain(refused).collect()
     }
 }
 

@@ -219,8 +219,8 @@ pub struct PathsReport {
     pub home: Option<u32>,
     /// Codes of the regions.
     pub regions: BTreeMap<u32, String>,
-    /// What is wrong with relays, by region: in words.
-    pub relay_problems: BTreeMap<u32, String>,
+    /// What is wrong with relays that somebody needs now: in sentences, with what mends it.
+    pub relay_problems: Vec<String>,
     /// What the gateway says of a port that leads here.
     pub port: portmap::Found,
     /// Own endpoints.

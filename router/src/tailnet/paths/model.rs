@@ -145,14 +145,16 @@ pub(super) struct Paths {
 
 impl Paths {
     /// One that knows nothing.
-    pub(super) fn new(random: Random) -> Self {
+    pub(super) fn new(mut random: Random) -> Self {
+        let mut generation = [0; 4];
+        random(&mut generation);
         Self {
             own: None,
             peers: HashMap::new(),
             by_disco: HashMap::new(),
             deadlines: BinaryHeap::new(),
             pings: Pings::default(),
-            tries: Tries::default(),
+            tries: Tries::new(u32::from_le_bytes(generation)),
             serving: Serving::default(),
             budget: Budget::new(PINGS.0, PINGS.1),
             rounds: Rounds::default(),
@@ -317,7 +319,7 @@ impl Paths {
         if beats && is_active {
             peer.heartbeat = Some(now + super::peer::HEARTBEAT);
             if let Some(best) = peer.best {
-                self.ping_path(key, best.path, None, now);
+                self.beat(key, best.path, now);
             }
         } else if beats {
             peer.heartbeat = None;

@@ -29,6 +29,8 @@ const ABSENT: Duration = Duration::from_secs(60);
 const CANDIDATES: usize = 48;
 /// One ping for each candidate, and then five a second.
 const PINGS: (Duration, u32) = (Duration::from_millis(200), 2 * CANDIDATES as u32);
+/// Pings to where nothing but a ping of the peer has come from: whoever has recorded one sends it from anywhere.
+const STRANGE: (Duration, u32) = (Duration::from_secs(1), 8);
 
 /// An address where a peer may be.
 #[derive(Debug)]
@@ -176,6 +178,7 @@ pub(super) struct Peer {
     /// Round trip through the relay, where that was measured.
     pub(super) relay_latency: Option<Duration>,
     pub(super) budget: Budget,
+    pub(super) strange: Budget,
 }
 
 /// Whether an address can be a peer's. `tailnet` are the peer's own addresses inside the tunnel.
@@ -219,6 +222,7 @@ impl Peer {
             last_disco: None,
             relay_latency: None,
             budget: Budget::new(PINGS.0, PINGS.1),
+            strange: Budget::new(STRANGE.0, STRANGE.1),
         };
         peer.list(&spec.endpoints);
         peer

@@ -395,10 +395,9 @@ impl Driver {
             RelayEvent::Connected { region, .. } => self.paths.handle_relay(region, None, now),
             RelayEvent::Disconnected { region, failure } => {
                 self.paths.handle_health(region, String::new());
-                if let Some(failure) = failure {
-                    let why = Some(failure.to_string());
-                    self.paths.handle_relay(region, why, now);
-                }
+                // One that nobody needs any more may work again.
+                let why = failure.map(|failure| failure.to_string());
+                self.paths.handle_relay(region, why, now);
             }
             RelayEvent::Packets { region, packets } => {
                 let (disco, messages): (Vec<_>, Vec<_>) = packets

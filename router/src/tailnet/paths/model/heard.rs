@@ -159,7 +159,8 @@ impl Paths {
                     return;
                 }
                 let asks = candidate.may_be_pinged(now) && (new || !trusted);
-                unknown = asks.then_some(source);
+                let named = candidate.listed || candidate.called;
+                unknown = (asks && (named || peer.strange.take(now))).then_some(source);
             }
         } else if matches!(via, Via::Relay(..)) {
             return;
@@ -227,13 +228,17 @@ impl Paths {
         let Some(peer) = self.peers.get_mut(&from) else {
             return;
         };
+        if peer.spec.disco != Some(sender) {
+            return;
+        }
+        peer.last_disco = Some(now);
+        // Several that a relay has kept come together, and the last one is right.
+        peer.call(endpoints);
         let heeded = peer.heeded.map(|at| now.saturating_duration_since(at));
-        if peer.spec.disco != Some(sender) || heeded.is_some_and(|since| since < HEED) {
+        if heeded.is_some_and(|since| since < HEED) {
             return;
         }
         peer.heeded = Some(now);
-        peer.last_disco = Some(now);
-        peer.call(endpoints);
         for candidate in &mut peer.candidates {
             candidate.pinged = None;
         }

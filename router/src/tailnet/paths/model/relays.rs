@@ -48,11 +48,20 @@ pub(super) struct Tries {
     asked: HashMap<u32, Asked>,
     /// By the relay's key and number.
     bound: HashMap<(DiscoPublic, u32), Try>,
+    /// Begins anywhere: a relay refuses one that it knows of this node from before a restart.
     generation: u32,
     due: Option<Instant>,
 }
 
 impl Tries {
+    /// Nothing, with a number to begin at.
+    pub(super) fn new(generation: u32) -> Self {
+        Self {
+            generation,
+            ..Self::default()
+        }
+    }
+
     /// Forgets all that is under way.
     pub(super) fn clear(&mut self) {
         self.asked.clear();
@@ -198,10 +207,13 @@ impl Paths {
                 }
             }
             Some(Message::CallMeMaybeVia(endpoint)) => {
-                if let Some(peer) = self.peers.get_mut(&from) {
+                let may = self.peers.get_mut(&from).is_some_and(|peer| {
                     peer.last_disco = Some(now);
+                    peer.spec.relayed
+                });
+                if may {
+                    self.bind(&from, endpoint, false, now);
                 }
-                self.bind(&from, endpoint, false, now);
             }
             Some(Message::Allocate {
                 clients,

@@ -1,5 +1,6 @@
 //! What a person is told of paths: which is taken, and why it is no better.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use super::{Paths, lost};
@@ -22,18 +23,41 @@ impl Paths {
         PathsReport {
             home: self.rounds.home(),
             regions: self.regions.clone(),
-            relay_problems: self
-                .ill
-                .iter()
-                .chain(&self.down)
-                .map(|(region, why)| (*region, why.clone()))
-                .collect(),
+            relay_problems: self.relay_problems(now),
             endpoints: self.endpoints.clone(),
             netcheck: self.rounds.last().cloned(),
             peers: peers.collect(),
             relay_server: self.relay_server(now),
             ..PathsReport::default()
         }
+    }
+
+    /// What is wrong with the home, and with the relays of peers that have traffic and no direct path.
+    fn relay_problems(&self, now: Instant) -> Vec<String> {
+        let lost = lost(&self.regions, &self.down);
+        let peers = self.awake.iter().filter_map(|key| self.peers.get(key));
+        let relayed = peers.filter(|peer| peer.is_active(now) && !peer.is_direct(now));
+        let home = self.rounds.home();
+        let needed: BTreeSet<u32> = relayed
+            .filter_map(|peer| Some(peer.relay(lost, now)?.0))
+            .chain(home)
+            .collect();
+        let told = needed.into_iter().filter_map(|region| {
+            let code = self.code(region);
+            let whose = match home == Some(region) {
+                true => "this router's home",
+                false => "the home of peers with traffic",
+            };
+            if let Some(why) = self.down.get(&region) {
+                return Some(format!(
+                    "the relay of region {code}, {whose}, cannot be reached ({why}), so that who has no direct path is \
+                     cut off: let the router reach it by HTTPS (firewall, proxy, certificates), or mend the relay"
+                ));
+            }
+            let text = self.ill.get(&region)?;
+            Some(format!("the relay of region {code}, {whose}, says: {text}"))
+        });
+        told.collect()
     }
 
     /// The code of a region.

@@ -82,15 +82,38 @@ impl Paths {
         true
     }
 
+    /// Pings a peer by the path that it is reached by. Of no budget: there is one each few seconds, and a peer whose
+    /// heartbeat fails is searched for, which costs more.
+    pub(super) fn beat(&mut self, key: &NodePublic, path: Path, now: Instant) {
+        if self.ping_unbounded(key, path, None, now)
+            && let Path::Udp(address) = path
+        {
+            self.note_ping(key, address, now);
+        }
+    }
+
     /// Pings a peer by `to`, if the budgets allow.
     fn ping(&mut self, key: &NodePublic, to: Path, asked: Option<u64>, now: Instant) -> bool {
-        let (Some(own), Some(peer)) = (&self.own, self.peers.get_mut(key)) else {
+        let Some(peer) = self.peers.get_mut(key) else {
+            return false;
+        };
+        peer.budget.take(now) && self.budget.take(now) && self.ping_unbounded(key, to, asked, now)
+    }
+
+    fn ping_unbounded(
+        &mut self,
+        key: &NodePublic,
+        to: Path,
+        asked: Option<u64>,
+        now: Instant,
+    ) -> bool {
+        let (Some(own), Some(peer)) = (&self.own, self.peers.get(key)) else {
             return false;
         };
         let (Some(disco), node) = (peer.spec.disco, own.node) else {
             return false;
         };
-        if self.pings.sent.len() >= MOST || !peer.budget.take(now) || !self.budget.take(now) {
+        if self.pings.sent.len() >= MOST {
             return false;
         }
         let mut transaction = [0; 12];
@@ -145,11 +168,17 @@ impl Paths {
         now: Instant,
     ) -> bool {
         let sent = self.ping(key, Path::Udp(address), asked, now);
-        let peer = self.peers.get_mut(key);
-        if sent && let Some(candidate) = peer.and_then(|peer| peer.candidate(address)) {
-            candidate.pinged = Some(now);
+        if sent {
+            self.note_ping(key, address, now);
         }
         sent
+    }
+
+    fn note_ping(&mut self, key: &NodePublic, address: SocketAddr, now: Instant) {
+        let peer = self.peers.get_mut(key);
+        if let Some(candidate) = peer.and_then(|peer| peer.candidate(address)) {
+            candidate.pinged = Some(now);
+        }
     }
 
     /// Asks all candidates that were not asked just now, and with `call` has the peer do the same.

@@ -9,6 +9,7 @@ use crate::tailnet::paths::peer::{HEARTBEAT, TRUST};
 use crate::tailnet::paths::{Command, PathPeer};
 use crate::tailnet::wire::DerpMap;
 
+mod bounds;
 mod own;
 mod serving;
 

@@ -58,6 +58,9 @@ impl Paths {
     }
 
     fn set_identity(&mut self, node: &NodeSecret, disco: &DiscoSecret, now: Instant) {
+        // Connections to relays begin anew, and nobody tells how the old ones end.
+        self.down.clear();
+        self.ill.clear();
         let (node, public) = (node.public(), disco.public());
         let same = |own: &Own| own.node == node && own.disco == public;
         if self.own.as_ref().is_some_and(same) {
@@ -70,7 +73,7 @@ impl Paths {
         });
         self.pings.clear();
         self.tries.clear();
-        self.search_everywhere(now);
+        self.search_everywhere(true, now);
         self.look(now);
     }
 
@@ -219,7 +222,9 @@ impl Paths {
         if local == self.local {
             return;
         }
-        let moved = local.addresses != self.local.addresses || local.port != self.local.port;
+        let gone = |address: &IpAddr| !local.addresses.contains(address);
+        // What is new beside the rest takes nothing away: most of it are bridges of containers.
+        let moved = local.port != self.local.port || self.local.addresses.iter().any(gone);
         self.rounds.has = [
             local.addresses.iter().any(IpAddr::is_ipv4),
             local.addresses.iter().any(IpAddr::is_ipv6),
@@ -229,9 +234,9 @@ impl Paths {
         if moved {
             self.look_for_serving(now);
             self.rounds.forget();
-            self.search_everywhere(now);
-            self.look(now);
         }
+        self.search_everywhere(moved, now);
+        self.look(now);
         self.say_endpoints(now);
     }
 
@@ -242,14 +247,17 @@ impl Paths {
         }
     }
 
-    /// What was known of paths is worth nothing any more.
-    fn search_everywhere(&mut self, now: Instant) {
+    /// Searches for all peers with traffic that may be found elsewhere now. If this node has `moved`, what was known
+    /// of paths is worth nothing any more.
+    fn search_everywhere(&mut self, moved: bool, now: Instant) {
         for key in self.peers.keys().copied().collect::<Vec<_>>() {
             let Some(peer) = self.peers.get_mut(&key) else {
                 continue;
             };
-            peer.doubt();
-            if peer.is_active(now) {
+            if moved {
+                peer.doubt();
+            }
+            if peer.is_active(now) && !peer.is_direct(now) {
                 self.search(&key, true, now);
             }
             self.settle(&key, now);
