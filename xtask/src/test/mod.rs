@@ -140,27 +140,27 @@ fn end(
     }
     // A program that ended early has not run all.
     let whole = tally.failed == tally.failures.len();
-    let (by_chance, failures): (Vec<&Failure>, Vec<&Failure>) = match again {
-        Some(again) if whole && tally.failed <= TRIED_AGAIN => {
-            let passed = pass_now(again, &tally.failures)?;
-            let by_chance = |failure: &&Failure| passed.contains(&failure.name);
-            tally.failures.iter().partition(by_chance)
-        }
-        _ => (Vec::new(), tally.failures.iter().collect()),
+    let passed = match again {
+        Some(again) if whole && tally.failed <= TRIED_AGAIN => pass_now(again, &tally.failures)?,
+        _ => Vec::new(),
     };
-    let by_chance: Vec<String> = by_chance
+    judge(&tally.failures, &passed)
+}
+
+/// What is to be said of `failures`, of which those named in `passed` passed when they were tried
+/// once more: an error if not all did.
+fn judge(failures: &[Failure], passed: &[String]) -> Result<Vec<String>> {
+    let (told, failed): (Vec<_>, Vec<_>) = failures
         .iter()
-        .map(|failure| format!("passed at the second attempt only; {failure}"))
-        .collect();
-    if failures.is_empty() {
-        return Ok(by_chance);
+        .partition(|failure| passed.contains(&failure.name));
+    let told = told
+        .iter()
+        .map(|failure| format!("passed at the second attempt only; {failure}"));
+    if failed.is_empty() {
+        return Ok(told.collect());
     }
-    let told: Vec<String> = failures.iter().map(|failure| failure.to_string()).collect();
-    bail!(
-        "{} failed:\n{}",
-        told.len(),
-        [told, by_chance].concat().join("\n")
-    )
+    let all: Vec<String> = failed.iter().map(ToString::to_string).chain(told).collect();
+    bail!("{} failed:\n{}", failed.len(), all.join("\n"))
 }
 
 /// Runs the tests of these names alone, one by one, and yields which of them pass.
@@ -193,4 +193,44 @@ fn lab_tests(filter: Option<&str>) -> Result<usize> {
         .lines()
         .filter(|line| line.ends_with(": test"))
         .count())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_at_the_second_attempt_is_told_and_what_does_not_has_failed() {
+        let failures = ["a::b", "a::c"].map(|name| Failure {
+            name: name.to_owned(),
+            ..Failure::default()
+        });
+        let passed = ["a::b", "a::c"].map(str::to_owned);
+        let told = judge(&failures, &passed).unwrap();
+        assert_eq!(told.len(), 2);
+        assert!(told[0].starts_with("passed at the second attempt only; failed: a::b"));
+        let error = judge(&failures, &passed[..1]).unwrap_err().to_string();
+        assert!(
+            error.starts_with("1 failed:\nfailed: a::c\npassed at"),
+            "{error}"
+        );
+        assert!(
+            judge(&failures, &[])
+                .unwrap_err()
+                .to_string()
+                .starts_with("2 failed")
+        );
+    }
+
+    #[test]
+    fn the_second_attempt_is_the_same_command_for_the_lab_alone() {
+        let mut tests = run::command("cargo");
+        tests.args(["test", "--workspace"]).env("SLUICE_BIN", "/x");
+        let lab = in_lab(&tests);
+        assert_eq!(run::line(&lab), "cargo test --workspace --test integration");
+        let is_set = |(name, value): (&std::ffi::OsStr, Option<&std::ffi::OsStr>)| {
+            name == "SLUICE_BIN" && value.is_some_and(|value| value == "/x")
+        };
+        assert!(lab.get_envs().any(is_set));
+    }
 }

@@ -31,7 +31,7 @@ pub(super) struct Tally {
 pub(crate) struct Failure {
     pub(super) name: String,
     /// The beginning of its output.
-    said: Vec<String>,
+    pub(super) said: Vec<String>,
 }
 
 impl Tally {
