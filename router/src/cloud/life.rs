@@ -175,7 +175,7 @@ pub struct Life {
     phase: Phase,
     /// Why it drains, has drained or leaves.
     cause: Option<Cause>,
-    /// It is in a group, whose hooks wait for a word; the one about the launch is still to come.
+    /// It is in a group, whose hooks wait for a word; whether the one about the launch is still to come.
     launch: Option<bool>,
     /// The group waits for a word about the end.
     termination: bool,
@@ -296,6 +296,9 @@ impl Life {
         if action == Action::Heartbeat {
             return;
         }
+        if action == Action::CompleteLaunch && well {
+            self.launch = Some(false);
+        }
         let failed = self.again.map_or(0, |(_, failed)| failed) + 1;
         // What is no longer wanted need not be done.
         let well = well || !self.wants(action);
@@ -331,10 +334,11 @@ impl Life {
         }
     }
 
-    /// The group is told of the launch once, when the router serves.
+    /// The group is told of the launch once, when the router serves. What a drain by hand has come between is told
+    /// after it.
     fn complete_launch(&mut self) {
-        if self.phase == Phase::Serving && self.launch == Some(true) {
-            self.launch = Some(false);
+        let due = self.is_due(Action::CompleteLaunch);
+        if self.phase == Phase::Serving && self.launch == Some(true) && !due {
             self.push(Action::CompleteLaunch);
         }
     }

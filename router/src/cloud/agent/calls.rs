@@ -12,6 +12,11 @@ use crate::cloud::aws::{Aws, Error, Hook, compare};
 use crate::cloud::life::Action;
 use crate::tailnet::client::client_config;
 
+/// Auto Scaling may put an instance under its hook a little after the instance's state says what for, and until then
+/// the hook cannot be completed. After so many refusals, about a minute by the pauses of [`crate::cloud::life`],
+/// nothing holds the instance.
+const REFUSALS: u32 = 5;
+
 impl Agent {
     /// Who makes the calls, in the instance's region or the one that the environment names.
     async fn aws(&mut self) -> Result<&mut Aws, String> {
@@ -68,15 +73,17 @@ impl Agent {
                 let name = self.settings.termination_hook.clone();
                 self.hook(name, false).await
             }
-            Action::DropRoutes => self.drop_routes().await,
-            Action::Withdraw | Action::Advertise | Action::Leave => Ok(()),
+            Action::DropRoutes => self.drop_routes().await.map(|()| true),
+            Action::Withdraw | Action::Advertise | Action::Leave => Ok(true),
         };
+        let well = *outcome.as_ref().unwrap_or(&false);
         self.unobeyed = outcome.err();
-        self.unobeyed.is_none()
+        well
     }
 
-    /// Tells the group about a hook. Without a group there is nobody to be told.
-    async fn hook(&mut self, name: String, wait: bool) -> Result<(), String> {
+    /// Tells the group about a hook. Without a group there is nobody to be told. `false`: it is to be told again,
+    /// though nothing is wrong.
+    async fn hook(&mut self, name: String, wait: bool) -> Result<bool, String> {
         let Some(instance) = self.instance.clone() else {
             return match &self.imds {
                 Ok(_) => Err(
@@ -84,7 +91,7 @@ impl Agent {
                               anything; it is tried again"
                         .to_owned(),
                 ),
-                Err(_) => Ok(()),
+                Err(_) => Ok(true),
             };
         };
         let target = "meta-data/autoscaling/target-lifecycle-state";
@@ -93,7 +100,7 @@ impl Agent {
             Err(_) => None,
         };
         if grouped.is_none() {
-            return Ok(());
+            return Ok(true);
         }
         if self.group.is_none() {
             let found = self.aws().await?.group(&instance.id).await;
@@ -106,7 +113,7 @@ impl Agent {
             })?;
         }
         let Some(group) = self.group.clone() else {
-            return Ok(());
+            return Ok(true);
         };
         let hook = Hook {
             group,
@@ -118,6 +125,7 @@ impl Agent {
             true => aws.heartbeat(&hook).await,
             false => aws.complete(&hook).await,
         };
+        let refused = self.refused.remove(&hook.name).unwrap_or(0);
         match held {
             Ok(true) => tracing::info!(
                 hook = hook.name,
@@ -125,6 +133,15 @@ impl Agent {
                 wait,
                 "the group is told"
             ),
+            Ok(false) if !wait && refused < REFUSALS => {
+                tracing::debug!(
+                    hook = hook.name,
+                    group = hook.group,
+                    "no hook of this name holds the instance yet"
+                );
+                self.refused.insert(hook.name, refused + 1);
+                return Ok(false);
+            }
             // As with every start of a daemon whose instance is in service.
             Ok(false) => tracing::info!(
                 hook = hook.name,
@@ -138,7 +155,7 @@ impl Agent {
                 ));
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Looks whether interfaces take packets that are not their own, and has them do so.

@@ -99,6 +99,8 @@ pub(super) struct Agent {
     pub(super) problems: BTreeMap<Job, Vec<String>>,
     /// Why an order could not be carried out; it is given again.
     pub(super) unobeyed: Option<String>,
+    /// How often a hook could not be completed, for it did not hold the instance.
+    pub(super) refused: BTreeMap<String, u32>,
     events: mpsc::UnboundedSender<Event>,
     report: watch::Sender<Arc<Report>>,
 }
@@ -138,6 +140,7 @@ impl Agent {
             due: BTreeMap::new(),
             problems: BTreeMap::new(),
             unobeyed: None,
+            refused: BTreeMap::new(),
             events,
             report,
         };

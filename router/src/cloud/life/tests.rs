@@ -183,6 +183,27 @@ fn the_group_hears_of_the_launch_though_it_is_known_late() {
 }
 
 #[test]
+fn the_group_hears_of_the_launch_though_a_drain_comes_between() {
+    let now = Instant::now();
+    let mut life = Life::new(PATIENCE);
+    life.handle(Seen::Target(Target::InService), now);
+    life.handle(Seen::Ready, now);
+    assert_eq!(life.poll_action(now), Some(Action::CompleteLaunch));
+    // It is asked each five seconds what the group wants.
+    life.handle(Seen::Target(Target::InService), now);
+    life.handle_done(Action::CompleteLaunch, false, now);
+    assert_eq!(run(&mut life, now), []);
+    life.handle(Seen::Drain(None), now);
+    assert_eq!(run(&mut life, now), [Action::Withdraw]);
+    life.handle(Seen::Undrain, now);
+    let back = [Action::Advertise, Action::CompleteLaunch];
+    assert_eq!(run(&mut life, now), back);
+    life.handle(Seen::Drain(None), now);
+    life.handle(Seen::Undrain, now);
+    assert_eq!(run(&mut life, now), [Action::Advertise]);
+}
+
+#[test]
 fn without_patience_a_signal_ends_it_at_once() {
     let now = Instant::now();
     let patience = Patience {
