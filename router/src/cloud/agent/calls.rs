@@ -258,8 +258,16 @@ impl Agent {
             }
         }
         for cidr in &change.delete {
-            aws.delete_route(table, *cidr).await.map_err(told)?;
-            tracing::info!(table, %cidr, "a VPC route is taken away, for it is not wanted any more");
+            match aws.delete_route(table, *cidr).await {
+                Ok(()) => tracing::info!(
+                    table,
+                    %cidr,
+                    "a VPC route is taken away, for it is not wanted any more"
+                ),
+                Err(error) => problems.push(format!(
+                    "the VPC route table {table} still leads {cidr} here, which is not wanted any more: {error}"
+                )),
+            }
         }
         for (cidr, interface) in &change.foreign {
             // In a group one router has the route, and the others wait for it. Routers are interfaces.
@@ -303,24 +311,46 @@ impl Agent {
     async fn drop_routes(&mut self) -> Result<(), String> {
         // Or the next look would take them back.
         self.claims = false;
-        let tables = self.settings.route_tables.clone();
-        if tables.is_empty() || self.instance.is_none() {
+        if self.instance.is_none() {
             return Ok(());
         }
         self.claimed.extend(&self.settings.overlay);
-        let (own, claimed) = (self.own_interface()?, self.claimed.clone());
-        let aws = self.aws().await?;
-        let told = |error: Error| error.to_string();
-        for table in tables {
-            let there = aws.routes(&table).await.map_err(told)?;
-            let change = compare(&there, &BTreeSet::new(), &own, &claimed);
-            for cidr in change.delete {
-                aws.delete_route(&table, cidr).await.map_err(told)?;
-                tracing::info!(table, %cidr, "a VPC route that led here is taken away");
-            }
+        let mut problems = Vec::new();
+        // A table that fails keeps the routes in no other.
+        for table in self.settings.route_tables.clone() {
+            problems.extend(self.give_up(&table).await.err());
         }
         // Where they lead now is seen at the next look.
         self.routes.clear();
-        Ok(())
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(problems.join("; ")),
+        }
+    }
+
+    /// Takes away what leads here in a table, as much of it as can be.
+    async fn give_up(&mut self, table: &str) -> Result<(), String> {
+        let kept = |why: String| {
+            format!("routes of the VPC route table {table} may still lead to this router: {why}")
+        };
+        let own = self.own_interface().map_err(kept)?;
+        let claimed = self.claimed.clone();
+        let aws = self.aws().await.map_err(kept)?;
+        let there = match aws.routes(table).await {
+            // Nothing leads anywhere in a table that is gone.
+            Err(error) if error.code() == Some("InvalidRouteTableID.NotFound") => return Ok(()),
+            there => there.map_err(|error| kept(error.to_string()))?,
+        };
+        let mut failures = Vec::new();
+        for cidr in compare(&there, &BTreeSet::new(), &own, &claimed).delete {
+            match aws.delete_route(table, cidr).await {
+                Ok(()) => tracing::info!(table, %cidr, "a VPC route that led here is taken away"),
+                Err(error) => failures.push(format!("{cidr}: {error}")),
+            }
+        }
+        match failures.is_empty() {
+            true => Ok(()),
+            false => Err(kept(failures.join("; "))),
+        }
     }
 }
