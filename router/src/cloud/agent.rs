@@ -119,8 +119,8 @@ impl Handle {
         let _ = self.orders.send(Order::Act(action));
     }
 
-    /// Takes VPC routes that nobody has, as it does from the start, or does not: what a router that drains takes is
-    /// another one's to serve. What it has, it has until [`life::Action::DropRoutes`].
+    /// Takes VPC routes that nobody has, or does not, as from the start: what a router takes before it serves or while
+    /// it drains is another one's to serve. What it has, it has until [`life::Action::DropRoutes`].
     pub fn claim(&self, claims: bool) {
         let _ = self.orders.send(Order::Claim(claims));
     }

@@ -298,7 +298,11 @@ impl Daemon {
     /// Moves the life on, and does what it asks for; how the daemon ends, if it is at its end.
     pub(super) async fn live(&mut self) -> Option<Ending> {
         if self.ready && self.has_map() {
+            let starts = self.life.life.phase() == Phase::Starting;
             self.life.see(Seen::Ready);
+            if starts {
+                self.cloud.claim(true);
+            }
         }
         loop {
             self.life.life.handle_timeout(Instant::now());

@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use lab::metadata::Metadata;
 use lab::site::{Arms, Client, Site, VPC, config};
 use lab::sluice::{Config, Sluice};
+use lab::tailnet::KEY;
 use lab::{Lab, wait_until};
 
 use super::aws::{Api, PORT};
@@ -132,6 +133,31 @@ fn a_route_of_somebody_else_survives_and_a_dead_one_is_taken_over() {
         })?;
         wait_until(SOON, "no problem", || is_quiet(&sluice))?;
         rig.is_signed_well()?;
+        sluice.stop()
+    });
+}
+
+/// A router that cannot serve yet would have the VPC's packets end here.
+#[test]
+fn no_route_is_claimed_before_the_router_serves() {
+    lab::test(|lab| {
+        let mut rig = Rig::new(lab)?;
+        // Nobody is there.
+        let joining = Config::joining("http://203.0.113.99:8080", KEY)?;
+        rig.config = Config {
+            cloud: rig.config.cloud,
+            variables: rig.config.variables,
+            datapath: rig.config.datapath,
+            ..joining
+        };
+        let sluice = rig.start()?;
+        wait_until(SOON, "a look at the table", || {
+            let status = sluice.status().unwrap_or_default();
+            status["cloud"]["routes"][0]["own"] == false
+        })?;
+        let life = sluice.status()?["life"].clone();
+        ensure!(life["phase"] == "starting", "{life}");
+        ensure!(rig.leads(OVERLAY).is_none());
         sluice.stop()
     });
 }

@@ -133,7 +133,7 @@ impl Agent {
             checked: Vec::new(),
             routes: Vec::new(),
             claimed: BTreeSet::new(),
-            claims: true,
+            claims: false,
             spot: false,
             rebalance: false,
             user_data_known: false,
