@@ -35,6 +35,8 @@ pub(crate) struct State {
     pub(crate) unchecked: BTreeSet<String>,
     /// Destination, interface or gateway, and whether that is gone, of the one route table.
     pub(crate) routes: BTreeMap<String, (String, bool)>,
+    /// Other tables with the same routes, which AWS does not show at the moment.
+    pub(crate) hidden: BTreeSet<String>,
     /// Hooks that hold the instance.
     pub(crate) holding: BTreeSet<String>,
     /// Every call, with what it was about, and when.
@@ -195,6 +197,9 @@ impl State {
             "ModifyNetworkInterfaceAttribute" => {
                 self.unchecked.insert(interface);
                 done()
+            }
+            "DescribeRouteTables" if self.hidden.contains(&field("RouteTableId.1")) => {
+                (503, refusal("RequestLimitExceeded", "too many requests"))
             }
             "DescribeRouteTables" => {
                 let items: String = self

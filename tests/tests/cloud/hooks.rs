@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use lab::metadata::Metadata;
 use lab::site::{Arms, Site, VPC};
+use lab::wait_until;
 use router::cloud::agent::{self, Event, Handle, Settings};
 use router::cloud::life::{Action, Seen, Target};
 
@@ -14,8 +15,11 @@ use super::aws::{Api, PORT};
 /// The agent asks from a namespace by what its process's environment says: this test is that process.
 const INSIDE: &str = "cloud::hooks::inside_a_process_of_its_own";
 const TARGET: &str = "meta-data/autoscaling/target-lifecycle-state";
+/// A table that AWS does not show at first.
+const HIDDEN: &str = "rtb-0";
 /// How often a hook that does not hold the instance is tried again.
 const REFUSED: u32 = 5;
+const DROPPED: &str = "DeleteRoute 100.64.0.0/10";
 
 #[test]
 fn hooks_are_completed_and_routes_dropped() {
@@ -35,6 +39,7 @@ fn hooks_are_completed_and_routes_dropped() {
         let api = Api::new(&metadata)?;
         api.change(|state| {
             state.holding = ["up", "down"].map(str::to_owned).into();
+            state.hidden.insert(HIDDEN.to_owned());
             state.routes = [
                 ("100.64.0.0/10".to_owned(), ("eni-own".to_owned(), false)),
                 ("192.168.0.0/24".to_owned(), ("eni-own".to_owned(), false)),
@@ -52,7 +57,19 @@ fn hooks_are_completed_and_routes_dropped() {
             .args(["--exact", INSIDE, "--ignored", "--nocapture"])
             .env("AWS_ENDPOINT_URL", format!("http://169.254.169.254:{PORT}"))
             .timeout(Duration::from_secs(60));
-        let output = command.output()?;
+        let output = std::thread::scope(|scope| {
+            // A process ends with the thread that began it, so the other one sees to AWS.
+            scope.spawn(|| {
+                let calls = || api.change(|state| state.calls.clone());
+                let dropped = || calls().iter().filter(|(_, call)| call == DROPPED).count();
+                wait_until(Duration::from_secs(50), "two routes to be dropped", || {
+                    dropped() == 2
+                })?;
+                api.change(|state| state.hidden.clear());
+                anyhow::Ok(())
+            });
+            command.output()
+        })?;
         ensure!(
             output.status.success(),
             "{}\n{}",
@@ -97,7 +114,7 @@ fn inside_a_process_of_its_own() {
         user_data: None,
     };
     let outcome: Result<()> = runtime.block_on(async {
-        let mut agent = agent::spawn(settings, 0)?;
+        let mut agent = agent::spawn(settings.clone(), 0)?;
         // What it sees by itself.
         let (mut target, mut spot) = (false, false);
         while !(target && spot) {
@@ -115,7 +132,29 @@ fn inside_a_process_of_its_own() {
         }
         is_done(&mut agent, Action::CompleteLaunch, true).await?;
         is_done(&mut agent, Action::Heartbeat, true).await?;
-        is_done(&mut agent, Action::DropRoutes, true).await?;
+
+        // A table that cannot be looked at keeps no other from being cleared.
+        let settings = |tables: &[&str]| Settings {
+            route_tables: tables.iter().map(|&table| table.to_owned()).collect(),
+            ..settings.clone()
+        };
+        agent.set(settings(&[HIDDEN, "rtb-1"]));
+        is_done(&mut agent, Action::DropRoutes, false).await?;
+        let kept = "may still lead to this router";
+        wait(&mut agent, |report| report.contains(kept)).await?;
+        // Who serves again wants the routes, and what could not be dropped is no fault any more.
+        agent.claim(true);
+        let serves = |report: &str| !report.contains(kept) && report.contains("own: true");
+        wait(&mut agent, serves).await?;
+        // A table out of the configuration is cleared, as soon as that can be.
+        agent.set(settings(&[]));
+        wait(&mut agent, |report| report.contains(kept)).await?;
+        let is_clear = |report: &str| {
+            report.contains("problems: []")
+                && report.contains("routes: []")
+                && !report.contains("route tables")
+        };
+        wait(&mut agent, is_clear).await?;
         is_done(&mut agent, Action::CompleteTermination, true).await
     });
     outcome.unwrap();
@@ -137,6 +176,17 @@ async fn is_done(agent: &mut Handle, action: Action, well: bool) -> Result<()> {
             );
             return Ok(());
         }
+    }
+}
+
+/// Waits for a report like this.
+async fn wait(agent: &mut Handle, is_like: impl Fn(&str) -> bool) -> Result<()> {
+    loop {
+        let report = format!("{:?}", agent.report());
+        if is_like(&report) {
+            return Ok(());
+        }
+        next(agent).await.context(report)?;
     }
 }
 

@@ -219,6 +219,7 @@ impl Agent {
                 )),
             }
         }
+        problems.extend(self.give_up_gone().await);
         self.routes = routes;
         match problems.is_empty() {
             true => Ok(()),
@@ -320,12 +321,26 @@ impl Agent {
         for table in self.settings.route_tables.clone() {
             problems.extend(self.give_up(&table).await.err());
         }
+        problems.extend(self.give_up_gone().await);
         // Where they lead now is seen at the next look.
         self.routes.clear();
         match problems.is_empty() {
             true => Ok(()),
             false => Err(problems.join("; ")),
         }
+    }
+
+    /// Takes away what leads here in tables that the configuration does not name any more. What cannot be is tried
+    /// again.
+    async fn give_up_gone(&mut self) -> Vec<String> {
+        let mut problems = Vec::new();
+        for table in self.gone.clone() {
+            match self.give_up(&table).await {
+                Ok(()) => _ = self.gone.remove(&table),
+                Err(why) => problems.push(why),
+            }
+        }
+        problems
     }
 
     /// Takes away what leads here in a table, as much of it as can be.

@@ -88,6 +88,8 @@ pub(super) struct Agent {
     pub(super) routes: Vec<Claimed>,
     /// Every destination that was claimed since the start.
     pub(super) claimed: BTreeSet<IpNet>,
+    /// Tables that were to lead here and are not any more, as long as they may.
+    pub(super) gone: BTreeSet<String>,
     /// Routes that nobody has are taken.
     pub(super) claims: bool,
     spot: bool,
@@ -133,6 +135,7 @@ impl Agent {
             checked: Vec::new(),
             routes: Vec::new(),
             claimed: BTreeSet::new(),
+            gone: BTreeSet::new(),
             claims: false,
             spot: false,
             rebalance: false,
@@ -182,18 +185,40 @@ impl Agent {
             Order::Claim(claims) => {
                 self.claims = claims;
                 self.due.remove(&Job::Routes);
+                if claims {
+                    // Routes that could not be dropped are wanted again.
+                    self.unobeyed = None;
+                }
             }
             Order::Set(settings) => {
                 if *settings != self.settings {
-                    self.settings = *settings;
-                    for job in [Job::Check, Job::Routes, Job::UserData] {
-                        self.due.remove(&job);
-                    }
+                    self.set(*settings);
                 }
             }
             Order::Parameter(name, answer) => {
                 let _ = answer.send(self.parameter(&name).await);
             }
+        }
+    }
+
+    fn set(&mut self, settings: Settings) {
+        let before = std::mem::replace(&mut self.settings, settings);
+        let wanted = &self.settings.route_tables;
+        self.gone.extend(before.route_tables);
+        self.gone.retain(|table| !wanted.contains(table));
+        self.claimed.extend(&before.overlay);
+        for job in [Job::Check, Job::Routes, Job::UserData] {
+            self.due.remove(&job);
+            // Nobody looks any more whether it still holds.
+            if !self.wants(job) {
+                self.problems.remove(&job);
+            }
+        }
+        if !self.wants(Job::Check) {
+            self.checked.clear();
+        }
+        if !self.wants(Job::Routes) {
+            self.routes.clear();
         }
     }
 
@@ -211,7 +236,9 @@ impl Agent {
             }
             Job::Life | Job::Networks => known,
             Job::Check => known && self.settings.keeps_sources,
-            Job::Routes => known && !self.settings.route_tables.is_empty(),
+            Job::Routes => {
+                known && !(self.settings.route_tables.is_empty() && self.gone.is_empty())
+            }
         }
     }
 
