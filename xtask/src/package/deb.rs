@@ -173,3 +173,68 @@ fn all(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::process::Command;
+
+    use super::*;
+
+    /// Upgrades a package whose daemon runs, in a folder instead of a system, where `file` has a configuration; whether
+    /// the daemon is restarted.
+    fn restarts(root: &Path, file: Option<(&str, &str)>) -> Result<bool> {
+        let _ = fs::remove_dir_all(root);
+        for folder in ["run/systemd/system", "etc/sluice", "bin"] {
+            fs::create_dir_all(root.join(folder))?;
+        }
+        let says = root.join("restarted");
+        for (name, script) in [
+            ("systemctl", String::new()),
+            ("deb-systemd-helper", String::new()),
+            (
+                "deb-systemd-invoke",
+                format!("[ \"$1\" = restart ] && touch {}", says.display()),
+            ),
+            // `sluice check-config` of the default file, which must be there.
+            (
+                "sluice",
+                format!("grep -q good {}/etc/sluice/sluice.toml", root.display()),
+            ),
+        ] {
+            let at = root.join("bin").join(name);
+            fs::write(&at, format!("#!/bin/sh\n{script}\n"))?;
+            fs::set_permissions(&at, fs::Permissions::from_mode(0o755))?;
+        }
+        if let Some((name, text)) = file {
+            let at = root.join(name);
+            fs::create_dir_all(at.parent().context("a folder")?)?;
+            fs::write(at, text)?;
+        }
+        let mut script = text("packaging/debian/postinst")?;
+        for folder in ["/run/systemd", "/etc/sluice", "/usr/lib/sluice"] {
+            // The sentences name them, too, which does no harm.
+            script = script.replace(folder, &format!("{}{folder}", root.display()));
+        }
+        let path = format!("{}:/usr/bin:/bin", root.join("bin").display());
+        let status = Command::new("sh")
+            .args(["-c", &script, "postinst", "configure", "1"])
+            .env("PATH", path)
+            .status()?;
+        ensure!(status.success(), "{status}");
+        Ok(says.exists())
+    }
+
+    #[test]
+    fn an_upgrade_restarts_a_daemon_that_takes_its_configuration() -> Result<()> {
+        let root = std::env::temp_dir().join(format!("sluice-postinst-{}", std::process::id()));
+        let file = "etc/sluice/sluice.toml";
+        let restarts = |file| restarts(&root, file);
+        ensure!(restarts(Some((file, "good")))?, "a file that is well");
+        ensure!(!restarts(Some((file, "bad")))?, "a file that is not");
+        let layer = "usr/lib/sluice/sluice.d/10.toml";
+        ensure!(!restarts(Some((layer, "bad")))?, "a layer that is not");
+        ensure!(restarts(None)?, "a container's environment");
+        Ok(fs::remove_dir_all(&root)?)
+    }
+}

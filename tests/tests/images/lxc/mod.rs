@@ -206,11 +206,7 @@ fn gateway(lab: &Lab, images: &Images, privileged: bool) -> Result<()> {
     settled(&container)?;
     flow.works().context("after a restart")?;
 
-    container.push(&images.folder.join("2.deb"), "/root/2.deb")?;
-    let install = "DEBIAN_FRONTEND=noninteractive apt-get -qq -y install /root/2.deb 2>&1";
-    container.command(install)?.timeout(APT).run()?;
-    let version = container.run("dpkg-query --show --showformat='${Version}' sluice")?;
-    ensure!(version.ends_with("-2"), "{version}");
+    upgrade(&container, images)?;
     ensure!(settled(&container)?["datapath"]["active"] == datapath["active"]);
     flow.works().context("after an upgrade")?;
 
@@ -223,6 +219,19 @@ fn gateway(lab: &Lab, images: &Images, privileged: bool) -> Result<()> {
         http::get(&site.laptop, web, "/").is_ok()
     })?;
     carries(&site.laptop).context("after a restart of the container")
+}
+
+/// Installs the next package, which the daemon is to be of from then on.
+fn upgrade(container: &Container, images: &Images) -> Result<()> {
+    let main = || container.run("systemctl show --property=MainPID --value sluice");
+    let before = main()?;
+    container.push(&images.folder.join("2.deb"), "/root/2.deb")?;
+    let install = "DEBIAN_FRONTEND=noninteractive apt-get -qq -y install /root/2.deb 2>&1";
+    let told = container.command(install)?.timeout(APT).run()?;
+    let version = container.run("dpkg-query --show --showformat='${Version}' sluice")?;
+    ensure!(version.ends_with("-2"), "{version}");
+    ensure!(main()? != before, "the old daemon goes on: {told}");
+    Ok(())
 }
 
 #[test]
@@ -316,6 +325,7 @@ fn the_containers_environment_is_enough_and_dhcp_too() {
         ensure!(node.hostinfo["Hostname"] == "gateway", "{node:?}");
         let log = container.run("journalctl --no-pager -u sluice")?;
         ensure!(!log.contains(KEY), "the key is in the log");
+        upgrade(&container, images).context("without a file")?;
         Ok(())
     });
 }
