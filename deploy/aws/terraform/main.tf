@@ -135,6 +135,10 @@ resource "aws_autoscaling_group" "routers" {
     }
   }
 
-  # Without its rights a router could not complete the hook.
-  depends_on = [aws_iam_role_policy.router]
+  # Routers have their rights and the network from the first one on, and as long as the last one drains.
+  depends_on = [
+    aws_iam_role_policy.router,
+    aws_vpc_security_group_egress_rule.router,
+    aws_vpc_security_group_ingress_rule.router,
+  ]
 }

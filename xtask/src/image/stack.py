@@ -83,7 +83,8 @@ def statements(ids):
         policy = iam.get_role_policy(RoleName=ids["Role"], PolicyName=name)["PolicyDocument"]
         # moto keeps a stack's policies in Python's notation.
         policy = ast.literal_eval(policy) if isinstance(policy, str) else policy
-        found.update((statement["Sid"], statement) for statement in policy["Statement"])
+        # A statement whose condition is not met is there as none.
+        found.update((statement["Sid"], statement) for statement in policy["Statement"] if statement)
     return found
 
 
