@@ -102,9 +102,14 @@ impl Layers {
         layers
     }
 
+    /// Whether the instance's user data has rules, as far as that can be told of a text that may be no TOML.
+    pub(super) fn has_user_rules(&self) -> bool {
+        let mut texts = self.each().filter(|(name, _)| is_user_data(name));
+        texts.any(|(_, text)| text.lines().any(is_rule))
+    }
+
     /// The same without the instance's user data; `None` if that is not there.
     pub(super) fn without_user_data(&self) -> Option<Self> {
-        let is_user_data = |name: &Path| name == Path::new(USER_DATA_NAME);
         let at = self
             .starts
             .iter()
@@ -200,6 +205,32 @@ impl Layers {
                 }
             })
             .collect()
+    }
+}
+
+/// Whether a layer is the instance's user data.
+pub(super) fn is_user_data(name: &Path) -> bool {
+    name == Path::new(USER_DATA_NAME)
+}
+
+/// Whether a line begins a rule.
+fn is_rule(line: &str) -> bool {
+    let key = line.trim_start_matches(|c: char| c.is_whitespace() || "[\"'".contains(c));
+    let behind = key.strip_prefix("rule");
+    behind.is_some_and(|rest| {
+        !rest.starts_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | '-'))
+    })
+}
+
+/// Why user data that is wrong is not left out.
+pub(super) fn only_rules() -> Problem {
+    Problem {
+        file: Path::new(USER_DATA_NAME).into(),
+        position: None,
+        key: "rule".into(),
+        message: "the rest has no rule, so without the user data every peer might reach every route; mend the user \
+                  data, or put its rules into a file"
+            .into(),
     }
 }
 
@@ -377,6 +408,27 @@ mod tests {
         assert_eq!((config.user_data.len(), layers.starts().len()), (1, 1));
         let told = &config.user_data[0];
         assert!(told.starts_with("user data:4:8: route.cidr: "), "{told}");
+        // Rules are not left out if none remains, even where the user data is no TOML; those of a file do.
+        let rule = "[[rule]]\nfrom = [\"*\"]\nto = [\"10.1.0.0/16\"]\n";
+        for wrong in [bad.as_str(), "[[route\n", "[wireguard\n"] {
+            let error = settled(BASE, &format!("{wrong}{rule}")).unwrap_err();
+            let told = error.to_string();
+            assert!(
+                told.contains("user data: rule: the rest has no rule"),
+                "{told}"
+            );
+            assert!(error.0.len() > 1, "{told}");
+            assert!(settled(BASE, &format!("{wrong}# [[rule]]\n")).is_ok());
+            let base = format!("{BASE}{rule}");
+            assert!(settled(&base, &format!("{wrong}{rule}")).is_ok());
+        }
+        // A router that runs keeps what it has; one that never had it does without.
+        let with = settled(BASE, good).unwrap().0;
+        let without = settled(BASE, &bad).unwrap().0;
+        assert!(without.loses_user_data(&with));
+        assert!(!without.loses_user_data(&without) && !with.loses_user_data(&with));
+        let never = settled(BASE, "").unwrap().0;
+        assert!(!never.loses_user_data(&with) && !with.loses_user_data(&never));
         // Where nothing else says a configuration, there is none.
         let error = settled("", &bad).unwrap_err().to_string();
         assert!(error.contains("user data:4:8: "), "{error}");

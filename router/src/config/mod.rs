@@ -76,7 +76,8 @@ pub fn default_socket(device: &str) -> PathBuf {
 /// [`DEFAULT_FILE`] the instance's user data; the variable `SLUICE_CONFIG`.
 ///
 /// A layer of user data with which all would not be valid is left out, and [`Config::user_data`] says what is wrong
-/// with it: nobody is at hand to mend it, and the rest may carry packets.
+/// with it: nobody is at hand to mend it, and the rest may carry packets. But not where the only rules would go with it,
+/// for without any rule every peer may reach every route.
 pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
     effective(path).map(|(config, _)| config)
 }
@@ -87,12 +88,18 @@ fn effective(path: &Path) -> Result<(Config, Layers), ConfigErrors> {
 }
 
 fn settle(layers: Layers, path: &Path) -> Result<(Config, Layers), ConfigErrors> {
-    let errors = match judge(&layers, path) {
+    let mut errors = match judge(&layers, path) {
         Ok(config) => return Ok((config, layers)),
         Err(errors) => errors,
     };
     let rest = layers.without_user_data();
     match rest.map(|rest| (judge(&rest, path), rest)) {
+        Some((Ok(config), _))
+            if config.snapshot.policy.rules.is_empty() && layers.has_user_rules() =>
+        {
+            errors.0.push(layers::only_rules());
+            Err(errors)
+        }
         Some((Ok(mut config), rest)) => {
             config.user_data = errors.0.iter().map(ToString::to_string).collect();
             Ok((config, rest))
@@ -186,6 +193,13 @@ pub struct Config {
 }
 
 impl Config {
+    /// Whether this is without the user data that `before` has: a router that runs keeps it.
+    pub fn loses_user_data(&self, before: &Self) -> bool {
+        let places = before.origin.0.iter();
+        let mut files = places.flat_map(|places| &places.files);
+        !self.user_data.is_empty() && files.any(|file| layers::is_user_data(file))
+    }
+
     /// The router's own overlay addresses, as far as the file says them.
     pub fn addresses(&self) -> &[IpNet] {
         self.identity.as_ref().map_or(&[], |own| &own.addresses)

@@ -247,6 +247,10 @@ impl Daemon {
             _ => None,
         };
         match config {
+            // A mistake anywhere changes nothing, and what is in force has the user data.
+            Some(config) if config.loses_user_data(&self.sources.config) => {
+                Err(Error::System(config.user_data.join("\n")))
+            }
             Some(config) => self.take_config(config).await,
             None => Ok(Vec::new()),
         }
