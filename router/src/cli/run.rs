@@ -8,7 +8,7 @@ use anyhow::bail;
 use super::DEFAULT_CONFIG;
 use crate::cloud::detect::Provider;
 use crate::cloud::user_data;
-use crate::config::{self, Preferences, Variables};
+use crate::config::{self, Config, ConfigErrors, Preferences, Variables};
 use crate::runtime::Settings;
 use crate::tailnet::node::default_state_dir;
 
@@ -33,7 +33,7 @@ pub(super) struct Args {
 pub(super) fn settings(args: &Args) -> anyhow::Result<Settings> {
     let (default_file, state) = (Path::new(DEFAULT_CONFIG), default_state_dir());
     let variables = config::variables();
-    if !takes_user_data(args, &variables, default_file) || !bring_user_data(default_file)? {
+    if !takes_user_data(args, &variables, default_file) || !bring_user_data(default_file, &state)? {
         return choose(args, &variables, default_file, &state);
     }
     if let Err(errors) = config::load(default_file) {
@@ -54,7 +54,7 @@ fn takes_user_data(args: &Args, variables: &Variables, default_file: &Path) -> b
 
 /// Brings the user data of this instance. Whether there is some. What else says a configuration is not kept waiting:
 /// then the daemon goes on asking.
-fn bring_user_data(default_file: &Path) -> anyhow::Result<bool> {
+fn bring_user_data(default_file: &Path, default_state: &Path) -> anyhow::Result<bool> {
     let path = Path::new(user_data::FILE);
     if path.exists() {
         return Ok(true);
@@ -66,22 +66,37 @@ fn bring_user_data(default_file: &Path) -> anyhow::Result<bool> {
     {
         return Ok(false);
     }
-    let alone = config.is_err();
-    let patience = if alone { ALONE } else { BESIDE_OTHERS };
-    match user_data::bring_at_start(path, patience) {
-        Ok(found) => Ok(found),
-        Err(error) if alone => {
-            let text = format!(
-                "nothing but the user data can say how to run here, and it cannot be had: {error}"
-            );
+    let lack = lack(&config, default_file, default_state);
+    let patience = if lack.is_some() { ALONE } else { BESIDE_OTHERS };
+    match (user_data::bring_at_start(path, patience), lack) {
+        (Ok(found), _) => Ok(found),
+        (Err(error), Some(lack)) => {
+            let text = format!("{lack}, and the user data cannot be had: {error}");
             user_data::tell_console(&text);
             bail!(text)
         }
-        Err(error) => {
+        (Err(error), None) => {
             tracing::warn!("the user data is not there yet: {error}");
             Ok(false)
         }
     }
+}
+
+/// Why the router cannot run without user data; `None`: it can. What is wrong with a file may be what the user data
+/// makes whole, or a mistake.
+fn lack(
+    config: &Result<Config, ConfigErrors>,
+    default_file: &Path,
+    default_state: &Path,
+) -> Option<String> {
+    let errors = config.as_ref().err()?;
+    if config::is_there(default_file) {
+        return Some(format!(
+            "the configuration alone does not say how to run here ({errors})"
+        ));
+    }
+    let commanded = Preferences::exist(default_state);
+    (!commanded).then(|| "nothing but the user data can say how to run here".to_owned())
 }
 
 fn choose(
@@ -148,6 +163,30 @@ fn choose(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_user_data_must_say_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path();
+        let plain = config::tests::directory_with_keys();
+        let file = plain.path().join("sluice.toml");
+        let lack = |state: &Path| lack(&config::load(&file), &file, state);
+        let alone = lack(state).unwrap();
+        assert!(alone.contains("nothing but the user data"), "{alone}");
+        // A mistake is told, and is none of the preferences'.
+        std::fs::write(&file, "[metrics]\nlisten = \"nowhere\"\n").unwrap();
+        let wrong = lack(state).unwrap();
+        assert!(
+            wrong.contains("sluice.toml:2:10: metrics.listen: "),
+            "{wrong}"
+        );
+        Preferences::default().save(state).unwrap();
+        assert!(lack(state).is_some());
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(lack(state), None);
+        std::fs::write(&file, config::tests::EXAMPLE).unwrap();
+        assert_eq!(lack(folder.path().join("none").as_path()), None);
+    }
 
     #[test]
     fn one_rules() {
