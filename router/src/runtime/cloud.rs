@@ -22,7 +22,7 @@ use crate::tailnet::node::{Opened, Settings};
 
 /// How long a start waits for the cloud's first words. A metadata service answers within some milliseconds.
 const FIRST_WORDS: Duration = Duration::from_secs(2);
-/// How long a node waits to be named before it joins by the host's name.
+/// How long a node waits to be told who it is before it joins all the same.
 const NAME: Duration = Duration::from_secs(20);
 
 /// What the daemon knows of the cloud.
@@ -38,7 +38,7 @@ pub(super) struct Cloud {
     problems: Vec<String>,
     /// Why the node could not join when its name was known.
     unjoined: Option<String>,
-    /// A node that waits for its name, and until when.
+    /// A node that waits to be told who it is, and until when.
     waiting: Option<(Box<Opened>, Instant)>,
 }
 
@@ -112,7 +112,7 @@ impl Cloud {
         self.waiting.as_ref().map(|(_, until)| *until)
     }
 
-    /// Whether a node waits for its name.
+    /// Whether a node waits to be told who it is.
     pub(super) fn is_waiting(&self) -> bool {
         self.waiting.is_some()
     }
@@ -146,7 +146,7 @@ impl Cloud {
     pub(super) fn unready(&self, config: &Config) -> Vec<String> {
         let mut found = Vec::new();
         if self.waiting.is_some() {
-            found.push("tailnet: the cloud is asked for this router's name first".to_owned());
+            found.push("tailnet: the cloud is asked first who this router is".to_owned());
         }
         let mut auto = config.auto_routes.iter();
         if self.networks.is_none() && auto.any(|route| route.nets == AutoNets::Vpc) {
@@ -163,6 +163,12 @@ impl Cloud {
         let told = self.instance().map(|instance| instance.id);
         told.or_else(detect::instance_id)
     }
+}
+
+/// Whether the cloud alone can say who a router is: its name, unless `is_named`, and whether the state is its own, unless
+/// the firmware tells the `instance`. With a cloned disk's keys two nodes would fight for one place.
+fn needs_word(is_named: bool, instance: Option<&str>) -> bool {
+    !is_named || instance.is_none()
 }
 
 /// Reads what [`Cloud::leave`] has written, and removes it: next time it would be old.
@@ -191,17 +197,21 @@ impl Daemon {
     /// found out.
     pub(super) async fn await_cloud(&mut self) {
         let config = &self.sources.config;
-        let unnamed = |settings: &Settings| settings.hostname.is_none();
-        let named = !config.tailnet.as_ref().is_some_and(unnamed);
+        let unsure = config.tailnet.as_ref().is_some_and(|settings| {
+            needs_word(
+                settings.hostname.is_some(),
+                detect::instance_id().as_deref(),
+            )
+        });
         let mut auto = config.auto_routes.iter();
         let by_vpc = auto.any(|route| route.nets == AutoNets::Vpc);
         let until = tokio::time::Instant::now() + FIRST_WORDS;
         while let Some(agent) = &self.cloud.agent {
             let report = agent.report();
             let failing = report.asked && report.instance.is_none();
-            let unnamed = !named && report.instance.is_none();
+            let unknown = unsure && report.instance.is_none();
             let unrouted = by_vpc && self.cloud.networks.is_none();
-            if failing || !(unnamed || unrouted) {
+            if failing || !(unknown || unrouted) {
                 break;
             }
             match tokio::time::timeout_at(until, self.cloud.next()).await {
@@ -238,19 +248,19 @@ impl Daemon {
         }
     }
 
-    /// Has the node join, now or as soon as its name is known.
+    /// Has the node join, now or as soon as it is known who it is.
     pub(super) fn join_soon(&mut self, opened: Opened) -> Result<(), Error> {
         let named = |settings: &Settings| settings.hostname.is_some();
         let is_named = self.sources.config.tailnet.as_ref().is_some_and(named);
         let asks = self.cloud.agent.is_some() && self.cloud.instance().is_none();
-        if asks && !is_named {
+        if asks && needs_word(is_named, detect::instance_id().as_deref()) {
             self.cloud.waiting = Some((Box::new(opened), Instant::now() + NAME));
             return Ok(());
         }
         self.join_as_instance(opened)
     }
 
-    /// Has a node join that waits for its name, if that is known or does not come.
+    /// Has a node join that waits to be told who it is, if that is known or does not come.
     pub(super) fn join_named(&mut self, now: Instant) {
         let known = self.cloud.instance().is_some();
         let due = |(_, until): &mut (Box<Opened>, Instant)| known || *until <= now;
@@ -259,7 +269,8 @@ impl Daemon {
         };
         if !known {
             tracing::warn!(
-                "the cloud has not told who this instance is: the router joins its tailnet by the host's name"
+                "the cloud has not told who this instance is: the router joins its tailnet all the same, by the host's \
+                 name if no other is configured"
             );
         }
         if let Err(error) = self.join_as_instance(*opened) {
@@ -485,6 +496,14 @@ mod tests {
         assert_eq!(take(&path), None);
         fs::write(&path, "nonsense").unwrap();
         assert_eq!(take(&path), None);
+    }
+
+    #[test]
+    fn who_the_router_is_is_asked_where_nobody_else_tells() {
+        assert!(!needs_word(true, Some("i-1")));
+        assert!(needs_word(false, Some("i-1")));
+        // Firmware of the Xen kind tells no instance.
+        assert!(needs_word(true, None));
     }
 
     #[test]

@@ -14,6 +14,8 @@ use serde_json::json;
 use super::aws::{Api, PORT};
 use super::{ID, SOON, on_aws, wait_problem};
 
+/// What the router waits for before it joins.
+const ASKED: &str = "asked first who this router is";
 const NAME: &str = "routers-eu-central-1a-cdef0";
 
 struct Rig {
@@ -82,7 +84,7 @@ fn the_router_joins_by_the_name_of_its_group_and_place() {
             "the router to wait for its name",
             || {
                 let unready = sluice.status().map(|status| status["unready"].to_string());
-                unready.is_ok_and(|text| text.contains("asked for this router's name"))
+                unready.is_ok_and(|text| text.contains(ASKED))
             },
         )?;
         ensure!(rig.names().is_empty(), "it has joined already");
@@ -139,6 +141,30 @@ fn another_instance_with_the_same_state_is_another_node() {
         ensure!(first.key != second.key, "the clone has its original's key");
         let log = clone.log();
         ensure!(log.contains("another instance of the cloud"), "{log}");
+        clone.stop()
+    });
+}
+
+/// The double's firmware tells no instance, as that of the Xen kind does not.
+#[test]
+fn a_clone_is_another_node_though_somebody_has_named_it() {
+    lab::test(|lab| {
+        let mut rig = Rig::new(lab)?;
+        let tailnet = rig.config.tailnet.as_mut().context("a tailnet")?;
+        tailnet.hostname = Some("given".to_owned());
+        let sluice = rig.site.router.sluice(&rig.config)?;
+        let first = rig.wait_node("the node", |node| node.hostinfo["Hostname"] == "given")?;
+        sluice.stop()?;
+        rig.metadata
+            .set("meta-data/instance-id", "i-0fedcba9876543210");
+        rig.metadata.set_fault(Fault::Status(500));
+        let clone = rig.site.router.sluice_unsettled(&rig.config)?;
+        wait_until(SOON, "the router to ask who it is", || {
+            let unready = clone.status().map(|status| status["unready"].to_string());
+            unready.is_ok_and(|text| text.contains(ASKED))
+        })?;
+        rig.metadata.set_fault(Fault::None);
+        rig.wait_node("another node", |node| node.key != first.key)?;
         clone.stop()
     });
 }
