@@ -325,6 +325,7 @@ impl Daemon {
         let now = Instant::now();
         self.look_at_network(now).await;
         self.join_named(now);
+        self.obey_late().await;
         if self.machine.kernel.due().is_some_and(|due| due <= now) {
             self.machine.kernel.tend(now);
         }

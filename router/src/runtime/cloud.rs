@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
+use super::commands::Answer;
 use super::sources::{FOUND, Ruler, Sources};
 use super::{Daemon, Error, Tailnet};
-use crate::api;
+use crate::api::{self, Order};
 use crate::cloud::agent::{self, Event, Handle};
 use crate::cloud::life::Action;
 use crate::cloud::{detect, name, user_data};
@@ -40,6 +41,8 @@ pub(super) struct Cloud {
     unjoined: Option<String>,
     /// A node that waits to be told who it is, and until when.
     waiting: Option<(Box<Opened>, Instant)>,
+    /// What commands have asked meanwhile.
+    pub(super) orders: Vec<(Order, Answer)>,
 }
 
 impl Cloud {

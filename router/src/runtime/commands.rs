@@ -12,10 +12,17 @@ use crate::tailnet::node::{BackendState, Command};
 
 /// What becomes of an order: a sentence where it is refused.
 type Outcome = Result<(), String>;
+/// Who is told.
+pub(super) type Answer = oneshot::Sender<Outcome>;
 
 impl Daemon {
     /// Carries an order out, or refuses it. A log-out is answered when the server has heard it.
-    pub(super) async fn obey(&mut self, order: Order, answer: oneshot::Sender<Outcome>) {
+    pub(super) async fn obey(&mut self, order: Order, answer: Answer) {
+        if self.cloud.is_waiting() {
+            // There is no node yet that could be told, and a key is given once.
+            self.cloud.orders.push((order, answer));
+            return;
+        }
         let outcome = match order {
             Order::Up {
                 changes,
@@ -39,6 +46,16 @@ impl Daemon {
             }
         };
         let _ = answer.send(outcome);
+    }
+
+    /// Carries out what was asked while the node waited to be told who it is.
+    pub(super) async fn obey_late(&mut self) {
+        if self.cloud.is_waiting() {
+            return;
+        }
+        for (order, answer) in std::mem::take(&mut self.cloud.orders) {
+            self.obey(order, answer).await;
+        }
     }
 
     /// The preferences and their directory, if commands rule.

@@ -170,6 +170,36 @@ fn a_clone_is_another_node_though_somebody_has_named_it() {
 }
 
 #[test]
+fn what_is_said_before_the_name_is_known_is_not_lost() {
+    lab::test(|lab| {
+        let rig = Rig::new(lab)?;
+        rig.metadata.set_fault(Fault::Status(500));
+        let folder = rig.site.router.folder().join("said");
+        let folder = folder.to_string_lossy();
+        let here = (
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT",
+            "http://169.254.169.254",
+        );
+        let words = ["--state-dir", folder.as_ref()];
+        let sluice = rig.site.router.sluice_without_file(&words, &[here])?;
+        let unready = sluice.status()?["unready"].to_string();
+        ensure!(unready.contains(ASKED), "{unready}");
+        let (url, key) = (
+            format!("--login-server={}", rig.control.url()),
+            format!("--auth-key={KEY}"),
+        );
+        let mut up = sluice.command_in_background(&["up", &url, &key, "--timeout=60s"])?;
+        std::thread::sleep(Duration::from_secs(2));
+        ensure!(rig.names().is_empty(), "it has joined already");
+        rig.metadata.set_fault(Fault::None);
+        let node = rig.wait_node("the node", |_| true)?;
+        ensure!(node.hostinfo["Hostname"] == NAME, "{}", node.hostinfo);
+        ensure!(up.wait(SOON)?.success(), "{}", sluice.log());
+        sluice.stop()
+    });
+}
+
+#[test]
 fn a_key_of_the_parameter_store_lets_the_node_in_when_the_role_may() {
     lab::test(|lab| {
         let mut rig = Rig::new(lab)?;
