@@ -56,6 +56,12 @@ pub(crate) const PACKAGES: &[Package] = &[
         "miniupnpd",
         "is the gateway that maps ports in the tests",
     ),
+    package(
+        Purpose::Ci,
+        "skopeo",
+        "skopeo",
+        "reads the container image as others do",
+    ),
     #[cfg(target_arch = "x86_64")]
     package(
         Purpose::Packing,

@@ -38,6 +38,8 @@ pub(crate) const KERNELS: &[Purpose] = &[
     Purpose::Packing,
     Purpose::Kernels,
 ];
+/// What `package` needs.
+pub(crate) const PACKAGES: &[Purpose] = &[Purpose::Build, Purpose::Packing];
 /// What `image` needs.
 pub(crate) const IMAGES: &[Purpose] = &[
     Purpose::Build,

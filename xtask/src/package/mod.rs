@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 
-use crate::run;
+use crate::{run, setup};
 
 /// The version of all of Sluice.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -97,6 +97,7 @@ pub(crate) struct Build {
 
 /// Runs the task.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
+    setup::ensure(setup::PACKAGES)?;
     let build = Build::new(args.revision, args.debug, folder())?;
     let arches = args.arch.map_or(Arch::ALL.to_vec(), |arch| vec![arch]);
     let made = match args.what {
@@ -148,9 +149,17 @@ pub(crate) fn check() -> Result<()> {
     let mut indices = Vec::new();
     for _ in 0..2 {
         let made = oci::make(&build, &Arch::ALL)?;
-        let [layout, _] = &made[..] else {
+        let [layout, file] = &made[..] else {
             bail!("no image");
         };
+        // As others read it: by name of nothing but the file, and for the other processor too.
+        for arch in Arch::ALL {
+            run::read(
+                run::command("skopeo")
+                    .args(["--override-arch", arch.name(), "inspect", "--config"])
+                    .arg(format!("oci-archive:{}", file.display())),
+            )?;
+        }
         let index = layout.join("index.json");
         indices.push(fs::read_to_string(&index).with_context(|| index.display().to_string())?);
     }

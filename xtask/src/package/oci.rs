@@ -15,6 +15,9 @@ const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
+/// What the image is called where it is taken from a file, with the version as its tag.
+const NAME: &str = "localhost/sluice";
+
 /// What the root has besides the binary: mount points, and where the configuration is looked for. The
 /// certificates of the public authorities are in the binary.
 const FOLDERS: [&str; 7] = [
@@ -47,20 +50,24 @@ impl Blob {
 /// Makes the image for these processors. Returns its folder, and the one file that holds the same.
 pub(super) fn make(build: &Build, arches: &[Arch]) -> Result<Vec<PathBuf>> {
     let layout = build.empty("sluice-oci")?;
-    let mut manifests = Vec::new();
+    let mut images = Vec::new();
     for arch in arches {
-        let manifest = image(build, *arch, &layout)?;
-        manifests.push(format!(
-            r#"{{{},"platform":{{"architecture":"{}","os":"linux"}},"annotations":{{"org.opencontainers.image.ref.name":"{VERSION}"}}}}"#,
-            manifest.members(),
+        images.push(format!(
+            r#"{},"platform":{{"architecture":"{}","os":"linux"}}"#,
+            image(build, *arch, &layout)?.members(),
             arch.name()
         ));
     }
-    let index = format!(
-        r#"{{"schemaVersion":2,"mediaType":"{INDEX}","manifests":[{}]}}"#,
-        manifests.join(",")
+    // Podman and skopeo take a layout that has a single image, and that may be an index for several processors. Proxmox
+    // wants the image itself.
+    let only = match &images[..] {
+        [only] => only.clone(),
+        all => add(&layout, INDEX, Source::Text(&index(all)))?.members(),
+    };
+    let named = format!(
+        r#"{only},"annotations":{{"io.containerd.image.name":"{NAME}:{VERSION}","org.opencontainers.image.ref.name":"{VERSION}"}}"#
     );
-    write(&layout.join("index.json"), index, 0o644)?;
+    write(&layout.join("index.json"), index(&[named]), 0o644)?;
     let version = r#"{"imageLayoutVersion":"1.0.0"}"#;
     write(&layout.join("oci-layout"), version, 0o644)?;
     open_folders(&layout)?;
@@ -75,6 +82,14 @@ pub(super) fn make(build: &Build, arches: &[Arch]) -> Result<Vec<PathBuf>> {
         &file,
     )?;
     Ok(vec![layout, file])
+}
+
+/// An index of descriptors, of which these are the members.
+fn index(descriptors: &[String]) -> String {
+    format!(
+        r#"{{"schemaVersion":2,"mediaType":"{INDEX}","manifests":[{{{}}}]}}"#,
+        descriptors.join("},{")
+    )
 }
 
 /// Adds the image for one processor to the layout, and returns its manifest.
