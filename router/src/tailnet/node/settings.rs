@@ -127,14 +127,6 @@ impl KeySource {
         }
     }
 
-    /// The text, if it is on this machine.
-    pub fn at_hand(&self) -> Option<Zeroizing<String>> {
-        match self {
-            Self::Parameter(_) => None,
-            _ => self.read().ok(),
-        }
-    }
-
     /// The text now, wherever it is. The error is a sentence that names the mend.
     pub async fn fetch(&self, secrets: Option<&Secrets>) -> Result<Zeroizing<String>, String> {
         match (self, secrets) {

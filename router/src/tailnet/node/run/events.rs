@@ -112,10 +112,14 @@ impl Node {
         self.facts.key_problem = None;
         self.fresh = false;
         self.key_spent = false;
-        let Some(session) = self.session() else {
+        let Some(driver) = &mut self.driver else {
             return;
         };
-        let node = session.node().clone();
+        if self.settings.auth_key.is_some() {
+            // It may have served once and for all, and another one can be had. One of a command can not.
+            driver.session_mut().forget_auth_key();
+        }
+        let node = driver.session().node().clone();
         if new_key {
             tracing::info!(key = %node.public(), "let in with a new node key");
         }

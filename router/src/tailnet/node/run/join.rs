@@ -15,11 +15,8 @@ impl Node {
         self.phase = Phase::In;
         self.facts.logged_out = None;
         if self.identity.registered || self.settings.auth_key.is_none() || self.key_spent {
-            let key = self.settings.auth_key.as_ref().filter(|_| !self.key_spent);
-            // One that needs no making is at hand when it is needed.
-            let key = key.and_then(KeySource::at_hand);
-            let key = key.and_then(|text| AuthKey::new(&text).ok());
-            self.begin(key.filter(|_| self.settings.client_id.is_none()));
+            // One that is let in already has its key made when it is needed, perhaps never.
+            self.begin(None);
         } else {
             self.make_key();
         }

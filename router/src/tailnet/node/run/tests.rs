@@ -1,0 +1,147 @@
+//! Nodes whose server is never reached: what it would say is said by hand.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::*;
+use crate::tailnet::node::{KeySource, open};
+use crate::tailnet::session::{Event, Failure, Now, Transmit};
+use crate::tailnet::wire::RegisterRequest;
+
+/// A node and its state directory.
+struct Bench {
+    node: Node,
+    _updates: mpsc::Receiver<Update>,
+    folder: TempDir,
+}
+
+impl Bench {
+    /// One that was let in before if it is `registered`. `key` is its `auth_key`.
+    fn new(registered: bool, key: Option<&str>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            control_url: "http://127.0.0.1:9".to_owned(),
+            auth_key: key.map(|key| KeySource::parse(key, folder.path())),
+            state_dir: folder.path().join("state"),
+            ..Settings::default()
+        };
+        let mut opened = open(&settings, None).unwrap();
+        opened.identity.registered = registered;
+        let (updates, heard) = mpsc::channel(WAITING);
+        let (told, _) = watch::channel(Arc::default());
+        Self {
+            node: Node::new(settings, Options::default(), opened, updates, told),
+            _updates: heard,
+            folder,
+        }
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn session(&mut self) -> &mut Session {
+        self.node.driver.as_mut().expect("no session").session_mut()
+    }
+
+    /// Has the node hear what its session says.
+    fn hear(&mut self) {
+        while let Some(event) = self.session().poll_event() {
+            self.node.handle_event(event);
+        }
+    }
+
+    /// The last request to register that is on its way, with its number.
+    fn asked(&mut self) -> Option<(RegisterRequest, u64)> {
+        let session = self.session();
+        let all = std::iter::from_fn(|| session.poll_transmit());
+        let all = all.filter_map(|transmit| match transmit {
+            Transmit::Register { request, attempt } => Some((*request, attempt)),
+            _ => None,
+        });
+        all.last()
+    }
+
+    /// The auth key of the request that is on its way, which the server then answers so.
+    fn register(&mut self, answer: Value) -> Option<String> {
+        let (request, attempt) = self.asked().expect("nothing is asked");
+        let answer = serde_json::from_value(answer).unwrap();
+        self.session()
+            .handle_registered(attempt, Ok(answer), Now::read());
+        self.hear();
+        request.auth.and_then(|auth| auth.auth_key.clone())
+    }
+
+    /// The server has forgotten the node.
+    fn forgotten(&mut self) {
+        let session = self.session();
+        let streams = std::iter::from_fn(|| session.poll_transmit());
+        let stream = streams.filter_map(|transmit| match transmit {
+            Transmit::OpenStream { stream, .. } => Some(stream),
+            _ => None,
+        });
+        let stream = stream.last().expect("no stream");
+        let failure = Failure::Status {
+            status: 404,
+            text: String::new(),
+            retry_after: None,
+        };
+        let now = Now::read();
+        self.session().handle_stream_ended(stream, failure, now);
+        let later = Now {
+            instant: now.instant + Duration::from_secs(60),
+            ..now
+        };
+        self.session().handle_timeout(later);
+        self.hear();
+    }
+
+    /// What comes of the key that is being made, which the node then takes.
+    async fn made(&mut self) {
+        let made = done(&mut self.node.making).await.expect("no key is made");
+        self.node.handle_made(made);
+    }
+}
+
+/// The same key twice is refused where it serves once.
+#[tokio::test]
+async fn a_key_is_read_anew_whenever_one_is_needed() {
+    let mut bench = Bench::new(false, Some("file:key"));
+    let write = |bench: &Bench, key: &str| std::fs::write(bench.path().join("key"), key).unwrap();
+    write(&bench, "tskey-auth-first");
+    bench.node.join();
+    bench.made().await;
+    assert_eq!(
+        bench.register(json!({})).as_deref(),
+        Some("tskey-auth-first")
+    );
+    assert!(bench.node.identity.registered);
+
+    for key in ["tskey-auth-second", "tskey-auth-third"] {
+        write(&bench, key);
+        bench.forgotten();
+        assert_eq!(bench.register(json!({"AuthURL": "https://a/1"})), None);
+        bench.made().await;
+        assert_eq!(bench.register(json!({})).as_deref(), Some(key));
+        // The same for a node that starts anew.
+        bench.node.leave();
+        bench.node.join();
+    }
+}
+
+#[tokio::test]
+async fn a_key_of_a_command_is_kept() {
+    let mut bench = Bench::new(false, None);
+    let key = Some(KeySource::parse("tskey-auth-a", bench.path()));
+    bench
+        .node
+        .handle_command(Command::LogIn { key, fresh: false })
+        .await;
+    bench.made().await;
+    bench.register(json!({}));
+    bench.forgotten();
+    assert_eq!(bench.register(json!({"AuthURL": "https://a/1"})), None);
+    assert_eq!(bench.register(json!({})).as_deref(), Some("tskey-auth-a"));
+}
