@@ -166,7 +166,7 @@ impl Daemon {
         }
         let mut sources = Sources::new(ruler, config);
         // What the last map says is in force before the server has answered.
-        let opened = Tailnet::open(&mut sources, detect::instance_id().as_deref())?;
+        let opened = Tailnet::open(&mut sources, detect::instance_id().as_deref(), None)?;
         let local = &sources.local;
         let lock = RouterLock::take(&local.device)?;
         let (netlink, mut changes) = Netlink::connect()?;
@@ -174,6 +174,7 @@ impl Daemon {
         changes.know_neighbours(&netlink).await?;
         let sysctls = Sysctls::open(&lock.journal());
         let facts = facts::gather(&netlink, sources.state(), None).await?;
+        sources.judge(&facts);
         check(&sources.config, &facts)?;
 
         let cloud = Cloud::start(&sources, &lock.networks())?;

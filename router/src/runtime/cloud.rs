@@ -297,7 +297,11 @@ impl Daemon {
     /// Opens the tailnet's state as that of this machine.
     pub(super) fn open_tailnet(&mut self) -> Result<Option<Opened>, Error> {
         let instance = self.cloud.instance_id();
-        let opened = Tailnet::open(&mut self.sources, instance.as_deref())?;
+        let opened = Tailnet::open(
+            &mut self.sources,
+            instance.as_deref(),
+            Some(&self.network.facts),
+        )?;
         Ok(opened.map(|(opened, changed)| {
             self.take(&changed);
             opened

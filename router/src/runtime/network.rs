@@ -123,6 +123,7 @@ impl Daemon {
             Ok(facts) if facts != self.network.facts => {
                 tracing::debug!("the network changed");
                 self.network.facts = facts;
+                self.judge_routes();
                 self.replan();
                 self.follow_networks();
             }

@@ -1,13 +1,15 @@
 //! What is wanted: the sources, what they want together, and the settings of the machine.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::cloud::tell_user_data;
 use super::{Daemon, Error};
 use crate::config::{self, Config, ConfigErrors, Local, Preferences};
 use crate::control::file::FileSource;
-use crate::control::{Changed, Combined, Feeds, Source, State, Update};
-use crate::wireguard::keys::PrivateKey;
+use crate::control::{Changed, Combined, Delta, Feeds, Peer, Source, State, Update};
+use crate::core::Facts;
+use crate::wireguard::keys::{PrivateKey, PublicKey};
 
 /// The rank of the configuration file. What `wg` sets are updates of its part, until it is read again.
 pub(super) const FILE: usize = 0;
@@ -31,6 +33,8 @@ pub(super) struct Sources {
     others: Feeds,
     /// What the last reading of the file could not do, for `status`.
     reload_problems: Vec<String>,
+    /// Routes of the tailnet's peers that are not taken, for they would cut this machine off: each with a sentence.
+    spared: BTreeMap<PublicKey, Vec<String>>,
 }
 
 /// Who says the settings: one rules, and the others are refused.
@@ -85,6 +89,7 @@ impl Sources {
             combined,
             others: Feeds::default(),
             reload_problems: Vec::new(),
+            spared: BTreeMap::new(),
         }
     }
 
@@ -163,6 +168,74 @@ impl Sources {
         self.combined.apply(rank, update)
     }
 
+    /// Whether others' subnet routes are taken.
+    fn accepts_routes(&self) -> bool {
+        let tailnet = self.config.tailnet.as_ref();
+        tailnet.is_some_and(|tailnet| tailnet.accept_routes)
+    }
+
+    /// Whether a route of the tailnet is not taken.
+    pub(super) fn spares(&self) -> bool {
+        !self.spared.is_empty()
+    }
+
+    /// Takes out of an update of the tailnet what would lead this machine's own neighbours into the tunnel.
+    pub(super) fn spare(&mut self, update: &mut Update, facts: &Facts) {
+        let accepts = self.accepts_routes();
+        let peers = match update {
+            Update::Whole { snapshot, .. } => {
+                self.spared.clear();
+                &mut snapshot.peers
+            }
+            Update::Delta(delta) => {
+                let gone = delta.remove.iter();
+                gone.for_each(|key| _ = self.spared.remove(key));
+                &mut delta.set
+            }
+        };
+        // Only routes of others can do that, and these are not wanted by default.
+        if !accepts {
+            return;
+        }
+        for peer in peers {
+            let captured = config::captured(&self.local, &peer.allowed_ips, facts);
+            peer.allowed_ips
+                .retain(|net| captured.iter().all(|(captured, _)| captured != net));
+            let name = peer.name.clone().unwrap_or_default();
+            let told = captured.iter().map(|(net, taken)| {
+                format!(
+                    "the route {net} of {name} is not taken, for it would lead {taken} into the tunnel; have {name} \
+                     advertise narrower routes, or set accept_routes = false"
+                )
+            });
+            let told: Vec<String> = told.collect();
+            match told.is_empty() {
+                true => self.spared.remove(&peer.public_key),
+                false => self.spared.insert(peer.public_key, told),
+            };
+        }
+    }
+
+    /// Does the same with what the tailnet has said before.
+    pub(super) fn judge(&mut self, facts: &Facts) -> Changed {
+        if !self.accepts_routes() {
+            return Changed::default();
+        }
+        let peers = self.combined.peers_of(TAILNET);
+        let captures =
+            |peer: &&Peer| !config::captured(&self.local, &peer.allowed_ips, facts).is_empty();
+        let set: Vec<Peer> = peers.filter(captures).cloned().collect();
+        if set.is_empty() {
+            return Changed::default();
+        }
+        let mut update = Update::Delta(Delta {
+            set,
+            ..Delta::default()
+        });
+        self.spare(&mut update, facts);
+        self.apply(TAILNET, update)
+    }
+
     /// What is wrong with the sources, for `status`: the part, and a sentence.
     pub(super) fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems: Vec<(&'static str, String)> = self
@@ -182,6 +255,8 @@ impl Sources {
             );
             ("control", text)
         }));
+        let spared = self.spared.values().flatten();
+        problems.extend(spared.map(|text| ("routes", text.clone())));
         let conflicts = self.combined.conflicts();
         let named = conflicts.iter().take(NAMED);
         problems.extend(named.map(|(source, conflict)| {
@@ -206,7 +281,7 @@ impl Daemon {
             Said::Other(rank, Ok(mut update)) => {
                 self.told.heard.get_or_insert_with(std::time::Instant::now);
                 if rank == TAILNET {
-                    self.spare_own_networks(&mut update);
+                    self.sources.spare(&mut update, &self.network.facts);
                 }
                 let changed = self.sources.apply(rank, update);
                 if changed.routes {
@@ -298,6 +373,9 @@ impl Daemon {
             );
         }
         self.take(&changed);
+        if moved {
+            self.judge_routes();
+        }
         self.follow_networks();
         self.tell_cloud();
         if moved || remeasured {
@@ -363,4 +441,61 @@ pub(super) fn check(config: &Config, facts: &crate::core::Facts) -> Result<(), E
     }
     let lines = problems.iter().map(ToString::to_string);
     Err(Error::System(lines.collect::<Vec<_>>().join("\n")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::tests::{EXAMPLE, parse_in_temporary_directory};
+    use crate::core::LinkFacts;
+    use crate::tailnet::node::Settings;
+
+    /// What was known last is said before the network is known, and the network may change later.
+    #[test]
+    fn routes_that_are_this_machines_own_networks_are_not_taken_whenever_they_are_known() {
+        let mut config = parse_in_temporary_directory(EXAMPLE).unwrap();
+        let peer = config.snapshot.peers.remove(0);
+        config.tailnet = Some(Settings {
+            accept_routes: true,
+            ..Settings::default()
+        });
+        let mut sources = Sources::new(Ruler::Environment, config);
+        let peer = Peer {
+            name: Some("office".to_owned()),
+            allowed_ips: ["100.64.0.2/32", "192.168.7.0/24", "10.0.0.0/8"]
+                .map(|net| net.parse().unwrap())
+                .into(),
+            ..peer
+        };
+        let update = Update::Delta(Delta {
+            set: vec![peer.clone()],
+            ..Delta::default()
+        });
+        sources.apply(TAILNET, update);
+        let taken = |sources: &Sources| {
+            let peer = sources.state().peers.get(&peer.public_key).unwrap();
+            let nets = peer.allowed_ips.iter().map(ToString::to_string);
+            nets.collect::<Vec<_>>().join(" ")
+        };
+        let facts = |address: &str| Facts {
+            links: BTreeMap::from([(
+                2,
+                LinkFacts {
+                    name: "eth0".to_owned(),
+                    addresses: vec![address.parse().unwrap()],
+                    ..LinkFacts::default()
+                },
+            )]),
+            ..Facts::default()
+        };
+        assert!(sources.judge(&facts("203.0.113.7/24")).is_nothing() && !sources.spares());
+        assert!(taken(&sources).contains("192.168.7.0/24"));
+        assert!(!sources.judge(&facts("192.168.7.2/24")).is_nothing());
+        assert_eq!(taken(&sources), "100.64.0.2/32 10.0.0.0/8");
+        let problems = sources.problems();
+        assert!(
+            matches!(&problems[..], [("routes", text)] if text.contains("192.168.7.0/24 of office")),
+            "{problems:?}"
+        );
+    }
 }

@@ -1,6 +1,5 @@
 //! The tailnet's part of the daemon: the node, the ways to its peers, and what passes between them and the rest.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
@@ -10,15 +9,14 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::sources::{Sources, TAILNET};
 use super::{Daemon, Error};
-use crate::control::{Changed, Update};
-use crate::core::Action;
+use crate::api;
+use crate::control::Changed;
+use crate::core::{Action, Facts};
 use crate::tailnet::client::Proxies;
 use crate::tailnet::derp;
 use crate::tailnet::inside::Inside;
 use crate::tailnet::node::{self, Command, Opened, Settings};
 use crate::tailnet::paths::{self, portmap};
-use crate::wireguard::keys::PublicKey;
-use crate::{api, config};
 
 /// How long the node has to end.
 const END: Duration = Duration::from_secs(5);
@@ -37,17 +35,16 @@ pub(super) struct Tailnet {
     local: Option<(u16, Vec<IpAddr>)>,
     /// The gateway that the paths were told of last.
     gateway: Option<portmap::Wanted>,
-    /// Routes of peers that are not taken, for they would cut this machine off: each with a sentence.
-    spared: BTreeMap<PublicKey, Vec<String>>,
     _thread: paths::Thread,
 }
 
 impl Tailnet {
     /// Opens the state directory, if the router joins a tailnet, and has the sources say what was known last. The
-    /// machine may be a cloud's `instance`.
+    /// machine may be a cloud's `instance`. Before there are `facts`, whoever gathers them judges the routes.
     pub(super) fn open(
         sources: &mut Sources,
         instance: Option<&str>,
+        facts: Option<&Facts>,
     ) -> Result<Option<(Opened, Changed)>, Error> {
         let Some(settings) = sources.config.tailnet.clone() else {
             return Ok(None);
@@ -57,7 +54,11 @@ impl Tailnet {
             true => opened,
             false => opened.idle(),
         };
-        let changed = sources.apply(TAILNET, opened.update(&settings));
+        let mut update = opened.update(&settings);
+        if let Some(facts) = facts {
+            sources.spare(&mut update, facts);
+        }
+        let changed = sources.apply(TAILNET, update);
         Ok(Some((opened, changed)))
     }
 
@@ -67,10 +68,6 @@ impl Tailnet {
         let problems = report.problems.iter().map(|problem| api::Problem {
             part: problem.part.to_owned(),
             error: problem.text.clone(),
-        });
-        let spared = self.spared.values().flatten().map(|text| api::Problem {
-            part: "routes".to_owned(),
-            error: text.clone(),
         });
         let ways = self.paths.report();
         let relay = ways.relay_server.as_ref();
@@ -90,8 +87,11 @@ impl Tailnet {
             part: "relay".to_owned(),
             error: error.clone(),
         });
-        let all = problems.chain(spared).chain(relays);
-        all.chain(relay).chain(refused).collect()
+        problems
+            .chain(relays)
+            .chain(relay)
+            .chain(refused)
+            .collect()
     }
 }
 
@@ -139,7 +139,6 @@ impl Daemon {
             settings,
             local: None,
             gateway: None,
-            spared: BTreeMap::new(),
             _thread: thread,
         });
         self.tell_paths_local();
@@ -184,46 +183,16 @@ impl Daemon {
         told.and_then(|(key, _)| restart(key))
     }
 
-    /// Takes out of an update what would lead this machine's own neighbours into the tunnel.
-    pub(super) fn spare_own_networks(&mut self, update: &mut Update) {
-        let Some(tailnet) = &mut self.tailnet else {
-            return;
-        };
-        let peers = match update {
-            Update::Whole { snapshot, .. } => {
-                tailnet.spared.clear();
-                &mut snapshot.peers
-            }
-            Update::Delta(delta) => {
-                delta
-                    .remove
-                    .iter()
-                    .for_each(|key| _ = tailnet.spared.remove(key));
-                &mut delta.set
-            }
-        };
-        // Only routes of others can do that, and these are not wanted by default.
-        if !tailnet.settings.accept_routes {
-            return;
+    /// Judges the routes of the tailnet's peers anew, for this machine's networks may be others.
+    pub(super) fn judge_routes(&mut self) {
+        if let Some(tailnet) = &self.tailnet
+            && self.sources.spares()
+        {
+            // What is not in the way any more is said again.
+            tailnet.node.send(Command::SayAgain);
         }
-        for peer in peers {
-            let (local, facts) = (&self.sources.local, &self.network.facts);
-            let captured = config::captured(local, &peer.allowed_ips, facts);
-            peer.allowed_ips
-                .retain(|net| captured.iter().all(|(captured, _)| captured != net));
-            let name = peer.name.clone().unwrap_or_default();
-            let told = captured.iter().map(|(net, taken)| {
-                format!(
-                    "the route {net} of {name} is not taken, for it would lead {taken} into the tunnel; have {name} \
-                     advertise narrower routes, or set accept_routes = false"
-                )
-            });
-            let told: Vec<String> = told.collect();
-            match told.is_empty() {
-                true => tailnet.spared.remove(&peer.public_key),
-                false => tailnet.spared.insert(peer.public_key, told),
-            };
-        }
+        let changed = self.sources.judge(&self.network.facts);
+        self.take(&changed);
     }
 
     /// Tells the paths what this machine has, if it is not as before.

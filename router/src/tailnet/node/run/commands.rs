@@ -26,6 +26,7 @@ impl Node {
                 self.tell_paths_everything();
             }
             Command::Set(settings) => self.set(*settings),
+            Command::SayAgain => self.whole = true,
             Command::Offer(offers) => {
                 self.offers = offers;
                 self.host = self.gather_host();
