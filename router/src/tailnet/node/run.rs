@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 
 use super::problems::Facts;
 use super::wanted::{self, Expiries};
-use super::{Command, Opened, Options, Report, Settings};
+use super::{Command, KeySource, Opened, Options, Report, Settings};
 use crate::cloud::agent::Secrets;
 use crate::control::Update;
 use crate::tailnet::auth;
@@ -63,6 +63,8 @@ pub(super) struct Node {
     phase: Phase,
     /// A key that is being made.
     making: Option<JoinHandle<Result<AuthKey, auth::Error>>>,
+    /// What it is made of, or will be.
+    key_source: Option<KeySource>,
     /// When the making is tried again.
     make_again: Option<Instant>,
     /// The key of the settings has been tried in vain.
@@ -145,6 +147,7 @@ impl Node {
                 false => Phase::In,
             },
             making: None,
+            key_source: None,
             make_again: None,
             key_spent: false,
             fresh: false,
@@ -304,8 +307,10 @@ impl Node {
         while let Some(id) = self.expiries.pop(clock) {
             self.peer_expired(id);
         }
-        if take_due(&mut self.make_again, now) {
-            self.make_key();
+        if take_due(&mut self.make_again, now)
+            && let Some(source) = self.key_source.clone()
+        {
+            self.make_key_of(source);
         }
         if take_due(&mut self.about_due, now) {
             self.tell_about();

@@ -18,7 +18,7 @@ impl Node {
                 self.join();
                 self.tell_paths_everything();
             }
-            Command::Up => {}
+            Command::Up => self.forget_key_problem(),
             Command::Down => {
                 self.phase = Phase::Down;
                 self.leave();
@@ -50,6 +50,7 @@ impl Node {
             self.tell_paths_everything();
         }
         self.facts.logged_out = None;
+        self.forget_key_problem();
         self.fresh = fresh || (was_refused && self.fresh);
         if let Some(source) = key {
             self.key_spent = true;
@@ -65,7 +66,10 @@ impl Node {
                 }
                 session.log_in(None, fresh, Now::read());
             }
-            None => self.join(),
+            None => {
+                self.join();
+                self.ask_anew();
+            }
         }
     }
 

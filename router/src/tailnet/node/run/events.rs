@@ -18,6 +18,7 @@ impl Node {
                 self.connected = Some(Timestamp::now());
                 self.tell_paths(paths::Command::Control { connected: true });
                 self.facts.unregistered = None;
+                self.forget_key_problem();
                 if self.facts.disconnected.take().is_some() {
                     tracing::info!("the coordination server answers again");
                 } else {
@@ -109,6 +110,7 @@ impl Node {
     fn handle_registered(&mut self, new_key: bool) {
         self.facts.refused = None;
         self.facts.unregistered = None;
+        self.make_again = None;
         self.facts.key_problem = None;
         self.fresh = false;
         self.key_spent = false;

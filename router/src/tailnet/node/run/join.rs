@@ -33,6 +33,7 @@ impl Node {
 
     pub(super) fn make_key_of(&mut self, source: KeySource) {
         self.make_again = None;
+        self.key_source = Some(source.clone());
         let (client, tags) = (
             self.settings.client_id.clone(),
             self.settings.advertise_tags.clone(),
@@ -57,7 +58,10 @@ impl Node {
                 let fresh = self.fresh;
                 match &mut self.driver {
                     Some(driver) => driver.session_mut().log_in(Some(key), fresh, Now::read()),
-                    None => self.begin(Some(key)),
+                    None => {
+                        self.begin(Some(key));
+                        self.ask_anew();
+                    }
                 }
             }
             Err(error) => {
@@ -68,9 +72,14 @@ impl Node {
                 self.facts.key_problem = Some(text);
                 if error.is_temporary() {
                     self.make_again = Some(Instant::now() + KEY_AGAIN);
+                    if self.driver.is_none() && self.identity.registered {
+                        // It is in without the key.
+                        self.begin(None);
+                    }
                 } else if self.driver.is_none() {
                     // A person can still let it in.
                     self.begin(None);
+                    self.ask_anew();
                 }
             }
         }
@@ -101,6 +110,23 @@ impl Node {
         self.driver = Some(Driver::new(Session::new(start, now), client));
     }
 
+    /// Has a session that has just begun ask to be let in even if the node was before: somebody wants to log in.
+    pub(super) fn ask_anew(&mut self) {
+        let fresh = self.fresh;
+        if let Some(driver) = &mut self.driver
+            && self.identity.registered
+        {
+            driver.session_mut().log_in(None, fresh, Now::read());
+        }
+    }
+
+    /// Forgets why there was no key, unless one is still tried.
+    pub(super) fn forget_key_problem(&mut self) {
+        if self.making.is_none() && self.make_again.is_none() {
+            self.facts.key_problem = None;
+        }
+    }
+
     fn client(&self) -> Result<Client, String> {
         let url = &self.settings.control_url;
         let control: ControlUrl = url.parse().map_err(|_| wrong_url(url))?;
@@ -123,6 +149,7 @@ impl Node {
         }
         self.making = None;
         self.make_again = None;
+        self.facts.key_problem = None;
         self.connected = None;
         self.facts.disconnected = None;
         self.touch();

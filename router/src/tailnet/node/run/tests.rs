@@ -145,3 +145,74 @@ async fn a_key_of_a_command_is_kept() {
     assert_eq!(bench.register(json!({"AuthURL": "https://a/1"})), None);
     assert_eq!(bench.register(json!({})).as_deref(), Some("tskey-auth-a"));
 }
+
+/// A node that took no part, and is told to log in.
+async fn logs_in(key: Option<&str>, fresh: bool) -> Bench {
+    let mut bench = Bench::new(true, None);
+    bench.node.handle_command(Command::Down).await;
+    let key = key.map(|key| KeySource::parse(key, bench.path()));
+    bench
+        .node
+        .handle_command(Command::LogIn { key, fresh })
+        .await;
+    if bench.node.making.is_some() {
+        bench.made().await;
+    }
+    bench
+}
+
+#[tokio::test]
+async fn a_node_that_was_down_logs_in_anew() {
+    for (key, fresh) in [
+        (None, true),
+        (Some("tskey-auth-a"), true),
+        (Some("tskey-auth-a"), false),
+    ] {
+        let mut bench = logs_in(key, fresh).await;
+        let old = bench.node.identity.node.public().to_string();
+        let (request, _) = bench.asked().expect("it does not log in");
+        let auth = request
+            .auth
+            .as_ref()
+            .and_then(|auth| auth.auth_key.as_deref());
+        assert_eq!(auth, key);
+        assert_eq!(request.node_key.as_ref() != Some(&old), fresh);
+        assert_eq!(request.old_node_key, fresh.then_some(old));
+    }
+}
+
+/// The key of a command stands nowhere else.
+#[tokio::test]
+async fn a_key_that_is_not_there_yet_is_tried_again_while_the_node_is_in() {
+    let mut bench = logs_in(Some("file:key"), false).await;
+    let waits = |bench: &Bench| bench.node.make_again.is_some();
+    assert!(waits(&bench) && bench.node.facts.key_problem.is_some());
+    assert!(bench.session().is_registered(), "it is not in meanwhile");
+    bench.node.handle_event(Event::Connected);
+    assert!(bench.node.facts.key_problem.is_some(), "still tried");
+
+    std::fs::write(bench.path().join("key"), "tskey-auth-a").unwrap();
+    bench.node.make_again = Some(Instant::now());
+    bench.node.handle_timeout();
+    bench.made().await;
+    assert_eq!(bench.register(json!({})).as_deref(), Some("tskey-auth-a"));
+    assert!(!waits(&bench) && bench.node.facts.key_problem.is_none());
+}
+
+#[tokio::test]
+async fn a_key_that_is_none_is_no_matter_once_the_node_is_in() {
+    let mut bench = logs_in(Some("tskey-auth-a b"), false).await;
+    assert!(bench.node.facts.key_problem.is_some());
+    bench.node.handle_event(Event::Connected);
+    assert!(bench.node.facts.key_problem.is_none());
+
+    let key = Some(KeySource::parse("tskey-auth-a b", bench.path()));
+    bench
+        .node
+        .handle_command(Command::LogIn { key, fresh: false })
+        .await;
+    bench.made().await;
+    assert!(bench.node.facts.key_problem.is_some());
+    bench.node.handle_command(Command::Up).await;
+    assert!(bench.node.facts.key_problem.is_none());
+}
