@@ -9,6 +9,7 @@ use crate::config::{self, Config, ConfigErrors, Local, Preferences};
 use crate::control::file::FileSource;
 use crate::control::{Changed, Combined, Delta, Feeds, Peer, Source, State, Update};
 use crate::core::Facts;
+use crate::tailnet::node::Command;
 use crate::wireguard::keys::{PrivateKey, PublicKey};
 
 /// The rank of the configuration file. What `wg` sets are updates of its part, until it is read again.
@@ -303,7 +304,12 @@ impl Daemon {
     /// With any problem in the file, the old one stays in force whole.
     async fn hear_file(&mut self, said: Result<Update, ConfigErrors>) {
         let problems = match self.take_file(said).await {
-            Ok(needs_restart) => needs_restart,
+            Ok(needs_restart) => {
+                if let Some(tailnet) = &self.tailnet {
+                    tailnet.node.send(Command::ReadKey);
+                }
+                needs_restart
+            }
             Err(error) => error.to_string().lines().map(str::to_owned).collect(),
         };
         for problem in &problems {

@@ -52,6 +52,8 @@ pub enum Command {
     Down,
     /// Is like this from now on.
     Set(Box<Settings>),
+    /// Somebody has said the same again: a key that stands elsewhere may be another one.
+    ReadKey,
     /// Says all that is wanted anew.
     SayAgain,
     /// Offers the routes of the settings, or none of them until it is told to again. They are served all the same.

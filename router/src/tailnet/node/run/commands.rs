@@ -26,6 +26,12 @@ impl Node {
                 self.tell_paths_everything();
             }
             Command::Set(settings) => self.set(*settings),
+            Command::ReadKey => {
+                let elsewhere = !matches!(self.settings.auth_key, None | Some(KeySource::Text(_)));
+                if elsewhere && self.making.is_none() {
+                    self.try_key();
+                }
+            }
             Command::SayAgain => self.whole = true,
             Command::Offer(offers) => {
                 self.offers = offers;
@@ -92,9 +98,8 @@ impl Node {
         }
         let routes = settings.accept_routes != self.settings.accept_routes
             || settings.advertise_routes != self.settings.advertise_routes;
-        if settings.auth_key != self.settings.auth_key {
-            self.key_spent = false;
-        }
+        let other_key = settings.auth_key != self.settings.auth_key
+            || settings.client_id != self.settings.client_id;
         let again = settings.control_url != self.settings.control_url;
         self.settings = Settings {
             // A node of another server is another node, which only a start makes.
@@ -109,6 +114,31 @@ impl Node {
         self.host = self.gather_host();
         self.tell_about();
         self.tell_paths_relays();
+        if other_key {
+            self.try_key();
+        }
+    }
+
+    /// The key of the settings is another one, or may be: it is tried if the node waits for one.
+    fn try_key(&mut self) {
+        self.key_spent = false;
+        let waits = match self.session() {
+            Some(session) => session.is_stopped() || session.auth_url().is_some(),
+            None => !self.identity.registered,
+        };
+        if self.phase != Phase::In || !waits {
+            return;
+        }
+        self.make_again = None;
+        self.facts.key_problem = None;
+        match &self.settings.auth_key {
+            Some(_) => {
+                self.facts.refused = None;
+                self.make_key();
+            }
+            None if self.driver.is_none() => self.join(),
+            None => {}
+        }
     }
 
     /// Keeps what is known; a node that is to vanish says so first.

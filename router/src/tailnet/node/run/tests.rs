@@ -216,3 +216,57 @@ async fn a_key_that_is_none_is_no_matter_once_the_node_is_in() {
     bench.node.handle_command(Command::Up).await;
     assert!(bench.node.facts.key_problem.is_none());
 }
+
+#[tokio::test]
+async fn another_key_in_the_settings_helps_a_node_that_waits() {
+    for answer in [
+        json!({"Error": "invalid key"}),
+        json!({"AuthURL": "https://a/1"}),
+    ] {
+        let mut bench = Bench::new(false, Some("tskey-auth-bad"));
+        bench.node.join();
+        bench.made().await;
+        bench.register(answer.clone());
+        if bench.node.making.is_some() {
+            // The server wants a person in spite of the key.
+            bench.made().await;
+            bench.register(answer);
+        }
+        assert!(bench.node.making.is_none());
+        let other = Settings {
+            auth_key: Some(KeySource::parse("tskey-auth-good", bench.path())),
+            ..bench.node.settings.clone()
+        };
+        bench
+            .node
+            .handle_command(Command::Set(Box::new(other)))
+            .await;
+        bench.made().await;
+        assert!(bench.node.facts.refused.is_none());
+        assert_eq!(
+            bench.register(json!({})).as_deref(),
+            Some("tskey-auth-good")
+        );
+        assert!(bench.node.identity.registered);
+    }
+}
+
+#[tokio::test]
+async fn a_key_file_is_read_again_when_the_same_settings_are_said_again() {
+    let mut bench = Bench::new(false, Some("file:key"));
+    let write = |bench: &Bench, key: &str| std::fs::write(bench.path().join("key"), key).unwrap();
+    write(&bench, "tskey-auth-bad");
+    bench.node.join();
+    bench.made().await;
+    bench.register(json!({"Error": "invalid key"}));
+    write(&bench, "tskey-auth-good");
+    bench.node.handle_command(Command::ReadKey).await;
+    bench.made().await;
+    assert_eq!(
+        bench.register(json!({})).as_deref(),
+        Some("tskey-auth-good")
+    );
+    // One that is in needs none.
+    bench.node.handle_command(Command::ReadKey).await;
+    assert!(bench.node.making.is_none());
+}
