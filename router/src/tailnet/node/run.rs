@@ -41,6 +41,8 @@ const SAVE: Duration = Duration::from_secs(60);
 const LEAVE: Duration = Duration::from_secs(3);
 /// A key's end is told so long before.
 const EXPIRY: Duration = Duration::from_secs(24 * 3600);
+/// Nobody tells that the clock was put back: it is looked at so often if that would mean something.
+const CLOCK: Duration = Duration::from_secs(60);
 /// How long to wait after a key could not be had.
 const KEY_AGAIN: Duration = Duration::from_secs(10);
 /// STUN and others' looks change endpoints; the server is told of them after so long, all at once.
@@ -294,6 +296,7 @@ impl Node {
             self.make_again,
             self.about_due,
             self.expiries.next().map(until),
+            self.expiries.has_ended().then(|| now + CLOCK),
             warned.map(until),
         ]
         .into_iter()
@@ -305,7 +308,10 @@ impl Node {
         let now = Instant::now();
         let clock = self.control_time();
         while let Some(id) = self.expiries.pop(clock) {
-            self.peer_expired(id);
+            self.expiry_passed(id, true);
+        }
+        while let Some(id) = self.expiries.take_back(clock) {
+            self.expiry_passed(id, false);
         }
         if take_due(&mut self.make_again, now)
             && let Some(source) = self.key_source.clone()
@@ -341,12 +347,19 @@ impl Node {
         }
     }
 
-    fn peer_expired(&mut self, id: NodeId) {
+    /// The key of a peer has ended, or has not, by the clock.
+    fn expiry_passed(&mut self, id: NodeId, ended: bool) {
         if let Some(node) = self.map().peer(id) {
-            tracing::info!(
-                peer = node.name,
-                "the key of a peer has ended: it is left out until it logs in again"
-            );
+            match ended {
+                true => tracing::info!(
+                    peer = node.name,
+                    "the key of a peer has ended: it is left out until it logs in again"
+                ),
+                false => tracing::info!(
+                    peer = node.name,
+                    "the clock was put back: the key of a peer has not ended"
+                ),
+            }
             self.pending.set.insert(id);
             self.tell_paths_peers(&Change {
                 set: [id].into(),

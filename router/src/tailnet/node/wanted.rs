@@ -172,6 +172,8 @@ fn name<'n>(node: &'n Node, map: &Netmap) -> &'n str {
 pub(super) struct Expiries {
     by_node: BTreeMap<NodeId, Timestamp>,
     by_time: BTreeSet<(Timestamp, NodeId)>,
+    /// Those that have come, which a clock that is put back takes back.
+    ended: BTreeSet<(Timestamp, NodeId)>,
 }
 
 impl Expiries {
@@ -189,11 +191,22 @@ impl Expiries {
             .set
             .iter()
             .for_each(|id| self.note(*id, map.peer(*id)));
+        if !change.removed.is_empty() {
+            let by_node = &mut self.by_node;
+            self.ended.retain(|(_, id)| {
+                let stays = map.peer(*id).is_some();
+                if !stays {
+                    by_node.remove(id);
+                }
+                stays
+            });
+        }
     }
 
     fn note(&mut self, id: NodeId, node: Option<&Node>) {
         if let Some(old) = self.by_node.remove(&id) {
             self.by_time.remove(&(old, id));
+            self.ended.remove(&(old, id));
         }
         let expiry = node
             .filter(|node| !node.expired)
@@ -214,9 +227,24 @@ impl Expiries {
         let (at, id) = *self.by_time.first()?;
         (at <= now).then(|| {
             self.by_time.pop_first();
-            self.by_node.remove(&id);
+            self.ended.insert((at, id));
             id
         })
+    }
+
+    /// A node whose key had ended by a clock that was wrong.
+    pub(super) fn take_back(&mut self, now: Timestamp) -> Option<NodeId> {
+        let (at, id) = *self.ended.last()?;
+        (at > now).then(|| {
+            self.ended.pop_last();
+            self.by_time.insert((at, id));
+            id
+        })
+    }
+
+    /// Whether a clock that is put back would mean something.
+    pub(super) fn has_ended(&self) -> bool {
+        !self.ended.is_empty()
     }
 }
 

@@ -159,6 +159,18 @@ fn the_end_of_a_key_comes_by_itself() {
     let told = delta(&key, &map, &settings(), &change, at(10));
     assert_eq!(told.remove.len(), 1);
     assert!(told.set.is_empty() && told.policy.is_none());
+    // The clock was ahead.
+    assert_eq!(expiries.take_back(at(10)), None);
+    assert_eq!(expiries.take_back(at(9)), Some(NodeId(3)));
+    assert_eq!(expiries.take_back(at(9)), None);
+    assert_eq!(delta(&key, &map, &settings(), &change, at(9)).set.len(), 1);
+    assert_eq!(expiries.pop(at(10)), Some(NodeId(3)));
+    let gone = json!({"PeersRemoved": [3]});
+    let change = map
+        .apply(serde_json::from_value(gone).unwrap(), false, NOW)
+        .unwrap();
+    expiries.follow(&map, &change);
+    assert!(!expiries.has_ended());
 }
 
 #[test]
