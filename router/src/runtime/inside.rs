@@ -12,7 +12,6 @@ use super::Daemon;
 use super::tailnet::Tailnet;
 use crate::datapath::ebpf::DeniedPacket;
 use crate::tailnet::inside::Told;
-use crate::tailnet::node::Command;
 use crate::tailnet::tsmp;
 
 /// The next message. Cancel safe.
@@ -34,9 +33,7 @@ impl Daemon {
             return;
         };
         match tailnet.inside.handle(packet, Instant::now()) {
-            Some(Told::DiscoKey { from, key }) => {
-                tailnet.node.send(Command::LearnDisco { from, key })
-            }
+            Some(Told::DiscoKey { from, key }) => tailnet.node.learn_disco(from, key),
             Some(Told::Rejected { from, message }) => {
                 tracing::debug!(%from, ?message, "a peer refuses a flow");
             }

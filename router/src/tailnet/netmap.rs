@@ -328,13 +328,14 @@ impl Netmap {
     /// A disco key that a peer has told through the tunnel (TSMP): it is connected, whatever the server knows.
     pub fn learn_disco(&mut self, id: NodeId, key: DiscoPublic, now: Timestamp) -> Change {
         let mut change = Change::default();
-        self.touch(Some(id), &mut change, |peer| {
-            if peer.disco != Some(key) || peer.online != Some(true) {
+        let is_known = |peer: &Node| peer.disco == Some(key) && peer.online == Some(true);
+        if !self.peer(id).is_none_or(is_known) {
+            self.touch(Some(id), &mut change, |peer| {
                 peer.disco = Some(key);
                 peer.online = Some(true);
                 peer.last_seen = Some(now);
-            }
-        });
+            });
+        }
         change
     }
 

@@ -58,13 +58,6 @@ pub enum Command {
     SayAgain,
     /// Offers the routes of the settings, or none of them until it is told to again. They are served all the same.
     Offer(bool),
-    /// A peer has told its disco key through the tunnel.
-    LearnDisco {
-        /// An address of the peer.
-        from: IpAddr,
-        /// The key.
-        key: DiscoPublic,
-    },
     /// Ends, and keeps what is known. `done` is dropped unsent if the node is gone already.
     End {
         /// For good, as far as is known: an ephemeral node logs out first. Otherwise another daemon goes on.
@@ -78,6 +71,7 @@ pub enum Command {
 #[derive(Clone, Debug)]
 pub struct Handle {
     commands: mpsc::UnboundedSender<Command>,
+    discos: mpsc::Sender<(IpAddr, DiscoPublic)>,
     report: watch::Receiver<Arc<Report>>,
 }
 
@@ -95,6 +89,12 @@ impl Handle {
     /// Asks something of the node. One that has ended hears nothing.
     pub fn send(&self, command: Command) {
         let _ = self.commands.send(command);
+    }
+
+    /// The peer at this address has told its disco key through the tunnel. If peers tell more than the node can take,
+    /// some is lost.
+    pub fn learn_disco(&self, from: IpAddr, key: DiscoPublic) {
+        let _ = self.discos.try_send((from, key));
     }
 }
 
@@ -119,6 +119,7 @@ pub fn spawn(
     options: Options,
 ) -> io::Result<(Handle, TailnetSource)> {
     let (commands, inbox) = mpsc::unbounded_channel();
+    let (discos, told_discos) = mpsc::channel(run::TOLD);
     let (updates, source) = mpsc::channel(run::WAITING);
     let (told, report) = watch::channel(Arc::default());
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -128,11 +129,13 @@ pub fn spawn(
     node.publish();
     std::thread::Builder::new()
         .name("sluice-tailnet".to_owned())
-        .spawn(move || runtime.block_on(node.run(inbox)))?;
-    Ok((
-        Handle { commands, report },
-        TailnetSource { updates: source },
-    ))
+        .spawn(move || runtime.block_on(node.run(inbox, told_discos)))?;
+    let handle = Handle {
+        commands,
+        discos,
+        report,
+    };
+    Ok((handle, TailnetSource { updates: source }))
 }
 
 /// The tailnet as a control source.

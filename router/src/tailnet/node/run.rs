@@ -7,7 +7,7 @@ mod join;
 mod keep;
 mod tell;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ use crate::tailnet::auth;
 use crate::tailnet::driver::Driver;
 use crate::tailnet::hostinfo::{self, Wishes};
 use crate::tailnet::inside::Inside;
+use crate::tailnet::keys::DiscoPublic;
 use crate::tailnet::netmap::{Change, Netmap, NodeId};
 use crate::tailnet::paths;
 use crate::tailnet::session::{AuthKey, Session};
@@ -33,6 +34,8 @@ use crate::tailnet::wire::{Hostinfo, NetInfo};
 
 /// Updates that wait for the daemon. What comes meanwhile becomes one.
 pub(super) const WAITING: usize = 1;
+/// Disco keys that peers have told and nobody has looked at.
+pub(super) const TOLD: usize = 64;
 /// The report follows what happens no more often.
 const REPORT: Duration = Duration::from_millis(100);
 /// The map is written no more often: it is written whole.
@@ -85,6 +88,8 @@ pub(super) struct Node {
     expiries: Expiries,
     /// Own addresses, as the daemon was told.
     addresses: Vec<IpNet>,
+    /// Who has told a disco key lately.
+    tellers: inside::Tellers,
     pending: Change,
     /// All is to be said anew.
     whole: bool,
@@ -160,6 +165,7 @@ impl Node {
             endpoints: None,
             net_info: None,
             about_due: None,
+            tellers: inside::Tellers::default(),
             pending: Change::default(),
             whole: false,
             updates,
@@ -179,7 +185,11 @@ impl Node {
     }
 
     /// Runs until it is told to end.
-    pub(super) async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) {
+    pub(super) async fn run(
+        mut self,
+        mut commands: mpsc::UnboundedReceiver<Command>,
+        mut discos: mpsc::Receiver<(IpAddr, DiscoPublic)>,
+    ) {
         self.tell_paths_everything();
         if self.phase == Phase::In {
             self.join();
@@ -216,6 +226,7 @@ impl Node {
                         return;
                     }
                 }
+                Some((from, key)) = discos.recv() => self.learn_disco(from, key, Instant::now()),
                 event = path_event => match event {
                     Some(event) => self.handle_path_event(event),
                     None => self.path_events = None,

@@ -38,7 +38,6 @@ impl Node {
                 self.host = self.gather_host();
                 self.tell_about();
             }
-            Command::LearnDisco { from, key } => self.learn_disco(from, key),
             Command::End { stop, done } => {
                 self.end(stop).await;
                 let _ = done.send(());

@@ -1,6 +1,8 @@
 //! What passes between nodes inside the tunnel, and pings of all kinds that the server asks for.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use super::Node;
 use crate::engine;
@@ -11,18 +13,48 @@ use crate::tailnet::paths;
 use crate::tailnet::session::Asked;
 use crate::tailnet::wire::PingResponse;
 
+/// A peer is heard so often with a disco key: each one costs a look at all peers, and work wherever it is told.
+const TELLS: Duration = Duration::from_secs(1);
+/// Addresses from which one is heard within that time. A peer may have a whole network of them.
+const MOST_TELLERS: usize = 256;
+
+/// Addresses that have told a disco key lately, each with when.
+#[derive(Debug, Default)]
+pub(super) struct Tellers(BTreeMap<IpAddr, Instant>);
+
+impl Tellers {
+    /// Whether one is heard now.
+    fn hears(&mut self, from: IpAddr, now: Instant) -> bool {
+        let lately = |at: Instant| now.saturating_duration_since(at) < TELLS;
+        if self.0.get(&from).is_some_and(|at| lately(*at)) {
+            return false;
+        }
+        if self.0.len() >= MOST_TELLERS {
+            self.0.retain(|_, at| lately(*at));
+        }
+        let has_room = self.0.len() < MOST_TELLERS;
+        if has_room {
+            self.0.insert(from, now);
+        }
+        has_room
+    }
+}
+
 impl Node {
     /// A peer has told its disco key through the tunnel: the server may know it later.
-    pub(super) fn learn_disco(&mut self, from: IpAddr, key: DiscoPublic) {
+    pub(super) fn learn_disco(&mut self, from: IpAddr, key: DiscoPublic, now: Instant) {
+        if !self.tellers.hears(from, now) {
+            return;
+        }
         let Some(id) = self.peer_at(from).map(|peer| peer.id) else {
             return;
         };
-        let now = self.control_time();
+        let clock = self.control_time();
         let map = match &mut self.driver {
             Some(driver) => driver.session_mut().map_mut(),
             None => &mut self.map,
         };
-        let change = map.learn_disco(id, key, now);
+        let change = map.learn_disco(id, key, clock);
         if !change.is_empty() {
             self.handle_change(change);
         }
@@ -115,4 +147,26 @@ async fn ping(
         engine::Path::Relay(relay) => found.derp_region_id = Some(i64::from(relay.0)),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_tells_keys_without_end() {
+        let mut tellers = Tellers::default();
+        let at = |n: u16| IpAddr::from([100, 64, (n >> 8) as u8, n as u8]);
+        let now = Instant::now();
+        let heard = |tellers: &mut Tellers, n, seconds: f64| {
+            tellers.hears(at(n), now + Duration::from_secs_f64(seconds))
+        };
+        assert!(heard(&mut tellers, 1, 0.0) && heard(&mut tellers, 2, 0.0));
+        assert!(!heard(&mut tellers, 1, 0.9) && heard(&mut tellers, 1, 1.0));
+        let many = (1000..2000)
+            .filter(|n| heard(&mut tellers, *n, 1.5))
+            .count();
+        assert!(many <= MOST_TELLERS && tellers.0.len() <= MOST_TELLERS);
+        assert!(heard(&mut tellers, 3, 3.0));
+    }
 }
