@@ -510,7 +510,11 @@ impl Service {
     async fn status(&self) -> Option<Status> {
         let (answer, status) = oneshot::channel();
         self.requests.send(Request::Status(answer)).await.ok()?;
-        status.await.ok()
+        let mut status = status.await.ok()?;
+        if self.hosts.is_some() {
+            status.hide_login();
+        }
+        Some(status)
     }
 }
 

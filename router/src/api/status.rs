@@ -8,7 +8,8 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use super::tailnet::Tailnet;
-use crate::cloud::agent::Report;
+use crate::cloud::agent;
+use crate::tailnet::node::Report;
 
 /// What the router is, does and suffers from, at one moment.
 #[derive(Clone, Debug, Serialize)]
@@ -64,6 +65,24 @@ impl Status {
         self.problems.is_empty()
     }
 
+    /// Takes the URL out that lets the router into its tailnet: who opens it owns the router there.
+    pub fn hide_login(&mut self) {
+        let Some(tailnet) = &mut self.tailnet else {
+            return;
+        };
+        let Some(url) = tailnet.report.auth_url.clone() else {
+            return;
+        };
+        let hide = |text: &mut String| {
+            *text = text.replace(&url, "the URL that `sluice status` shows on this machine");
+        };
+        let mut report = Report::clone(&tailnet.report);
+        report.auth_url = None;
+        report.problems.iter_mut().for_each(|p| hide(&mut p.text));
+        tailnet.report = Arc::new(report);
+        self.problems.iter_mut().for_each(|p| hide(&mut p.error));
+    }
+
     /// Whether the tailnet has given the router an address.
     pub fn has_tailnet_address(&self) -> bool {
         let own = self.tailnet.as_ref().and_then(|t| t.report.map.own());
@@ -78,7 +97,7 @@ pub struct CloudStatus {
     pub provider: &'static str,
     /// What is known of it.
     #[serde(flatten)]
-    pub report: Arc<Report>,
+    pub report: Arc<agent::Report>,
 }
 
 /// Something an operator should know of.

@@ -560,4 +560,39 @@ mod tests {
         assert!(text.contains("verdict=\"forwarded\"} 9"), "{text}");
         assert!(text.contains("sluice_healthy 0"), "{text}");
     }
+
+    /// Nothing that is served over TCP tells the URL; all else stays.
+    #[test]
+    fn the_url_to_log_in_by_can_be_left_out() {
+        let url = "http://hs.lab/register/x";
+        let mut tailnet = crate::api::tailnet_of_tests();
+        let report = Arc::make_mut(&mut tailnet.report);
+        report.auth_url = Some(url.to_owned());
+        let text = format!("a person has to let this node in: open {url}");
+        report.problems[0].text.clone_from(&text);
+        let mut status = Status {
+            tailnet: Some(tailnet),
+            problems: vec![Problem {
+                part: "login".to_owned(),
+                error: text,
+            }],
+            ..status()
+        };
+        let written = |status: &Status| serde_json::to_value(status).unwrap();
+        let before = written(&status);
+        assert_eq!(before["AuthURL"], url);
+        status.hide_login();
+        let after = written(&status);
+        assert!(!after.to_string().contains(url), "{after:#}");
+        assert_eq!(
+            (&after["AuthURL"], &after["tailnet"]["auth_url"]),
+            (&"".into(), &serde_json::Value::Null)
+        );
+        assert_eq!(after["Peer"], before["Peer"]);
+        let told = after["problems"][0]["error"].as_str().unwrap();
+        assert!(
+            told.starts_with("a person has to let this node in: open the URL that"),
+            "{told}"
+        );
+    }
 }
