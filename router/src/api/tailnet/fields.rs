@@ -186,6 +186,12 @@ fn relay_server(relay: &RelayServer) -> Value {
     })
 }
 
+/// Whether its key has ended, whether or not the server has said so yet.
+fn is_expired(tailnet: &Tailnet, node: &Node) -> bool {
+    let ahead = tailnet.report.ahead;
+    node.is_expired(Timestamp(Timestamp::now().0.saturating_add(ahead)))
+}
+
 /// How a peer is reached, in Sluice's words.
 fn way(tailnet: &Tailnet, node: &Node) -> Value {
     let way = tailnet.ways.peers.get(&node.key);
@@ -199,7 +205,7 @@ fn way(tailnet: &Tailnet, node: &Node) -> Value {
         "user": tailnet.report.map.user(node.user).map(|user| &user.login_name),
         "public_key": PublicKey::from(node.key).to_string(),
         "online": node.online,
-        "expired": node.expired,
+        "expired": is_expired(tailnet, node),
         "way": path(tailnet, node),
         "latency_ms": way.and_then(|way| way.latency).map(|time| time.as_secs_f64() * 1e3),
         "active": way.is_some_and(|way| way.active),
@@ -246,7 +252,7 @@ fn self_node(tailnet: &Tailnet) -> Value {
             "TailscaleIPs": [],
         });
     };
-    let mut node = node(own);
+    let mut node = node(tailnet, own);
     node["HostName"] = json!(report.hostname);
     node["Addrs"] = json!(endpoints(tailnet));
     node["Relay"] = json!(tailnet.home().unwrap_or_default());
@@ -277,7 +283,7 @@ fn self_node(tailnet: &Tailnet) -> Value {
 fn peer(tailnet: &Tailnet, peer: &Node) -> Value {
     let way = tailnet.ways.peers.get(&peer.key);
     let stats = tailnet.stats.get(&PublicKey::from(peer.key));
-    let mut node = node(peer);
+    let mut node = node(tailnet, peer);
     let address = current(tailnet, peer).and_then(engine::Path::endpoint);
     // As tailscaled: an address is a direct path, which the relay then is not.
     let relay = way.and_then(|way| way.region.clone());
@@ -312,7 +318,7 @@ fn peer(tailnet: &Tailnet, peer: &Node) -> Value {
 }
 
 /// What the map says of a node.
-fn node(node: &Node) -> Value {
+fn node(tailnet: &Tailnet, node: &Node) -> Value {
     let seen = node.last_seen.filter(|_| node.online != Some(true));
     let mut out = json!({
         "ID": node.stable_id,
@@ -336,7 +342,7 @@ fn node(node: &Node) -> Value {
     if !node.primary_routes.is_empty() {
         out["PrimaryRoutes"] = json!(node.primary_routes);
     }
-    if node.expired {
+    if is_expired(tailnet, node) {
         out["Expired"] = json!(true);
     }
     if let Some(expiry) = node.key_expiry {

@@ -222,3 +222,30 @@ fn the_page_names_peers_and_their_paths() {
     );
     assert_eq!(page(&serde_json::json!({})), Default::default());
 }
+
+/// Such a peer is left out before the server says anything.
+#[test]
+fn a_key_that_has_ended_by_the_clock_is_shown() {
+    let mut tailnet = tailnet();
+    let id = tailnet.report.map.peers().next().unwrap().id.0;
+    let now = Timestamp::now();
+    for (seconds, ahead, ended) in [
+        (-5, 0, true),
+        (50, 0, false),
+        (50, 60, true),
+        (-5, -60, false),
+    ] {
+        let expiry = Timestamp(now.0 + seconds * 1_000_000).to_string();
+        let patch = serde_json::json!({"PeersChangedPatch": [{"NodeID": id, "KeyExpiry": expiry}]});
+        let report = Arc::make_mut(&mut tailnet.report);
+        report.ahead = ahead * 1_000_000;
+        let map = Arc::make_mut(&mut report.map);
+        map.apply(serde_json::from_value(patch).unwrap(), false, now)
+            .unwrap();
+        let key = map.peers().next().unwrap().key.to_string();
+        let document = serde_json::to_value(&tailnet).unwrap();
+        assert_eq!(document["Peer"][&key]["Expired"] == true, ended);
+        assert_eq!(document["tailnet"]["peers"][0]["expired"], ended);
+        assert_eq!(page(&document).1.contains("key expired"), ended);
+    }
+}
