@@ -464,8 +464,10 @@ impl Session {
     /// What came of [`Transmit::Update`].
     pub fn handle_updated(&mut self, result: Result<(), Failure>, now: Now) {
         self.update.in_flight = false;
-        if result.is_err() && self.update.due.is_none() {
-            self.update.due = Some(self.retry.next(now.instant));
+        if let Err(failure) = result
+            && self.update.due.is_none()
+        {
+            self.update.due = Some(self.retry.after(&failure, now.instant));
         }
         self.handle_timeout(now);
     }
@@ -479,10 +481,7 @@ impl Session {
         {
             self.retry.succeeded();
         }
-        let again = match failure.wait() {
-            Some(wait) => now.instant + wait + self.retry.spread(wait / 8),
-            None => self.retry.next(now.instant),
-        };
+        let again = self.retry.after(&failure, now.instant);
         self.stream = Stream::Due(again);
         // What a server that starts anew has forgotten.
         self.update.due = Some(again);

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::Failure;
+
 const FIRST: Duration = Duration::from_millis(500);
 const MOST: Duration = Duration::from_secs(30);
 
@@ -25,6 +27,14 @@ impl Backoff {
         let wait = FIRST.saturating_mul(1 << self.failures.min(10)).min(MOST);
         self.failures = self.failures.saturating_add(1);
         now + self.spread(wait)
+    }
+
+    /// The same, but not before the server wants it.
+    pub(super) fn after(&mut self, failure: &Failure, now: Instant) -> Instant {
+        match failure.wait() {
+            Some(wait) => now + wait + self.spread(wait / 8),
+            None => self.next(now),
+        }
     }
 
     /// Between half of `wait` and half as much again.

@@ -85,7 +85,11 @@ impl Session {
 
     /// Ends the node key. An ephemeral node is gone with that.
     pub fn log_out(&mut self, now: Now) {
-        if !self.registered {
+        let may_be_in = match &self.login {
+            Login::Asking(asking) => asking.confirming,
+            _ => false,
+        };
+        if !self.registered && !may_be_in {
             self.login = Login::Stopped;
             self.events.push_back(Event::LoggedOut { heard: true });
             return;
@@ -162,10 +166,7 @@ impl Session {
         let response = match result {
             Ok(response) => response,
             Err(failure) => {
-                asking.due = Some(match failure.wait() {
-                    Some(wait) => now.instant + wait + self.retry.spread(wait / 8),
-                    None => self.retry.next(now.instant),
-                });
+                asking.due = Some(self.retry.after(&failure, now.instant));
                 self.events.push_back(Event::Unregistered(failure));
                 return;
             }

@@ -349,6 +349,27 @@ fn leaving_ends_everything() {
 }
 
 #[test]
+fn a_server_that_may_know_the_node_is_told_that_it_leaves() {
+    let mut bench = Bench::new(true, None);
+    let (stream, _) = bench.opened();
+    bench
+        .session
+        .handle_stream_ended(stream, status(404, None), bench.now);
+    bench.wait();
+    assert_eq!(bench.registration().expiry, None, "it only asks");
+    bench.session.log_out(bench.now);
+    assert!(bench.registration().expiry.is_some());
+    bench.registered(json!({}));
+    assert!(bench.events().contains(&Event::LoggedOut { heard: true }));
+    // One that was never in says nothing.
+    let mut bench = Bench::new(false, None);
+    bench.registration();
+    bench.session.log_out(bench.now);
+    assert!(bench.transmits().is_empty());
+    assert_eq!(bench.events(), [Event::LoggedOut { heard: true }]);
+}
+
+#[test]
 fn silence_ends_a_stream_and_keep_alives_do_not() {
     let (mut bench, stream) = Bench::connected(None);
     bench.session.handle_updated(Ok(()), bench.now);
@@ -509,6 +530,13 @@ fn what_changes_here_is_told_once_at_a_time() {
     assert_eq!(updates(&mut bench), 0);
     bench.wait();
     assert_eq!(updates(&mut bench), 1, "tried again");
+    bench
+        .session
+        .handle_updated(Err(status(429, Some(60))), bench.now);
+    bench.pass(Duration::from_secs(59));
+    assert_eq!(updates(&mut bench), 0, "the server wants to be left alone");
+    bench.wait();
+    assert_eq!(updates(&mut bench), 1);
     let same = bench.session.about.clone();
     bench.session.handle_updated(Ok(()), bench.now);
     bench.session.set_about(same, bench.now);
