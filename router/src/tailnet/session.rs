@@ -110,7 +110,7 @@ pub enum Event {
     },
     /// Registration has failed on the way. It is tried again.
     Unregistered(Failure),
-    /// Registration is refused for good: nothing more is tried until [`Session::log_in`].
+    /// Registration is refused. It is tried again, ever later: [`Session::log_in`] with what is right helps at once.
     Refused(String),
     /// The node's key has ended and another one is asked for.
     Expired,
@@ -188,6 +188,8 @@ pub struct Session {
     stream: Stream,
     streams: u64,
     retry: Backoff,
+    /// The same where the server refuses the node.
+    refusals: Backoff,
     update: Update,
     map: Netmap,
     answers: Answers,
@@ -257,6 +259,7 @@ impl Session {
             stream: Stream::Due(now.instant),
             streams: 0,
             retry: Backoff::new(start.seed),
+            refusals: Backoff::slow(start.seed),
             update: Update {
                 due: Some(now.instant),
                 in_flight: false,

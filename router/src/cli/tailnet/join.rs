@@ -15,7 +15,7 @@ use crate::config::{self, Changes, UpFlags};
 const LOOK: Duration = Duration::from_millis(300);
 /// The daemon's report follows what happens after a moment.
 const SETTLED: Duration = Duration::from_secs(1);
-/// Problems that are for good: nobody need wait for one to mend itself.
+/// Problems that somebody has to mend as a rule: nobody need wait for one to mend itself.
 const FINAL: [&str; 2] = ["refused", "auth-key"];
 
 pub(in super::super) fn up(args: &Up) -> anyhow::Result<()> {

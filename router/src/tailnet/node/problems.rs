@@ -56,8 +56,8 @@ pub(super) fn problems(report: &Report, facts: &Facts, settings: &Settings) -> V
         add(
             "refused",
             format!(
-                "{server} refuses this node: {error}; {peers_stay}. Make a new auth key there and give it by \
-                 auth_key or `sluice login --auth-key`, or let a person in by `sluice login`"
+                "{server} refuses this node: {error}; {peers_stay}. It is asked again now and then; make a new \
+                 auth key there and give it by auth_key or `sluice login --auth-key`, or let a person in by `sluice login`"
             ),
         );
     }

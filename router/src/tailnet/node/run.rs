@@ -340,7 +340,7 @@ impl Node {
                 store.save_map(&url, &map)
             }));
         }
-        let goes_on = self.session().is_some_and(|session| !session.is_stopped());
+        let goes_on = self.session().is_some_and(|session| !session.is_refused());
         if goes_on && self.facts.refused.take().is_some() {
             // The old key has been given more time.
             self.touch();

@@ -10,6 +10,7 @@ use zeroize::Zeroizing;
 
 use crate::cloud::agent::Secrets;
 use crate::control::Route;
+use crate::tailnet::auth::is_client_secret;
 use crate::tailnet::client::TlsRoots;
 
 /// Tailscale's own server.
@@ -124,6 +125,14 @@ impl KeySource {
         match text.strip_prefix("ssm:") {
             Some(name) => Self::Parameter(name.to_owned()),
             None => Self::Text(Zeroizing::new(text.to_owned())),
+        }
+    }
+
+    /// Whether what comes of it may be another key each time.
+    pub fn may_give_another(&self) -> bool {
+        match self {
+            Self::Text(text) => is_client_secret(text),
+            Self::File(_) | Self::Parameter(_) => true,
         }
     }
 

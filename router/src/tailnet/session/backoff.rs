@@ -6,10 +6,15 @@ use super::Failure;
 
 const FIRST: Duration = Duration::from_millis(500);
 const MOST: Duration = Duration::from_secs(30);
+/// The same after a refusal, which somebody has to mend as a rule.
+const FIRST_SLOW: Duration = Duration::from_secs(30);
+const MOST_SLOW: Duration = Duration::from_secs(600);
 
 /// Waits that double, each with jitter, so that the nodes of a server that comes back do not come all at once.
 #[derive(Debug)]
 pub(in crate::tailnet) struct Backoff {
+    first: Duration,
+    most: Duration,
     failures: u32,
     random: u64,
 }
@@ -17,14 +22,26 @@ pub(in crate::tailnet) struct Backoff {
 impl Backoff {
     pub(in crate::tailnet) fn new(seed: u64) -> Self {
         Self {
+            first: FIRST,
+            most: MOST,
             failures: 0,
             random: seed,
         }
     }
 
+    /// One from half a minute to ten.
+    pub(super) fn slow(seed: u64) -> Self {
+        Self {
+            first: FIRST_SLOW,
+            most: MOST_SLOW,
+            ..Self::new(seed)
+        }
+    }
+
     /// When to try again after one more failure.
     pub(in crate::tailnet) fn next(&mut self, now: Instant) -> Instant {
-        let wait = FIRST.saturating_mul(1 << self.failures.min(10)).min(MOST);
+        let wait = self.first.saturating_mul(1 << self.failures.min(10));
+        let wait = wait.min(self.most);
         self.failures = self.failures.saturating_add(1);
         now + self.spread(wait)
     }

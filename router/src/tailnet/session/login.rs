@@ -15,7 +15,7 @@ pub(super) enum Login {
     Settled,
     /// A request is due, or in flight.
     Asking(Box<Asking>),
-    /// Refused, or logged out: nothing is tried.
+    /// Logged out: nothing is tried.
     Stopped,
 }
 
@@ -34,6 +34,8 @@ pub(super) struct Asking {
     /// The key was let in once: the server is asked whether it still is, and the auth key, which may serve once
     /// only, is kept for when it is not.
     confirming: bool,
+    /// The server has refused it. It is asked again, for what is wrong there may pass.
+    refused: bool,
 }
 
 impl Login {
@@ -83,6 +85,11 @@ impl Session {
         self.auth_key = None;
     }
 
+    /// Whether there is an auth key.
+    pub fn has_auth_key(&self) -> bool {
+        self.auth_key.is_some()
+    }
+
     /// Ends the node key. An ephemeral node is gone with that.
     pub fn log_out(&mut self, now: Now) {
         let may_be_in = match &self.login {
@@ -110,9 +117,9 @@ impl Session {
         }
     }
 
-    /// Whether registration was refused, or the node is logged out.
-    pub fn is_stopped(&self) -> bool {
-        matches!(self.login, Login::Stopped)
+    /// Whether registration was refused last.
+    pub fn is_refused(&self) -> bool {
+        matches!(&self.login, Login::Asking(asking) if asking.refused)
     }
 
     pub(super) fn handle_login_due(&mut self, now: Now) {
@@ -172,10 +179,14 @@ impl Session {
             }
         };
         if let Some(error) = response.error.filter(|error| !error.is_empty()) {
-            self.login = Login::Stopped;
+            asking.refused = true;
+            // A person who was sent there is sent anew.
+            asking.followup = None;
+            asking.due = Some(self.refusals.next(now.instant));
             self.events.push_back(Event::Refused(error));
-            return;
+            return self.handle_timeout(now);
         }
+        asking.refused = false;
         if response.node_key_expired == Some(true) {
             // With another key at once; if that has ended too, something is wrong there.
             let again = asking.fresh.is_some();
@@ -208,6 +219,7 @@ impl Session {
         let fresh = asking.fresh.take();
         self.login = Login::Settled;
         self.registered = true;
+        self.refusals.succeeded();
         let new_key = fresh.is_some();
         if let Some(key) = fresh {
             self.node = key;
@@ -264,8 +276,16 @@ impl Session {
                 }));
             }
             Login::Asking(asking) if asking.expired && !expired => self.login = Login::Settled,
-            // Another key was refused, but the old one is good.
-            Login::Stopped if self.registered && !expired => self.login = Login::Settled,
+            // Another key was refused, but the old one is good: after a while, in which it is told, no more is tried.
+            Login::Asking(asking)
+                if asking.refused
+                    && asking.due.is_some_and(|due| due <= now.instant)
+                    && self.registered
+                    && !expired =>
+            {
+                self.login = Login::Settled;
+                self.refusals.succeeded();
+            }
             _ => {}
         }
     }

@@ -205,19 +205,58 @@ fn a_person_is_sent_once_and_the_answer_waited_for() {
 }
 
 #[test]
-fn a_refusal_is_final_until_somebody_acts() {
+fn a_refused_node_asks_ever_later_until_somebody_acts() {
     let mut bench = Bench::new(false, Some("tskey-auth-bad"));
+    let mut waits = Vec::new();
+    for _ in 0..8 {
+        let auth = bench.registration().auth.unwrap();
+        assert_eq!(auth.auth_key.as_deref(), Some("tskey-auth-bad"));
+        bench.registered(json!({"Error": "invalid key"}));
+        assert_eq!(bench.events(), [Event::Refused("invalid key".to_owned())]);
+        assert!(bench.session.is_refused() && bench.transmits().is_empty());
+        waits.push(bench.wait().as_secs());
+    }
+    assert!((15..=45).contains(&waits[0]), "{waits:?}");
+    assert!((300..=900).contains(&waits[7]), "{waits:?}");
     bench.registration();
     bench.registered(json!({"Error": "invalid key"}));
-    assert_eq!(bench.events(), [Event::Refused("invalid key".to_owned())]);
-    assert!(bench.session.is_stopped());
-    assert_eq!(bench.session.poll_timeout(bench.now), None);
-    bench.pass(Duration::from_secs(10_000));
-    assert!(bench.transmits().is_empty());
     let key = AuthKey::new("tskey-auth-good").ok();
     bench.session.log_in(key, false, bench.now);
     let auth = bench.registration().auth.unwrap();
     assert_eq!(auth.auth_key.as_deref(), Some("tskey-auth-good"));
+}
+
+#[test]
+fn a_refusal_that_passes_costs_nothing() {
+    let mut bench = Bench::new(true, None);
+    let (stream, _) = bench.opened();
+    let key = bench.session.node().public();
+    bench
+        .session
+        .handle_stream_ended(stream, status(401, None), bench.now);
+    bench.wait();
+    bench.registration();
+    bench.registered(json!({"Error": "database is locked"}));
+    assert!(bench.session.is_refused());
+    bench.wait();
+    assert_eq!(bench.registration().node_key, Some(key.to_string()));
+    bench.registered(json!({}));
+    assert!(!bench.session.is_refused());
+    bench.opened();
+}
+
+#[test]
+fn another_key_that_is_refused_leaves_a_good_one_in_force() {
+    let (mut bench, _) = Bench::connected(None);
+    bench.session.log_in(None, true, bench.now);
+    bench.registration();
+    bench.registered(json!({"Error": "not for you"}));
+    assert_eq!(bench.events(), [Event::Refused("not for you".to_owned())]);
+    assert!(bench.session.is_refused() && bench.session.is_connected());
+    bench.transmits();
+    bench.wait();
+    assert!(!bench.session.is_refused() && bench.session.is_connected());
+    assert!(bench.transmits().is_empty(), "it is not asked again");
 }
 
 #[test]
@@ -582,6 +621,7 @@ fn whatever_a_server_does_the_node_comes_back() {
                     match if ok { 9 } else { pick(10) } {
                         0 => bench.failed(status(429, Some(5))),
                         1 | 2 => bench.failed(status(500, None)),
+                        3 if pick(2) == 0 => bench.registered(json!({"Error": "busy"})),
                         3 => bench.registered(json!({"NodeKeyExpired": true})),
                         4 | 5 => {
                             bench.registered(json!({"AuthURL": format!("https://a/{}", pick(3))}))

@@ -61,12 +61,13 @@ impl Node {
             self.key_spent = true;
             return self.make_key_of(source);
         }
+        // After a refusal a person is to have a chance.
+        self.key_spent |= was_refused;
         let fresh = self.fresh;
         match &mut self.driver {
             Some(driver) => {
                 let session = driver.session_mut();
-                if self.key_spent || was_refused {
-                    // A person is to have a chance.
+                if self.key_spent {
                     session.forget_auth_key();
                 }
                 session.log_in(None, fresh, Now::read());
@@ -122,7 +123,7 @@ impl Node {
     fn try_key(&mut self) {
         self.key_spent = false;
         let waits = match self.session() {
-            Some(session) => session.is_stopped() || session.auth_url().is_some(),
+            Some(session) => session.is_refused() || session.auth_url().is_some(),
             None => !self.identity.registered,
         };
         if self.phase != Phase::In || !waits {

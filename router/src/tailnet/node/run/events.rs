@@ -1,5 +1,6 @@
 //! What the session says.
 
+use super::super::KeySource;
 use super::super::problems::Facts;
 use super::super::wanted::{self, Expiries};
 use super::{Node, Phase};
@@ -49,11 +50,7 @@ impl Node {
             }
             Event::Registered { new_key } => self.handle_registered(new_key),
             Event::Visit(url) => self.handle_visit(&url),
-            Event::Refused(error) => {
-                tracing::warn!("the coordination server refuses the node: {error}");
-                self.key_spent = true;
-                self.facts.refused = Some(error);
-            }
+            Event::Refused(error) => self.handle_refused(error),
             Event::Expired => {
                 tracing::warn!(
                     "the node's key has ended: another one is asked for, and peers stay meanwhile"
@@ -133,6 +130,24 @@ impl Node {
             self.pending.own = true;
             self.tell_paths_identity();
         }
+    }
+
+    fn handle_refused(&mut self, error: String) {
+        if self.facts.refused.as_ref() != Some(&error) {
+            tracing::warn!("the coordination server refuses the node: {error}; it is asked again");
+        }
+        let source = self.settings.auth_key.as_ref();
+        let renewed = source.is_some_and(KeySource::may_give_another);
+        if let Some(driver) = &mut self.driver {
+            let session = driver.session_mut();
+            match renewed {
+                // Then it is asked without, and another one is made.
+                true => session.forget_auth_key(),
+                false => self.key_spent |= session.has_auth_key(),
+            }
+        }
+        self.key_spent &= !renewed;
+        self.facts.refused = Some(error);
     }
 
     fn handle_visit(&mut self, url: &str) {

@@ -90,12 +90,18 @@ impl Bench {
         };
         let now = Now::read();
         self.session().handle_stream_ended(stream, failure, now);
+        self.ask_again();
+        self.hear();
+    }
+
+    /// A long time passes for the session.
+    fn ask_again(&mut self) {
+        let now = Now::read();
         let later = Now {
-            instant: now.instant + Duration::from_secs(60),
+            instant: now.instant + Duration::from_secs(3600),
             ..now
         };
         self.session().handle_timeout(later);
-        self.hear();
     }
 
     /// What comes of the key that is being made, which the node then takes.
@@ -268,5 +274,52 @@ async fn a_key_file_is_read_again_when_the_same_settings_are_said_again() {
     );
     // One that is in needs none.
     bench.node.handle_command(Command::ReadKey).await;
+    assert!(bench.node.making.is_none());
+}
+
+/// What is refused is not always the key.
+#[tokio::test]
+async fn a_key_that_was_not_tried_is_not_spent() {
+    let mut bench = Bench::new(true, Some("tskey-auth-a"));
+    bench.node.join();
+    bench.forgotten();
+    assert_eq!(bench.register(json!({"Error": "database is locked"})), None);
+    assert!(bench.node.facts.refused.is_some());
+    bench.ask_again();
+    assert_eq!(bench.register(json!({"AuthURL": "https://a/1"})), None);
+    bench.made().await;
+    assert_eq!(bench.register(json!({})).as_deref(), Some("tskey-auth-a"));
+}
+
+#[tokio::test]
+async fn a_refused_key_is_made_anew_where_another_one_can_be_had() {
+    let mut bench = Bench::new(false, Some("file:key"));
+    let write = |bench: &Bench, key: &str| std::fs::write(bench.path().join("key"), key).unwrap();
+    write(&bench, "tskey-auth-spent");
+    bench.node.join();
+    bench.made().await;
+    bench.register(json!({"Error": "already used"}));
+    assert!(bench.node.facts.refused.is_some());
+    bench.ask_again();
+    write(&bench, "tskey-auth-good");
+    assert_eq!(bench.register(json!({"AuthURL": "https://a/1"})), None);
+    bench.made().await;
+    assert_eq!(
+        bench.register(json!({})).as_deref(),
+        Some("tskey-auth-good")
+    );
+
+    // Not where somebody wants to come himself.
+    let mut bench = Bench::new(false, Some("file:key"));
+    write(&bench, "tskey-auth-spent");
+    bench.node.join();
+    bench.made().await;
+    bench.register(json!({"Error": "already used"}));
+    let login = Command::LogIn {
+        key: None,
+        fresh: false,
+    };
+    bench.node.handle_command(login).await;
+    assert_eq!(bench.register(json!({"AuthURL": "https://a/1"})), None);
     assert!(bench.node.making.is_none());
 }
