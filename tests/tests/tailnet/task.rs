@@ -322,6 +322,8 @@ fn an_ended_key_is_replaced_and_peers_stay() -> Result<()> {
     let task = Task::start(settings(&server, folder.path(), Some(KEY)))?;
     let key = task.wait_running()?.key;
     let own = server.nodes()[0].id;
+    // Whoever comes without a key is to send a person.
+    server.faults(|faults| faults.interactive = true);
     server.expire(own);
     let report = task.wait("another key", |report| report.key != key)?;
     let new = report.key.context("a key")?;
