@@ -106,7 +106,8 @@ impl Bench {
 
     /// What comes of the key that is being made, which the node then takes.
     async fn made(&mut self) {
-        let made = done(&mut self.node.making).await.expect("no key is made");
+        assert!(self.node.making.is_some(), "no key is made");
+        let made = done(&mut self.node.making).await.expect("it was cut off");
         self.node.handle_made(made);
     }
 }
