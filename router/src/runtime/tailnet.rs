@@ -87,11 +87,7 @@ impl Tailnet {
             part: "relay".to_owned(),
             error: error.clone(),
         });
-        problems
-            .chain(relays)
-            .chain(relay)
-            .chain(refused)
-            .collect()
+        problems.chain(relays).chain(relay).chain(refused).collect()
     }
 }
 
