@@ -58,6 +58,13 @@ impl Changed {
     pub fn is_nothing(&self) -> bool {
         *self == Self::default()
     }
+
+    /// The peers that went: `state` is what is wanted now.
+    pub fn gone<'c>(&'c self, state: &'c State) -> impl Iterator<Item = PublicKey> + 'c {
+        let gone = self.peers.iter();
+        gone.filter(move |key| state.peers.get(key).is_none())
+            .copied()
+    }
 }
 
 /// The peers, each with a number from one on that it keeps as long as it stays.

@@ -404,6 +404,13 @@ impl Daemon {
             .map(|net| (*net, allowed.contains_key(net)));
         self.network.changes.concern_overlay(nets);
         self.core.changed(changed);
+        // At once: a part that fails may hold back for long what else becomes of the peers.
+        let gone: Vec<PublicKey> = changed.gone(state).collect();
+        if !gone.is_empty()
+            && let Err(error) = self.machine.drop_peers(gone)
+        {
+            tracing::warn!(%error, "peers that were removed are not gone yet");
+        }
         if changed.identity || changed.routes || changed.policy || self.overlay_differs() {
             self.replan();
         }

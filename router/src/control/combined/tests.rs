@@ -91,6 +91,8 @@ fn a_change_tells_what_it_changes_and_nothing_else() {
         ..Changed::default()
     };
     assert_eq!(gone, wanted);
+    assert!(gone.gone(combined.state()).eq([key(2)]));
+    assert_eq!(more.gone(combined.state()).count(), 0, "it is there yet");
     assert!(combined.apply(0, remove(2)).is_nothing());
 }
 
