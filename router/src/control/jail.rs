@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
-use super::{Peers, Policy};
+use super::{Direction, Peers, Policy, Rule};
 
 /// Takes the addresses of jailed peers out of the sources of rules about what peers open. Only peers' addresses come as
-/// sources there, so a network that holds a jailed one's is replaced by those of the others within it.
+/// sources there, so a network that holds a jailed one's is replaced by those of the others within it. What the subnet side
+/// opens stays as it was: where a rule is about both, it goes on behind all others, whose places stay the same.
 pub(super) fn close(policy: &mut Policy, peers: &Peers) {
     let jailed: BTreeSet<u32> = peers
         .iter()
@@ -18,6 +19,7 @@ pub(super) fn close(policy: &mut Policy, peers: &Peers) {
         return;
     }
     let owners = peers.allowed_ips();
+    let mut more = Vec::new();
     for rule in policy
         .rules
         .iter_mut()
@@ -28,8 +30,17 @@ pub(super) fn close(policy: &mut Policy, peers: &Peers) {
             .iter()
             .flat_map(|net| free(net.trunc(), owners, &jailed));
         let sources: BTreeSet<IpNet> = sources.collect();
+        let before: BTreeSet<IpNet> = rule.sources.iter().map(IpNet::trunc).collect();
+        if rule.direction == Direction::Both && sources != before {
+            more.push(Rule {
+                direction: Direction::ToOverlay,
+                ..rule.clone()
+            });
+            rule.direction = Direction::FromOverlay;
+        }
         rule.sources = sources.into_iter().collect();
     }
+    policy.rules.append(&mut more);
 }
 
 /// What of `net` is no jailed peer's.
@@ -83,7 +94,7 @@ fn apart(net: IpNet, owners: &BTreeMap<IpNet, u32>, jailed: &BTreeSet<u32>) -> V
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::{Combined, Delta, Direction, Peer, Rule, Update};
+    use super::super::{Combined, Delta, Peer, Update};
     use super::*;
     use crate::wireguard::keys::PublicKey;
 
@@ -133,6 +144,48 @@ mod tests {
         );
         // Without any, all stays as it was written.
         assert_eq!(sources(&peers[..1], &["0.0.0.0/0"]), ["0.0.0.0/0"]);
+    }
+
+    #[test]
+    fn what_the_subnet_side_opens_stays_open() {
+        let peer = |key: u8, jailed| Peer {
+            name: None,
+            public_key: PublicKey([key; 32]),
+            preshared_key: None,
+            allowed_ips: vec![format!("100.64.0.{key}/32").parse().unwrap()],
+            endpoint: None,
+            keepalive: None,
+            roaming: true,
+            masquerade: Vec::new(),
+            jailed,
+        };
+        let rule = |direction, sources: &[&str], protocol| Rule {
+            direction,
+            sources: sources.iter().map(|net| net.parse().unwrap()).collect(),
+            protocols: vec![protocol],
+            ..Rule::default()
+        };
+        let delta = Delta {
+            set: vec![peer(2, false), peer(3, true)],
+            policy: Some(Policy {
+                rules: vec![
+                    rule(Direction::Both, &["0.0.0.0/0"], 6),
+                    rule(Direction::Both, &["10.0.0.0/8"], 17),
+                ],
+                ..Policy::default()
+            }),
+            ..Delta::default()
+        };
+        let mut combined = Combined::new(&["file"]);
+        combined.apply(0, Update::Delta(delta));
+        assert_eq!(
+            combined.state().policy.rules,
+            [
+                rule(Direction::FromOverlay, &["100.64.0.2/32"], 6),
+                rule(Direction::Both, &["10.0.0.0/8"], 17),
+                rule(Direction::ToOverlay, &["0.0.0.0/0"], 6),
+            ]
+        );
     }
 
     #[test]
