@@ -99,8 +99,11 @@ impl AllowedIps {
         }
     }
 
-    /// Takes a CIDR from whoever has it.
-    pub(super) fn remove(&mut self, cidr: &IpNet) {
+    /// Takes a CIDR from a peer, if it has it.
+    pub(super) fn remove(&mut self, cidr: &IpNet, owner: PeerId) {
+        if self.get(cidr) != Some(owner) {
+            return;
+        }
         let length = cidr.prefix_len();
         match cidr.network() {
             IpAddr::V4(first) => self.v4.remove((first.to_bits(), length)),
@@ -154,9 +157,8 @@ mod tests {
                 if *add {
                     allowed.insert(cidr, *owner);
                     wanted.insert(*cidr, *owner);
-                } else {
-                    allowed.remove(cidr);
-                    wanted.remove(cidr);
+                } else if let Some(owner) = wanted.remove(cidr) {
+                    allowed.remove(cidr, owner);
                 }
                 allowed.update(&mut routes);
             }

@@ -147,7 +147,7 @@ impl State {
             {
                 let kept: HashSet<IpNet> = cidrs(spec).collect();
                 for cidr in cidrs(&known.spec).filter(|cidr| !kept.contains(cidr)) {
-                    self.allowed.remove(&cidr);
+                    self.allowed.remove(&cidr, known.id);
                     outcome.moved.push(cidr);
                 }
             }
@@ -175,7 +175,7 @@ impl State {
             return;
         };
         for cidr in cidrs(&known.spec) {
-            self.allowed.remove(&cidr);
+            self.allowed.remove(&cidr, known.id);
             outcome.moved.push(cidr);
         }
         outcome.keys.push(*key);

@@ -152,6 +152,22 @@ fn what_one_gives_up_another_gets_by_the_same_change() {
     assert_eq!(owner(&state, "10.0.1.9"), Some(key(4)));
 }
 
+#[test]
+fn who_could_not_change_takes_nothing_from_others_later() {
+    for later in [None, Some(spec(2, &["10.0.2.0/24"]))] {
+        let mut state = state();
+        state.change(&[spec(2, &["10.0.0.0/24"]), spec(3, &["10.0.1.0/24"])], &[]);
+        let outcome = state.change(&[spec(4, &["10.0.0.0/24"]), spec(2, &["10.0.1.0/24"])], &[]);
+        assert_eq!(skipped(&outcome), [key(2)]);
+        assert_eq!(owner(&state, "10.0.0.9"), Some(key(4)));
+        match later {
+            Some(spec) => state.change(&[spec], &[]),
+            None => state.change(&[], &[key(2)]),
+        };
+        assert_eq!(owner(&state, "10.0.0.9"), Some(key(4)));
+    }
+}
+
 proptest! {
     /// Changes one by one come to the same as the list of all in the end.
     #[test]
