@@ -66,7 +66,7 @@ counters! {
     DropTunRead = "drop_tun_read", "packet from the TUN device that cannot be segmented";
     DropNoPeer = "drop_no_peer", "destination is no peer's allowed IP";
     DropNoEndpoint = "drop_no_endpoint", "peer's endpoint is unknown";
-    DropStaged = "drop_staged", "too many packets wait for the peer's handshake";
+    DropStaged = "drop_staged", "too many packets wait for the peer's handshake, or it never came";
     DropReceiveFull = "drop_receive_full", "datagram of a session: the worker is too slow, its UDP socket full";
     DropStrangerFull = "drop_stranger_full", "handshake initiation: more than the worker had time for";
     DropSendFull = "drop_send_full", "UDP socket full";

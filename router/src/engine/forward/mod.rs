@@ -129,7 +129,8 @@ impl Forwarder {
     pub(crate) fn apply(&mut self, change: Change, now: Duration, io: &mut impl Port) {
         for id in change.remove {
             if let Some(peer) = self.peers.remove(id) {
-                self.staged.take(id);
+                let dropped = self.staged.discard(id);
+                self.counters.add(Counter::DropStaged, dropped);
                 self.indices.remove(&peer.index);
             }
         }

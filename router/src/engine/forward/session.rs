@@ -229,7 +229,8 @@ impl Forwarder {
             due = tick.message;
             unanswered = tick.unanswered;
             if tick.gave_up {
-                self.staged.take(id);
+                let dropped = self.staged.discard(id);
+                self.counters.add(Counter::DropStaged, dropped);
             }
         }
         if let Some(length) = due {

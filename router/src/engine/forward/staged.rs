@@ -85,6 +85,12 @@ impl Staged {
         Some(queue)
     }
 
+    /// Drops all that waits for a peer; how many packets that was.
+    pub(crate) fn discard(&mut self, id: PeerId) -> u64 {
+        let queue = self.take(id);
+        queue.map_or(0, |queue| queue.packets.len() as u64)
+    }
+
     fn pop(&mut self, id: PeerId) {
         self.change(id, |queue| {
             if let Some(packet) = queue.packets.pop_front() {

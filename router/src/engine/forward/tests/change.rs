@@ -76,6 +76,20 @@ fn removed_peers_end_at_once() {
 }
 
 #[test]
+fn packets_that_wait_for_a_removed_peer_are_counted() {
+    let (mut client, router) = (End::new(1), End::new(2));
+    client.meet(&router, &["10.0.0.0/24"], true, None);
+    for serial in 0..3 {
+        client.transmit(&up(serial * 2));
+    }
+    client.change(Change {
+        remove: vec![THEM],
+        ..Change::default()
+    });
+    assert_eq!(client.count(Counter::DropStaged), 3);
+}
+
+#[test]
 fn a_new_private_key_ends_sessions() {
     let (mut client, mut router) = connected();
     router.change(Change {

@@ -157,6 +157,8 @@ fn offline_peers_do_not_keep_others_from_waiting() {
         end.forwarder.staged.is_empty(),
         "who is given up keeps no packets"
     );
+    let all = STAGED_TOTAL as u64 + 5;
+    assert_eq!(end.count(Counter::DropStaged), all, "each is counted");
 }
 
 /// Time passes for as long as anything is due soon.
