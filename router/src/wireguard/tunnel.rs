@@ -410,6 +410,11 @@ impl Tunnel {
         self.rekey || self.timers.may_initiate(now)
     }
 
+    /// Whether a handshake is wanted, or under way.
+    pub(crate) fn is_trying(&self) -> bool {
+        self.rekey || self.timers.is_trying()
+    }
+
     /// Nothing is due before; cheap, and perhaps too early.
     pub(crate) fn soonest(&self) -> Duration {
         if self.rekey {

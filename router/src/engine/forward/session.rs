@@ -224,6 +224,10 @@ impl Forwarder {
         let mut due = None;
         let mut unanswered = false;
         if let Some(tunnel) = peer.existing_tunnel(&self.local) {
+            // A new key makes it forget what it waited for.
+            if its_turn && self.staged.has(id) && !tunnel.ready(now) && !tunnel.is_trying() {
+                tunnel.want(now);
+            }
             let tick = tunnel.tick(now, &mut out);
             ready = tunnel.ready(now);
             due = tick.message;
@@ -276,10 +280,20 @@ impl Forwarder {
         let Some(peer) = self.peers.get_mut(id) else {
             return;
         };
-        if peer.asks || peer.destination().is_none() {
+        if peer.destination().is_none() {
             return;
         }
-        if peer.tunnel_to_initiate(&self.local).want(now) {
+        let asks = peer.asks;
+        let tunnel = peer.tunnel_to_initiate(&self.local);
+        // One that waits for its turn may have forgotten why, with its old key.
+        if asks && tunnel.may_initiate(now) {
+            return;
+        }
+        let wants = tunnel.want(now);
+        if asks {
+            return;
+        }
+        if wants {
             self.visit(id, false, now, io);
         } else {
             peer.arm(id, &mut self.wheel, now);

@@ -47,6 +47,11 @@ impl Staged {
         self.packets == 0
     }
 
+    /// Whether anything waits for a peer.
+    pub(crate) fn has(&self, id: PeerId) -> bool {
+        self.queues.contains_key(&id)
+    }
+
     /// Adds a packet. Gives how many others had to make room: the peer's own when it has its share,
     /// else of whoever has most, for peers that are offline must not keep out others.
     pub(crate) fn push(&mut self, id: PeerId, packet: &[u8]) -> u64 {

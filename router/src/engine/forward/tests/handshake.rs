@@ -161,6 +161,38 @@ fn offline_peers_do_not_keep_others_from_waiting() {
     assert_eq!(end.count(Counter::DropStaged), all, "each is counted");
 }
 
+#[test]
+fn a_new_private_key_does_not_strand_packets_of_who_waits_for_its_turn() {
+    for another in [false, true] {
+        let mut end = End::new(1);
+        let last = BURST;
+        end.crowd(last + 1, None);
+        let transmit = |end: &mut End, id: u32| {
+            let mut packet = up(0);
+            packet[16..20].copy_from_slice(&[10, 1, id as u8, 1]);
+            end.transmit(&packet);
+        };
+        for id in 0..=last {
+            transmit(&mut end, id);
+        }
+        assert_eq!(end.wire.datagrams.len(), BURST as usize);
+        end.change(Change {
+            local: Some(Arc::new(LocalKey::new(&PrivateKey::from_bytes([99; 32])))),
+            ..Change::default()
+        });
+        if another {
+            transmit(&mut end, last);
+        }
+        end.wire.datagrams.clear();
+        for _ in 0..3 {
+            end.tick(TICK);
+        }
+        go_on(&mut end);
+        let reached: BTreeSet<_> = end.wire.datagrams.iter().map(|d| d.to).collect();
+        assert_eq!(reached.len(), last as usize + 1, "{another}");
+    }
+}
+
 /// Time passes for as long as anything is due soon.
 fn go_on(end: &mut End) {
     let last = end.now + TICK;
