@@ -86,12 +86,24 @@ pub(super) struct Judge<'a> {
     pub(super) policy: Option<&'a Compiled>,
     /// Overlay addresses whose flows end, for they were another peer's.
     pub(super) gone: Option<&'a Nets<()>>,
+    /// The peers' numbers by allowed IP, which tell whose an address is.
+    pub(super) peers: Option<&'a Nets<u32>>,
 }
 
 impl Judge<'_> {
+    /// Whether an overlay address was another peer's. It was not if a narrower network than the one that
+    /// is gone makes it somebody's.
+    fn is_of_another(&self, address: &Address) -> bool {
+        let host = host(address);
+        let gone = self.gone.and_then(|gone| gone.around(&host).next());
+        let owner = self.peers.and_then(|peers| peers.around(&host).next());
+        gone.is_some_and(|(gone, ())| {
+            owner.is_none_or(|(owned, _)| gone.prefix_len() >= owned.prefix_len())
+        })
+    }
+
     fn forbids(&self, tuple: &Tuple, flow: &Flow) -> bool {
-        let is_in = |gone: &Nets<()>| gone.around(&host(&tuple.source)).next().is_some();
-        self.gone.is_some_and(is_in)
+        self.is_of_another(&tuple.source)
             || self.policy.is_some_and(|policy| {
                 let from_overlay = flow.flags & Flow::FROM_SUBNET == 0;
                 !policy.allows(from_overlay, &opening(tuple, from_overlay))

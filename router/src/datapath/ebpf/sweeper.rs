@@ -303,7 +303,11 @@ impl Work {
         }
         let mut urgent = false;
         for (net, peer) in change.set {
-            self.peers.insert(net, peer);
+            let is_new = self.peers.insert(net, peer).is_none();
+            // What a new network takes over was whose the wider one was.
+            if is_new && self.gone.around(&net).next().is_some() {
+                self.gone.insert(net, ());
+            }
             urgent |= self.gone.get(&net).is_some();
         }
         urgent
@@ -314,6 +318,7 @@ impl Work {
         let judge = Judge {
             policy,
             gone: Some(&self.gone),
+            peers: Some(&self.peers),
         };
         let v4 = self.v4.pass(&mut self.maps.v4, monotonic()?, &judge)?;
         let v6 = self.v6.pass(&mut self.maps.v6, monotonic()?, &judge)?;

@@ -144,7 +144,7 @@ fn what_a_new_policy_does_not_allow_ends() {
             NOW,
             &Judge {
                 policy: Some(&policy),
-                gone: None,
+                ..Judge::default()
             },
         )
         .unwrap();
@@ -172,6 +172,38 @@ fn flows_of_addresses_that_were_another_peers_end() {
     assert_eq!((tally.flows, tally.denied), (1, 1));
     let key = Key4::new(Side::Overlay, &remains);
     assert!(flows.entries.len() == 2 && flows.entries.contains_key(&key));
+}
+
+#[test]
+fn flows_of_a_narrower_network_outlive_a_wider_one() {
+    let gone: Nets<()> = [("100.64.0.0/24".parse().unwrap(), ())]
+        .into_iter()
+        .collect();
+    for (owned, remains) in [
+        ("100.64.0.2/32", [true, false]),
+        ("100.64.0.0/30", [true, false]),
+        // The wider one has moved, or what is left is wider still.
+        ("100.64.0.0/24", [false, false]),
+        ("100.64.0.0/10", [false, false]),
+    ] {
+        let mut flows = Memory::new(BTreeMap::new());
+        let tuples = [tuple(UDP, 2, 7), tuple(UDP, 5, 7)];
+        for tuple in &tuples {
+            add(&mut flows, tuple, [0, 0], [0, 0]);
+        }
+        let peers = [(owned.parse().unwrap(), 7)];
+        let judge = Judge {
+            gone: Some(&gone),
+            peers: Some(&peers.into_iter().collect()),
+            ..Judge::default()
+        };
+        sweep(100).pass(&mut flows, NOW, &judge).unwrap();
+        let is_there = |tuple| {
+            let key = Key4::new(Side::Overlay, tuple);
+            flows.entries.contains_key(&key)
+        };
+        assert_eq!(tuples.each_ref().map(is_there), remains, "{owned}");
+    }
 }
 
 #[test]
