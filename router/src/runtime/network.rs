@@ -71,17 +71,15 @@ impl Network {
 impl Daemon {
     /// Somebody has changed something.
     pub(super) fn note_change(&mut self, change: Change) {
-        match change {
-            Change::Rule => {
-                for family in Family::ALL {
-                    self.core.invalidate(Part::Rules(family));
-                }
+        if change == Change::Rule {
+            for family in Family::ALL {
+                self.core.invalidate(Part::Rules(family));
             }
-            Change::Neighbour => {}
-            Change::Link | Change::Address | Change::Route => {
-                let due = &mut self.network.due;
-                due.get_or_insert(Instant::now() + SETTLE);
-            }
+        }
+        if change != Change::Neighbour {
+            // Rules lead to the subnet side too: where a route goes may be another interface now.
+            let due = &mut self.network.due;
+            due.get_or_insert(Instant::now() + SETTLE);
         }
         self.machine.renew_next_hops();
     }
