@@ -82,15 +82,23 @@ impl Netlink {
             IpAddr::V4(_) => IpAddr::from(NOWHERE_V4),
             IpAddr::V6(_) => IpAddr::from(NOWHERE_V6),
         };
-        match self.fib_entry(nowhere).await? {
-            None => return Ok(None),
-            Some(message)
+        match self.fib_entry(nowhere).await {
+            // A route refuses such addresses: it says nothing of others.
+            Err(error)
+                if matches!(
+                    error.errno(),
+                    libc::EINVAL | libc::EACCES | libc::EHOSTUNREACH
+                ) => {}
+            Err(error) if no_route(error.errno()) => return Ok(None),
+            Err(error) => return Err(error),
+            Ok(None) => return Ok(None),
+            Ok(Some(message))
                 if message.header.destination_prefix_length == 0
                     && message.header.table == RouteHeader::RT_TABLE_MAIN =>
             {
                 return self.next_hop(Some(message)).await;
             }
-            Some(_) => {}
+            Ok(Some(_)) => {}
         }
         let mut request = RouteMessage::default();
         request.header.address_family = family_of(family);

@@ -36,7 +36,12 @@ impl Netlink {
     /// The interfaces of all next hops of the route toward `address`, as if our table were not there.
     /// None without a route, and when the address is the router's own.
     pub async fn interfaces_toward(&self, address: IpAddr) -> Result<BTreeSet<u32>, Error> {
-        let Some(message) = self.fib_entry(address).await? else {
+        let found = match self.fib_entry(address).await {
+            Err(error) if no_route(error.errno()) => None,
+            found => found?,
+        };
+        let Some(message) = found.filter(|message| message.header.kind == RouteType::Unicast)
+        else {
             return Ok(BTreeSet::new());
         };
         let (mut interfaces, mut object) = (BTreeSet::new(), None);
@@ -65,7 +70,8 @@ impl Netlink {
     }
 
     /// The whole entry of the kernel's tables that leads packets to `address`, as if our table were
-    /// not there: not the one next hop that a packet would get.
+    /// not there: not the one next hop that a packet would get. The kernel answers with an error where
+    /// none does, or one refuses them ([`no_route`]).
     pub(super) async fn fib_entry(&self, address: IpAddr) -> Result<Option<RouteMessage>, Error> {
         let mut request = RouteMessage::default();
         request.header.address_family = family_of(address);
@@ -77,14 +83,8 @@ impl Netlink {
         ];
         let request = RouteNetlinkMessage::GetRoute(request);
         let doing = format!("look up the route to {address}");
-        match self.request(request, 0, &doing).await {
-            Ok(answers) => Ok(answers
-                .into_iter()
-                .find_map(route)
-                .filter(|message| message.header.kind == RouteType::Unicast)),
-            Err(error) if no_route(error.errno()) => Ok(None),
-            Err(error) => Err(error),
-        }
+        let answers = self.request(request, 0, &doing).await?;
+        Ok(answers.into_iter().find_map(route))
     }
 }
 

@@ -370,11 +370,23 @@ fn next_hops_are_found_as_if_our_table_were_not_there() {
                 (IpAddr::from(Ipv4Addr::UNSPECIFIED), "192.0.2.254"),
                 (IpAddr::from(Ipv6Addr::UNSPECIFIED), "2001:db8::fe"),
             ] {
-                let hop = netlink.default_route(family).await?.context("default")?;
-                assert_eq!(
-                    (hop.link.name.as_str(), hop.gateway),
-                    ("eth0", gateway.parse().ok())
-                );
+                let net = if family.is_ipv4() {
+                    "240.0.0.0/4"
+                } else {
+                    "4000::/3"
+                };
+                // Many networks refuse what is reserved.
+                for refused in ["", "blackhole", "prohibit", "unreachable"] {
+                    if !refused.is_empty() {
+                        router.ip(&format!("route replace {refused} {net}"))?;
+                    }
+                    let hop = netlink.default_route(family).await?.context("default")?;
+                    assert_eq!(
+                        (hop.link.name.as_str(), hop.gateway),
+                        ("eth0", gateway.parse().ok()),
+                        "{refused}"
+                    );
+                }
             }
             router.ip("-6 route del default")?;
             let none = netlink.default_route(Ipv6Addr::UNSPECIFIED.into()).await?;
