@@ -333,6 +333,8 @@ impl Ebpf {
             sweeper.judge(Update::Addresses(external_addresses(spec)));
         }
         let wanted = wanted(spec);
+        let is_subnet = |program: &str| program == Side::Subnet.program();
+        let is_gone = |link: &Link| matches!(tables::mtu(&link.name), Ok(None));
         for (key @ (_, program), link) in &wanted {
             if self.attached.contains_key(key) {
                 continue;
@@ -341,10 +343,17 @@ impl Ebpf {
                 handle: clsact::handle(&spec.tun.name),
                 pins: self.pins.as_ref().ok(),
             };
-            let attachment =
-                attach::attach(&mut self.programs, &mut self.mode, program, link, owner)?;
-            tracing::debug!(program, link = %link.name, "attached");
-            self.attached.insert(*key, attachment);
+            match attach::attach(&mut self.programs, &mut self.mode, program, link, owner) {
+                Ok(attachment) => {
+                    tracing::debug!(program, link = %link.name, "attached");
+                    self.attached.insert(*key, attachment);
+                }
+                // Flows through the others go on, and the next spec tells that this one has gone.
+                Err(error) if is_subnet(program) && is_gone(link) => {
+                    tracing::debug!(%error, link = %link.name, "the interface is gone");
+                }
+                Err(error) => return Err(error),
+            }
         }
         let stale: Vec<_> = self
             .attached

@@ -61,12 +61,15 @@ impl Tables {
         let links = spec
             .subnet
             .iter()
-            .map(|link| {
+            .filter_map(|link| {
                 let mtu = mtu(&link.name)
-                    .map_err(|error| failed(format!("read the MTU of {}", link.name), error))?;
-                let external = spec.external.get(&link.index);
-                let chosen = external.map_or(&[][..], |external| &external.chosen);
-                Ok((link.index, link_value(mtu, chosen)))
+                    .map_err(|error| failed(format!("read the MTU of {}", link.name), error));
+                // One that has just gone is not served: the next spec tells of it.
+                Some(mtu.transpose()?.map(|mtu| {
+                    let external = spec.external.get(&link.index);
+                    let chosen = external.map_or(&[][..], |external| &external.chosen);
+                    (link.index, link_value(mtu, chosen))
+                }))
             })
             .collect::<Result<_, Error>>()?;
         let (bank, taken) = self.banks.stage(spec)?;
@@ -232,8 +235,9 @@ pub(super) fn prefix(cidr: &IpNet) -> Prefix {
     Prefix::cidr(address(cidr.network()), cidr.prefix_len())
 }
 
-/// MTU in bytes of the interface `name` in this thread's network namespace.
-fn mtu(name: &str) -> io::Result<u32> {
+/// MTU in bytes of the interface `name` in this thread's network namespace; `None`: there is none of
+/// that name.
+pub(super) fn mtu(name: &str) -> io::Result<Option<u32>> {
     // SAFETY: `ifreq` consists of integers and arrays, for which zero is valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     // The last byte stays zero.
@@ -254,11 +258,17 @@ fn mtu(name: &str) -> io::Result<u32> {
         )
     };
     if code < 0 {
-        return Err(io::Error::last_os_error());
+        let error = io::Error::last_os_error();
+        return match error.raw_os_error() {
+            Some(libc::ENODEV) => Ok(None),
+            _ => Err(error),
+        };
     }
     // SAFETY: SIOCGIFMTU has filled this member of the union.
     let mtu = unsafe { request.ifr_ifru.ifru_mtu };
-    u32::try_from(mtu).map_err(|_| io::ErrorKind::InvalidData.into())
+    u32::try_from(mtu)
+        .map(Some)
+        .map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 /// A map of keys and values as [`Mirror`] needs it.
