@@ -243,9 +243,11 @@ impl Core {
         if before == Some(&plan) && self.key == key {
             return;
         }
-        if before
-            .is_none_or(|before| before.datapath != plan.datapath || before.sites != plan.sites)
-        {
+        if before.is_none_or(|before| {
+            before.datapath != plan.datapath
+                || before.link_mtus != plan.link_mtus
+                || before.sites != plan.sites
+        }) {
             self.overlay.renew();
         }
         if before.is_none_or(|before| before.addresses != plan.addresses) {

@@ -45,6 +45,9 @@ pub struct Plan {
     pub sites: Vec<ViaNet>,
     /// What the datapath serves, without the peers' allowed IPs.
     pub datapath: Spec,
+    /// MTUs in bytes of the interfaces that the programs serve, by index. The programs are told what
+    /// they are when the datapath is put in force.
+    pub link_mtus: BTreeMap<u32, u32>,
 }
 
 /// What of the peers the plan depends on.
@@ -223,7 +226,11 @@ pub fn plan(local: &Local, state: &State, tun: &Link, facts: &Facts) -> Plan {
         Some((route.cidr, link.name.clone()))
     });
     let stack_routes = stack_routes.collect();
-    let served = subnet.difference(&stack_links).cloned().collect();
+    let served: Vec<Link> = subnet.difference(&stack_links).cloned().collect();
+    let link_mtus = served
+        .iter()
+        .filter_map(|link| Some((link.index, facts.links.get(&link.index)?.mtu)))
+        .collect();
     let addresses = subnet
         .iter()
         .filter_map(|link| facts.links.get(&link.index))
@@ -246,6 +253,7 @@ pub fn plan(local: &Local, state: &State, tun: &Link, facts: &Facts) -> Plan {
         stack_links,
         stack_routes,
         sites: state.sites.clone(),
+        link_mtus,
         datapath: Spec {
             tun: tun.clone(),
             mtu,

@@ -63,6 +63,16 @@ fn only_what_changed_is_applied_again() {
     assert_eq!(run_all(&mut core, now, None), [forwarding]);
     core.invalidate(Part::Rules(Family::V6));
     assert_eq!(run_all(&mut core, now, None), [Part::Rules(Family::V6)]);
+    core.want(
+        Plan {
+            forwarding: vec![Link::default()],
+            overlay: Overlay::IPV4,
+            link_mtus: [(2, 1400)].into(),
+            ..some_plan()
+        },
+        None,
+    );
+    assert_eq!(run_all(&mut core, now, None), [Part::Datapath]);
 }
 
 #[test]

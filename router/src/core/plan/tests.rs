@@ -204,9 +204,11 @@ fn interfaces_without_an_ethernet_header_are_left_to_the_kernel() {
     for index in [2, 3] {
         let link = facts.links.get_mut(&index).unwrap();
         link.external = vec![candidate("192.0.2.1")];
+        link.mtu = 1400;
     }
     let plan = plan(&local(), &state(), &tun(), &facts);
     let names = |links: &[Link]| links.iter().map(|l| l.name.clone()).collect::<Vec<_>>();
+    assert_eq!(plan.link_mtus, BTreeMap::from([(3, 1400)]));
     assert_eq!(names(&plan.datapath.subnet), ["eth1"]);
     assert_eq!(plan.datapath.external.keys().collect::<Vec<_>>(), [&3]);
     assert_eq!(names(&plan.forwarding), ["sluice0", "eth0", "eth1"]);
