@@ -364,9 +364,9 @@ impl Peer {
         }
     }
 
-    /// The network is another one: what has answered means nothing any more.
+    /// The network is another one: what has answered means nothing any more. It goes on being taken beside a relay until
+    /// it has been asked in vain, for most of what goes is an address that nothing went by.
     pub(super) fn doubt(&mut self) {
-        self.best = None;
         self.trusted_until = None;
         self.searched = None;
         self.called = None;

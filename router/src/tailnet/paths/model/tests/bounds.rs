@@ -74,7 +74,13 @@ fn an_address_more_takes_no_path_away_and_one_less_does() {
     a.paths.handle_command(bridge, now);
     assert_eq!(a.paths(), []);
     a.paths.handle_command(local(&["192.0.2.1"], 41641), now);
-    assert_eq!(a.paths(), [RELAY]);
+    // Until it has answered again both ways are taken.
+    let also = Some(Path::Udp(at(THERE)));
+    assert_eq!(a.ways(), [Ways { path: RELAY, also }]);
+    a.paths.handle_active(&b.key, now);
+    carry(&mut a, HERE, &mut b, now);
+    carry(&mut b, THERE, &mut a, now);
+    assert_eq!(a.ways(), [Path::Udp(at(THERE))].map(Ways::one));
 }
 
 #[test]
