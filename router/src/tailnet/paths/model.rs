@@ -319,7 +319,7 @@ impl Paths {
         if beats && is_active {
             peer.heartbeat = Some(now + super::peer::HEARTBEAT);
             if let Some(best) = peer.best {
-                self.beat(key, best.path, now);
+                self.beat(key, best.path, None, now);
             }
         } else if beats {
             peer.heartbeat = None;

@@ -171,7 +171,7 @@ impl Paths {
         };
         self.send(to, &sender, &pong);
         if let (Some(key), Some(source)) = (key, unknown) {
-            self.ping_direct(&key, source, None, now);
+            self.ping(&key, Path::Udp(source), None, now);
         }
         if let Via::PeerRelay(source, number) = via {
             self.peer_is_bound(sender, source, number, now);

@@ -1,7 +1,6 @@
 //! Pings and calls: asking where a peer is.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::{Event, FRESH, Paths, Transmit, Way, lost};
@@ -82,25 +81,23 @@ impl Paths {
         true
     }
 
-    /// Pings a peer by the path that it is reached by. Of no budget: there is one each few seconds, and a peer whose
-    /// heartbeat fails is searched for, which costs more.
-    pub(super) fn beat(&mut self, key: &NodePublic, path: Path, now: Instant) {
-        if self.ping_unbounded(key, path, None, now)
-            && let Path::Udp(address) = path
-        {
-            self.note_ping(key, address, now);
-        }
-    }
-
     /// Pings a peer by `to`, if the budgets allow.
-    fn ping(&mut self, key: &NodePublic, to: Path, asked: Option<u64>, now: Instant) -> bool {
+    pub(super) fn ping(
+        &mut self,
+        key: &NodePublic,
+        to: Path,
+        asked: Option<u64>,
+        now: Instant,
+    ) -> bool {
         let Some(peer) = self.peers.get_mut(key) else {
             return false;
         };
-        peer.budget.take(now) && self.budget.take(now) && self.ping_unbounded(key, to, asked, now)
+        peer.budget.take(now) && self.budget.take(now) && self.beat(key, to, asked, now)
     }
 
-    fn ping_unbounded(
+    /// The same of no budget, for the path that is used: there is one each few seconds, and a peer whose heartbeat fails
+    /// is searched for, which costs more.
+    pub(super) fn beat(
         &mut self,
         key: &NodePublic,
         to: Path,
@@ -142,43 +139,13 @@ impl Paths {
         };
         self.pings.sent.insert(transaction, sent);
         self.pings.timeouts.push_back((now + PATIENCE, transaction));
-        true
-    }
-
-    /// Pings by the path that is used.
-    pub(super) fn ping_path(
-        &mut self,
-        key: &NodePublic,
-        path: Path,
-        asked: Option<u64>,
-        now: Instant,
-    ) -> bool {
-        match path {
-            Path::Udp(address) => self.ping_direct(key, address, asked, now),
-            path => self.ping(key, path, asked, now),
-        }
-    }
-
-    /// Pings a candidate.
-    pub(super) fn ping_direct(
-        &mut self,
-        key: &NodePublic,
-        address: SocketAddr,
-        asked: Option<u64>,
-        now: Instant,
-    ) -> bool {
-        let sent = self.ping(key, Path::Udp(address), asked, now);
-        if sent {
-            self.note_ping(key, address, now);
-        }
-        sent
-    }
-
-    fn note_ping(&mut self, key: &NodePublic, address: SocketAddr, now: Instant) {
         let peer = self.peers.get_mut(key);
-        if let Some(candidate) = peer.and_then(|peer| peer.candidate(address)) {
+        if let (Path::Udp(address), Some(peer)) = (to, peer)
+            && let Some(candidate) = peer.candidate(address)
+        {
             candidate.pinged = Some(now);
         }
+        true
     }
 
     /// Asks all candidates that were not asked just now, and with `call` has the peer do the same.
@@ -198,7 +165,7 @@ impl Paths {
         let wanted = peer.candidates.iter().filter(|c| c.may_be_pinged(now));
         let addresses: Vec<_> = wanted.map(|candidate| candidate.address).collect();
         for address in addresses {
-            self.ping_direct(key, address, None, now);
+            self.ping(key, Path::Udp(address), None, now);
         }
         if call {
             self.call(key, now);
@@ -263,7 +230,7 @@ impl Paths {
         };
         let mut sent = false;
         for path in all {
-            sent |= self.ping_path(key, path, Some(id), now);
+            sent |= self.ping(key, path, Some(id), now);
         }
         if let Some((region, _)) = relay.filter(|_| best.is_none()) {
             sent |= self.ping(key, Path::Relay(RelayId(region)), Some(id), now);
